@@ -1,0 +1,1 @@
+"""Pallas kernels compiled by Triton: kernel → source → cubin → custom call."""

@@ -1,0 +1,167 @@
+"""A `pallas_call` equation, normalised: what the emitter needs to know, and nothing of how Pallas stores it."""
+
+import dataclasses
+import keyword
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jax.experimental import pallas as pl
+
+
+class UnsupportedKernel(NotImplementedError):
+    """A kernel that cannot become Triton source: says what, where in the user's code, and what to write instead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dimension:
+    """How one dimension of an array is cut into blocks: a program sees `size` elements from `index * step`."""
+
+    size: int
+    step: int  # the block's size, or 1 where the index map counts elements (`pl.Element`, squeezed)
+    squeezed: bool  # size 1, and dropped from the kernel's view
+
+
+@dataclasses.dataclass(frozen=True)
+class Ref:
+    """An operand or result of the kernel: a row-major array, and the block of it that a program sees."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    block: tuple[Dimension, ...]
+    index_map: Any  # jaxpr: one integer per grid axis -> one integer per dimension
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return tuple(int(np.prod(self.shape[i + 1 :], dtype=np.int64)) for i in range(len(self.shape)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A `pallas_call`, normalised.
+
+    Attributes:
+      name: a valid identifier.
+      grid: programs along each axis, the axes that `jax.vmap` added included.
+      mapped: those axes, outermost first. The kernel's own `pl.program_id` does not count them.
+      refs: inputs, then outputs.
+      jaxpr: the kernel's body; one input variable per ref.
+      input_output_aliases: pairs (input, output) that share one buffer.
+      where: the kernel function's file and line.
+    """
+
+    name: str
+    grid: tuple[int, ...]
+    mapped: tuple[int, ...]
+    refs: tuple[Ref, ...]
+    num_inputs: int
+    jaxpr: Any
+    input_output_aliases: tuple[tuple[int, int], ...]
+    where: str
+
+    @property
+    def inputs(self) -> tuple[Ref, ...]:
+        return self.refs[: self.num_inputs]
+
+    @property
+    def outputs(self) -> tuple[Ref, ...]:
+        return self.refs[self.num_inputs :]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A kernel as Triton source.
+
+    Attributes:
+      name: the `@triton.jit` function to compile.
+      text: a whole Python module, the same bytes in every process.
+      arguments: element type of each pointer argument: inputs, then outputs.
+      grid: programs to launch along x, y and z, within CUDA's limits.
+    """
+
+    name: str
+    text: str
+    arguments: tuple[np.dtype, ...]
+    grid: tuple[int, int, int]
+
+
+def kernel_of(params: dict[str, Any]) -> Kernel:
+    """The kernel in the parameters of a `pallas_call` equation.
+
+    Raises:
+      UnsupportedKernel: the call uses what Triton cannot express: grids of traced size, scalar prefetch, scratch
+        memory, blocks that are gathered, clipped or padded.
+    """
+    mapping, jaxpr = params["grid_mapping"], params["jaxpr"]
+    debug = jaxpr.debug_info
+    function, _, where = debug.func_src_info.partition(" at ")
+    name = _identifier(debug.func_name or function, "kernel")
+
+    def unsupported(what: str, cure: str) -> UnsupportedKernel:
+        return UnsupportedKernel(f"jtile cannot compile kernel {name} ({where}): {what}. {cure}")
+
+    if mapping.num_dynamic_grid_bounds:
+        raise unsupported("its grid has a traced size", "Launch the largest grid and leave early with `pl.when`.")
+    if mapping.num_index_operands:
+        raise unsupported(
+            "it uses scalar prefetch", "Pass the indices as an ordinary operand with a whole-array block and read them."
+        )
+    if mapping.num_scratch_operands:
+        raise unsupported(
+            "it asks for scratch memory", "Carry the value through `jax.lax.fori_loop`, or add an output to hold it."
+        )
+    names = _parameter_names(debug.arg_names, mapping.num_inputs, mapping.num_outputs)
+    refs = []
+    for ref_name, block in zip(names, mapping.block_mappings, strict=True):
+        dimensions = tuple(_dimension(d, ref_name, unsupported) for d in block.block_shape)
+        aval = block.array_aval
+        refs.append(Ref(ref_name, tuple(aval.shape), np.dtype(aval.dtype), dimensions, block.index_map_jaxpr))
+    return Kernel(
+        name=name,
+        grid=tuple(mapping.grid),
+        mapped=tuple(mapping.vmapped_dims),
+        refs=tuple(refs),
+        num_inputs=mapping.num_inputs,
+        jaxpr=jaxpr,
+        input_output_aliases=tuple(params["input_output_aliases"]),
+        where=where,
+    )
+
+
+def _dimension(block, ref_name, unsupported) -> Dimension:
+    match block:
+        case pl.Squeezed():
+            return Dimension(1, 1, True)
+        case pl.Blocked(size):
+            return Dimension(size, size, False)
+        case pl.Element(size, (0, 0)):
+            return Dimension(size, 1, False)
+    raise unsupported(
+        f"the block of {ref_name} has a dimension {block}",
+        "Use a plain size, None, or `pl.Element` without padding: reads past an array's end give 0 as it is.",
+    )
+
+
+def _parameter_names(argument_names, num_inputs: int, num_outputs: int) -> Iterator[str]:
+    """The kernel's own parameter names, made valid and distinct."""
+    given = list(argument_names or ())
+    fallback = [f"in{i}_ref" for i in range(num_inputs)] + [f"out{i}_ref" for i in range(num_outputs)]
+    if len(given) != len(fallback):
+        given = fallback
+    taken = set()
+    for name, spare in zip(given, fallback, strict=True):
+        name = _identifier(name, spare)
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        yield name
+
+
+def _identifier(text: str | None, spare: str) -> str:
+    """`text` as a Python identifier: `refs[0]` becomes `refs_0`."""
+    name = re.sub(r"\W+", "_", text or "").strip("_")
+    if not name or name[0].isdigit() or keyword.iskeyword(name) or name in ("tl", "triton", "libdevice"):
+        return spare
+    return name

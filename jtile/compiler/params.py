@@ -1,0 +1,47 @@
+"""How to compile a kernel: what `pl.pallas_call(compiler_params=...)` takes."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class CompilerParams:
+    """Parameters for compiling a Pallas kernel with Triton.
+
+    Attributes:
+      num_warps: warps of 32 threads that share one program of the grid: 1, 2, 4, ..., 32.
+      num_stages: depth of software pipelining in loops: loads run this many iterations ahead, less one.
+      num_ctas: thread blocks in a cluster that share one program (Hopper and later): 1, 2, 4, 8 or 16.
+      warp_specialize: give loads and products in the kernel's loop warps of their own (Hopper and later, `num_warps=4`).
+      max_registers: most registers a thread may use, a multiple of 8 up to 255 (255 itself included); None for no limit.
+      tma: True moves blocks with the Tensor Memory Accelerator (Hopper and later) wherever a block allows it: a kept
+        block of two dimensions, both powers of two up to 256, rows a multiple of 16 bytes apart. None and False use
+        pointers.
+
+    Raises:
+      ValueError: a field out of its range.
+
+    Example:
+      >>> CompilerParams(num_warps=8, num_stages=3).num_warps
+      8
+    """
+
+    num_warps: int = 4
+    num_stages: int = 2
+    num_ctas: int = 1
+    warp_specialize: bool = False
+    max_registers: int | None = None
+    tma: bool | None = None
+
+    def __post_init__(self):
+        _check("num_warps", self.num_warps, (1, 2, 4, 8, 16, 32))
+        _check("num_stages", self.num_stages, range(1, 17))
+        _check("num_ctas", self.num_ctas, (1, 2, 4, 8, 16))
+        _check("warp_specialize", self.warp_specialize, (False, True))
+        _check("max_registers", self.max_registers, (None, *range(24, 256, 8), 255))
+        _check("tma", self.tma, (None, False, True))
+
+
+def _check(field, value, allowed):
+    if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
+        listed = f"{allowed.start} to {allowed.stop - 1}" if isinstance(allowed, range) else ", ".join(map(str, allowed))
+        raise ValueError(f"CompilerParams: {field} must be one of {listed}; got {value!r}.")
