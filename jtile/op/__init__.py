@@ -1,0 +1,3 @@
+from jtile.op.primitive import TileOp
+
+__all__ = ["TileOp"]

@@ -1,0 +1,150 @@
+"""The one choice, made once for each platform: kernel, reference, or the kernel interpreted."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import mlir
+
+from jtile import borrowed
+from jtile.op import rules, sharding
+
+if TYPE_CHECKING:
+    from jtile.op.primitive import Call, TileOp
+
+Choice = Literal["kernel", "reference", "interpreted"]
+
+KERNEL_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class FallbackWarning(UserWarning):
+    """An op runs its reference on a GPU because its kernel cannot serve the call."""
+
+
+def register(op: TileOp) -> None:
+    mlir.register_lowering(op.primitive, functools.partial(lower, op, None))
+    mlir.register_lowering(op.primitive, functools.partial(lower, op, "cuda"), platform="cuda")
+    borrowed.prim_requires_devices_during_lowering.add(op.primitive)
+
+
+def choose(op: TileOp, shapes: Sequence, call: Call, platform: str) -> tuple[Choice, str]:
+    """Which implementation serves a call on a platform, and why.
+
+    `shapes` are the operands given, as one group sees them. Raises `NotImplementedError` where the implementation that
+    the caller named cannot serve.
+    """
+    if op.parent is not None:
+        return "reference", "forward-mode and higher derivatives come from the reference"
+    if call.implementation == "xla":
+        return "reference", "implementation='xla'"
+    obstacle = _obstacle(op, shapes, call)
+    if call.implementation == "interpret":
+        if obstacle:
+            raise NotImplementedError(f"{op.name}: implementation='interpret' cannot serve this call: {obstacle}")
+        return "interpreted", "implementation='interpret'"
+    if platform != "cuda":
+        obstacle = f"kernels run on NVIDIA GPUs, and this is lowered for {platform}"
+    elif not obstacle:
+        obstacle = _missing_toolchain()
+    if not obstacle:
+        return "kernel", "implementation='triton'" if call.implementation else "an NVIDIA GPU"
+    if call.implementation == "triton":
+        raise NotImplementedError(f"{op.name}: implementation='triton' cannot serve this call: {obstacle}")
+    return "reference", obstacle
+
+
+def _obstacle(op: TileOp, shapes: Sequence, call: Call) -> str | None:
+    """Why the op's kernel cannot serve a call on any platform."""
+    if op.kernel_function is None:
+        return "the op has no kernel"
+    if any(math.prod(s.shape) == 0 for s in shapes):
+        return "an operand is empty"
+    terms = [t for t, p in zip(op.signature.operands, call.present, strict=True) if p]
+    for term, s in zip(terms, shapes, strict=True):
+        if jnp.issubdtype(s.dtype, jnp.inexact) and s.dtype.name not in KERNEL_DTYPES:
+            return f"`{term.name}` is {s.dtype.name}, and kernels take {', '.join(KERNEL_DTYPES)}"
+    if op.limits_function is not None:
+        folded = [jax.eval_shape(functools.partial(_fold, t), s) for t, s in zip(terms, shapes, strict=True)]
+        return op.limits_function(*call.expand(folded), **dict(call.static))
+    return None
+
+
+@functools.cache
+def _missing_toolchain() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install 'jtile[cuda13]', or 'jtile[offline]' where there is no GPU)"
+    return None
+
+
+@functools.cache
+def _warn_once(op: TileOp, reason: str) -> None:
+    message = f"{op.name} runs its reference on the GPU: {reason}. implementation='xla' asks for it without this warning"
+    warnings.warn(message, FallbackWarning, stacklevel=2)
+
+
+def lower(op: TileOp, platform: str | None, ctx, *operands, call: Call):
+    platform = platform or "/".join(ctx.module_context.platforms)
+
+    def run(*values):
+        return list(sharding.partitioned(op, call, functools.partial(execute, op, call, platform), values))
+
+    # Shardings and varying axes are settled by now. Kernels are traced without them, and need not know of them.
+    plain = ctx.replace(avals_in=borrowed.plain_avals(ctx.avals_in), avals_out=borrowed.plain_avals(ctx.avals_out))
+    with borrowed.no_mesh():
+        return mlir.lower_fun(run, multiple_results=True)(plain, *operands)
+
+
+def execute(op: TileOp, call: Call, platform: str, *operands: jax.Array) -> list[jax.Array]:
+    """Compute the present results on one device."""
+    choice, reason = choose(op, rules.ungrouped(operands, call), call, platform)
+    if choice == "reference":
+        if platform == "cuda" and call.implementation is None and op.parent is None:
+            _warn_once(op, reason)
+        function = op.reference_function
+    else:
+        function = _folding(op, op.kernel_function)
+
+    def one_group(*given):
+        results = function(*call.expand(given), **dict(call.static))
+        return [r for r in results if r is not None]
+
+    if choice == "interpreted":
+        from jtile.compiler.interpret import interpret_pallas
+
+        one_group = interpret_pallas(one_group)
+    mapped = rules.vmap_groups(one_group, call.groups, call.group_count)
+    if choice == "reference":
+        return mapped(*operands)
+    with jax.enable_x64(False):  # kernels count in 32 bits whatever the user's mode
+        return mapped(*operands)
+
+
+def _folding(op: TileOp, kernel: Callable) -> Callable:
+    """`kernel`, which takes one leading dimension for `...`, as a function of any leading shape."""
+
+    def unfolded(*operands, **static):
+        terms, results = op.signature.operands, op.signature.results
+        sizes, leading = op.signature.check(op.name, [None if o is None else o.shape for o in operands])
+        folded = [None if o is None else _fold(t, o) for t, o in zip(terms, operands, strict=True)]
+        out = kernel(*folded, **static)
+        return tuple(
+            None if r is None else r.reshape(sharding.shape_of(t, sizes, leading))
+            for t, r in zip(results, out, strict=True)
+        )
+
+    return unfolded
+
+
+def _fold(term, x):
+    """`...` as one dimension."""
+    if not term.leading:
+        return x
+    split = x.ndim - len(term.dims)
+    return x.reshape(math.prod(x.shape[:split]), *x.shape[split:])

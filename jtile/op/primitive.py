@@ -1,0 +1,198 @@
+"""TileOp: a function on tiles made a JAX primitive. Read this first.
+
+An op is a signature, a reference, a kernel and a derivative. Everything else that JAX asks of a primitive is a rule
+read off the signature: `rules.py` holds batching and differentiation, `sharding.py` the mesh, `lowering.py` the choice
+between kernel and reference.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+
+from jtile.op import lowering, rules
+from jtile.op.signature import Signature
+
+Implementation = Literal["triton", "xla", "interpret"] | None
+IMPLEMENTATIONS = (None, "triton", "xla", "interpret")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What is static about one call of an op; the one parameter of its primitive.
+
+    `present` tells which operands were given: only those are bound. `groups` tells for each of those which group axes
+    lead it, outermost first. A group axis is a mapped axis of `vmap` over which the op's results must not be summed:
+    the kernel is launched once for all groups, and an operand without the axis is read by all of them.
+    """
+
+    present: tuple[bool, ...]
+    groups: tuple[tuple[bool, ...], ...]
+    implementation: Implementation
+    static: tuple[tuple[str, Hashable], ...]
+
+    @property
+    def group_count(self) -> int:
+        return max(map(len, self.groups), default=0)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that this call passes on to the calls it makes, as a transpose rule gets them."""
+        return {**dict(self.static), "implementation": self.implementation}
+
+    def expand(self, values: Sequence, absent: Any = None) -> list:
+        """One entry for every operand of the signature, `absent` where none was given."""
+        given = iter(values)
+        return [next(given) if p else absent for p in self.present]
+
+
+class TileOp:
+    """A tile kernel as a JAX operation, defined by its signature, reference, kernel and derivative.
+
+    Args:
+        name: the primitive's name, and what errors call the op.
+        signature: operands, results and their dimensions, in the language of `jtile.op.signature`:
+            `"x: ... d, scale: d -> y: ... d; rstd: ..."`.
+        whole: dimensions that the kernel needs whole, separated by blanks. They are gathered, never split.
+
+    The parts are given by decorators:
+
+    * `@op.reference`: the meaning, in `jax.numpy`, on operands of any leading shape. Returns a tuple, one entry a
+      result, `None` for an optional result that is absent. It runs wherever the kernel does not, and forward-mode and
+      second-order derivatives come from it.
+    * `@op.kernel`: the same function by `pl.pallas_call` or `jtile.triton_call`; `...` arrives folded into one leading
+      dimension. Optional: an op without a kernel runs its reference everywhere.
+    * `@op.limits`: gets the kernel's operands as `jax.ShapeDtypeStruct`s and returns why the kernel cannot serve them,
+      as a clause, or `None`. Optional.
+    * `@op.transpose`: reverse mode. `transpose(operands, results, cotangents, **options)` returns one cotangent an
+      operand, `None` for zero, usually by calling another `TileOp`, the backward kernel. The first result's cotangent
+      is always an array, another's is `None` where it is zero. Optional: the reference is differentiated without it.
+
+    Calling the op takes arrays in the signature's order, `None` for an absent optional operand, static arguments by
+    keyword, and `implementation`: `None` takes the kernel on NVIDIA GPUs and the reference elsewhere; `"triton"` insists
+    on the kernel, `"xla"` on the reference, and `"interpret"` runs the kernel in Pallas' interpreter on any machine.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jtile import TileOp
+        >>> double = TileOp("double", "x: ... -> y: ...")
+        >>> @double.reference
+        ... def double_reference(x):
+        ...     return (x * 2,)
+        >>> double(jnp.arange(3.0))[0]
+        Array([0., 2., 4.], dtype=float32)
+
+    `examples/2_write_an_op.py` is a complete op with kernels and a derivative.
+    """
+
+    def __init__(self, name: str, signature: str | Signature, *, whole: str = ""):
+        self.name = name
+        self.signature = signature if isinstance(signature, Signature) else Signature.parse(signature, whole)
+        self.reference_function: Callable | None = None
+        self.kernel_function: Callable | None = None
+        self.limits_function: Callable | None = None
+        self.transpose_function: Callable | None = None
+        self.parent: TileOp | None = None  # the op whose derivative this is: such an op has no kernel by design
+        self.primitive = TilePrimitive(self)
+        rules.register(self)
+        lowering.register(self)
+
+    def __repr__(self) -> str:
+        return f"TileOp({self.name!r})"
+
+    def reference(self, function: Callable) -> Callable:
+        self.reference_function = function
+        return function
+
+    def kernel(self, function: Callable) -> Callable:
+        self.kernel_function = function
+        return function
+
+    def limits(self, function: Callable) -> Callable:
+        self.limits_function = function
+        return function
+
+    def transpose(self, function: Callable) -> Callable:
+        self.transpose_function = function
+        return function
+
+    def __call__(self, *operands, implementation: Implementation = None, **static: Hashable) -> tuple:
+        if self.reference_function is None:
+            raise TypeError(f"{self.name} has no reference yet: decorate one with @op.reference")
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"{self.name}: `implementation` must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
+                f"got {implementation!r}"
+            )
+        self._check_static(static)
+        arrays = self._check_operands(operands)
+        given = [a for a in arrays if a is not None]
+        call = Call(
+            present=tuple(a is not None for a in arrays),
+            groups=((),) * len(given),
+            implementation=implementation,
+            static=tuple(sorted(static.items())),
+        )
+        return self.bind(given, call)
+
+    def bind(self, given: Sequence, call: Call) -> tuple:
+        """Bind the primitive to the operands that are present; `None` in the result for what is absent."""
+        given = rules.vary_together(given)
+        shapes = rules.result_shapes(self, given, call)
+        results = iter(self.primitive.bind(*given, call=call))
+        return tuple(None if s is None else next(results) for s in shapes)
+
+    @functools.cached_property
+    def linear(self) -> "TileOp":
+        """The op's tangent map: from primal operands, saved results and tangents to the results' tangents."""
+        return rules.linear_of(self)
+
+    @functools.cached_property
+    def pullback(self) -> "TileOp":
+        """The reference's vector-Jacobian product: from operands and cotangents to the operands' cotangents."""
+        return rules.pullback_of(self)
+
+    @property
+    def static_names(self) -> list[str]:
+        if self.parent:
+            return self.parent.static_names
+        parameters = inspect.signature(self.reference_function).parameters.values()
+        return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+    def _check_operands(self, operands: tuple) -> list:
+        terms = self.signature.operands
+        if len(operands) != len(terms):
+            names = ", ".join(t.name for t in terms)
+            raise TypeError(f"{self.name} takes {len(terms)} operands ({names}), got {len(operands)}")
+        arrays = []
+        for term, operand in zip(terms, operands, strict=True):
+            if operand is None and not term.optional:
+                raise TypeError(f"{self.name}: `{term.name}` is required, got None")
+            arrays.append(None if operand is None else jnp.asarray(operand))
+        self.signature.check(self.name, [None if a is None else a.shape for a in arrays])
+        return arrays
+
+    def _check_static(self, static: dict[str, Any]) -> None:
+        known = self.static_names
+        if unknown := sorted(set(static) - set(known)):
+            raise TypeError(f"{self.name} has no argument `{unknown[0]}`; it takes {', '.join(known) or 'none'}")
+        for name, value in static.items():
+            if isinstance(value, jax.core.Tracer | jax.Array) or not isinstance(value, Hashable):
+                raise TypeError(
+                    f"{self.name}: `{name}` must be a static, hashable Python value, got {type(value).__name__}; "
+                    "under jit, mark it with static_argnames or close over it"
+                )
+
+
+class TilePrimitive(Primitive):
+    """A JAX primitive that knows its op."""
+
+    def __init__(self, op: TileOp):
+        super().__init__(f"jtile_{op.name}")
+        self.multiple_results = True
+        self.op = op

@@ -1,0 +1,174 @@
+"""The mesh, read off an op's signature: which dimension may be split, what is gathered, and where sums are needed.
+
+Every dimension is a *factor* of Shardy's sharding rules. A factor keeps the mesh axes of the first operand that splits
+it, unless the kernel needs it whole. A result that lacks a split factor is a partial sum on each device, completed by
+a `psum`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import jax
+from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jtile import borrowed
+from jtile.op import rules
+from jtile.op.signature import Dim, Shape, Term
+
+if TYPE_CHECKING:
+    from jtile.op.primitive import Call, TileOp
+
+Spec = tuple[tuple[str, ...], ...]  # the mesh axes of each dimension
+
+
+def shape_of(term: Term, sizes: dict[str, int], leading: Shape) -> Shape:
+    named = tuple(math.prod(sizes[f] for f in dim) for dim in term.dims)
+    return (*leading, *named) if term.leading else named
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The factors of every dimension of the operands and results that are present in one call."""
+
+    op: str
+    names: tuple[str, ...]  # of the operands, for errors
+    operands: tuple[tuple[Dim, ...], ...]
+    results: tuple[tuple[Dim, ...], ...]
+    sizes: dict[str, int]
+    whole: frozenset[str]
+
+    @classmethod
+    def of(cls, op: TileOp, avals: Sequence, call: Call) -> Layout:
+        shapes = call.expand([s.shape for s in rules.ungrouped(avals, call)])
+        sizes, leading = op.signature.check(op.name, shapes)
+        groups = tuple((f"G{axis}",) for axis in range(call.group_count))
+        rows = tuple((f"L{axis}",) for axis in range(len(leading)))
+        sizes |= {f"G{i}": n for i, n in enumerate(rules.group_sizes(avals, call))}
+        sizes |= {f"L{i}": n for i, n in enumerate(leading)}
+
+        def dims(term: Term, mask: Sequence[bool]) -> tuple[Dim, ...]:
+            mine = tuple(g for g, has in zip(groups, mask, strict=True) if has)
+            return mine + (rows if term.leading else ()) + term.dims
+
+        terms = [t for t, p in zip(op.signature.operands, call.present, strict=True) if p]
+        present = rules.result_shapes(op, avals, call)
+        return cls(
+            op.name,
+            tuple(t.name for t in terms),
+            tuple(dims(t, mask) for t, mask in zip(terms, call.groups, strict=True)),
+            tuple(
+                dims(t, (True,) * call.group_count)
+                for t, r in zip(op.signature.results, present, strict=True)
+                if r is not None
+            ),
+            sizes,
+            op.signature.whole,
+        )
+
+    def rule(self) -> SdyShardingRule:
+        """The same, in Shardy's words."""
+        used = [f for dims in (*self.operands, *self.results) for dim in dims for f in dim]
+        plain = {dim[0] for dims in (*self.operands, *self.results) for dim in dims if len(dim) == 1}
+        kept = {f for dims in self.results for dim in dims for f in dim}
+        factors = list(dict.fromkeys(used))
+        mapping = lambda dims: ArrayMapping(*(dim[0] if len(dim) == 1 else CompoundFactor(*dim) for dim in dims))  # noqa: E731
+        return SdyShardingRule(
+            tuple(map(mapping, self.operands)),
+            tuple(map(mapping, self.results)),
+            need_replication_factors=tuple(f for f in factors if f in self.whole),
+            reduction_factors=tuple(f for f in factors if f not in kept and f not in self.whole),
+            **{f: self.sizes[f] for f in factors if f not in plain},
+        )
+
+    def assign(self, specs: Sequence[Spec], *, strict: bool = False) -> dict[str, tuple[str, ...]]:
+        """The mesh axes of each factor, given how the operands are split.
+
+        With `strict`, two operands that split one factor differently are an error: under an explicit mesh, moving data
+        is the user's decision.
+        """
+        assigned: dict[str, tuple[str, ...]] = {}
+        owner: dict[str, str] = {}
+        for name, dims, spec in zip(self.names, self.operands, specs, strict=True):
+            for dim, axes in zip(dims, spec, strict=True):
+                factor = self._splittable(dim, axes)
+                if factor is None:
+                    continue
+                if strict and assigned.get(factor, axes) != axes:
+                    raise ValueError(
+                        f"{self.op}: dimension `{factor}` is split over mesh axes {assigned[factor]} in "
+                        f"`{owner[factor]}` and over {axes} in `{name}`; bring them together with jax.sharding.reshard"
+                    )
+                taken = {a for f, used in assigned.items() if f != factor for a in used}
+                if factor not in assigned and not taken & set(axes):
+                    assigned[factor], owner[factor] = axes, name
+        return assigned
+
+    def _splittable(self, dim: Dim, axes: tuple[str, ...]) -> str | None:
+        """Which factor of a dimension mesh axes split: the outermost one that is larger than 1."""
+        factor = next((f for f in dim if self.sizes[f] > 1), None)
+        return factor if axes and factor not in self.whole else None
+
+    def divisible(self, assigned: dict[str, tuple[str, ...]], mesh) -> dict[str, tuple[str, ...]]:
+        """Drop the axes that do not divide their factor: that factor is gathered."""
+        fits = lambda f, axes: self.sizes[f] % math.prod(mesh.shape[a] for a in axes) == 0  # noqa: E731
+        return {f: axes for f, axes in assigned.items() if fits(f, axes)}
+
+    def place(self, dims: Sequence[Dim], assigned: dict[str, tuple[str, ...]]) -> PartitionSpec:
+        split = (next((assigned[f] for f in dim if f in assigned), None) for dim in dims)
+        return PartitionSpec(*(axes if axes is None or len(axes) > 1 else axes[0] for axes in split))
+
+    def summed(self, dims: Sequence[Dim], assigned: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+        """The mesh axes over which a result with these dimensions is a partial sum."""
+        mine = {f for dim in dims for f in dim}
+        return tuple(a for f, axes in assigned.items() if f not in mine for a in axes)
+
+
+def axes_of(spec: PartitionSpec | None, ndim: int) -> Spec:
+    entries = (*(spec or ()), *[None] * ndim)[:ndim]
+    return tuple(() if e is None or isinstance(e, type(PartitionSpec.UNCONSTRAINED)) else e if isinstance(e, tuple) else (e,) for e in entries)
+
+
+def result_specs(op: TileOp, avals: Sequence, call: Call) -> list[PartitionSpec | None]:
+    """How each present result is split under an explicit mesh; all `None` without one."""
+    layout = Layout.of(op, avals, call)
+    mesh = borrowed.explicit_mesh(avals)
+    if mesh is None:
+        return [None] * len(layout.results)
+    assigned = layout.assign([axes_of(a.sharding.spec, a.ndim) for a in avals], strict=True)
+    assigned = layout.divisible(assigned, mesh)
+    return [layout.place(dims, assigned) for dims in layout.results]
+
+
+def match(value: jax.Array, aval) -> jax.Array:
+    """`value` split as `aval` is, which an explicit mesh demands of a cotangent."""
+    if borrowed.explicit_mesh([aval]) is None or jax.typeof(value).sharding == aval.sharding:
+        return value
+    return jax.sharding.reshard(value, aval.sharding)
+
+
+def partitioned(op: TileOp, call: Call, function: Callable, operands: Sequence) -> Sequence[jax.Array]:
+    """Run `function` on every device's part of the operands, gathering what it needs whole and completing its sums."""
+    layout = Layout.of(op, operands, call)
+    whole = custom_partitioning(lambda *values: tuple(function(*values)))
+
+    def partition(mesh, operand_infos, result_infos):
+        del result_infos
+        specs = [axes_of(getattr(i.sharding, "spec", None), len(i.shape)) for i in operand_infos]
+        assigned = layout.divisible(layout.assign(specs), mesh)
+
+        def local(*values):
+            sums = [layout.summed(dims, assigned) for dims in layout.results]
+            with borrowed.no_mesh():
+                results = function(*values)
+                return tuple(jax.lax.psum(r, axes) if axes else r for r, axes in zip(results, sums, strict=True))
+
+        shardings = lambda many: tuple(NamedSharding(mesh, layout.place(dims, assigned)) for dims in many)  # noqa: E731
+        return mesh, local, shardings(layout.results), shardings(layout.operands)
+
+    whole.def_partition(partition, sharding_rule=layout.rule())
+    return whole(*operands)

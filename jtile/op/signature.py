@@ -1,0 +1,129 @@
+"""The language of dimensions: one line of text that an op's checks, batching and sharding all follow from.
+
+    x: ... d, scale: d, residual?: ... d -> y: ... d, h?: ... d; rstd: ...
+
+Operands stand left of the arrow and results right of it, each a name and its dimensions. `...` is any leading shape,
+the same one wherever it occurs; `(k g)` is one dimension of size k·g; `?` marks what may be absent; results after `;`
+are there for the backward pass alone. Dimensions named in `whole` are never split over devices.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+Dim = tuple[str, ...]  # ("d",) is a plain dimension; ("k", "g") a compound one of size k·g
+Shape = tuple[int, ...]
+
+_TERM = re.compile(r"^(?P<name>[a-z]\w*)(?P<optional>\?)?: *(?P<dims>.*)$")
+_DIM = re.compile(r"\.\.\.|[a-z]\w*|\([a-z]\w*(?: [a-z]\w*)+\)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One operand or result: its name and its dimensions."""
+
+    name: str
+    dims: tuple[Dim, ...]
+    leading: bool = False  # `...` stands before the named dimensions
+    optional: bool = False
+    saved: bool = False  # a result for the backward pass alone
+
+    def __str__(self) -> str:
+        names = [d[0] if len(d) == 1 else f"({' '.join(d)})" for d in self.dims]
+        return " ".join([*["..."] * self.leading, *names]) or "scalar"
+
+    def renamed(self, name: str, **changes) -> "Term":
+        return dataclasses.replace(self, name=name, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    operands: tuple[Term, ...]
+    results: tuple[Term, ...]
+    whole: frozenset[str] = frozenset()
+
+    @classmethod
+    def parse(cls, text: str, whole: str = "") -> "Signature":
+        """Read a signature. Raises `ValueError` naming the piece that does not follow the language."""
+        sides = text.split("->")
+        if len(sides) != 2:
+            raise ValueError(f"a signature is 'operands -> results', got {text!r}")
+        public, _, saved = sides[1].partition(";")
+        signature = cls(
+            tuple(_terms(sides[0], text)),
+            tuple(_terms(public, text)) + tuple(t.renamed(t.name, saved=True) for t in _terms(saved, text)),
+            frozenset(whole.split()),
+        )
+        known = {name for term in signature.operands for dim in term.dims for name in dim}
+        for name in sorted(signature.whole - known):
+            raise ValueError(f"whole dimension {name!r} is not one of the operands' in {text!r}")
+        return signature
+
+    def check(self, op: str, shapes: Sequence[Shape | None]) -> tuple[dict[str, int], Shape]:
+        """The size of every named dimension and the shape that `...` stands for.
+
+        `shapes` holds one shape an operand, `None` where it is absent. Raises `ValueError` with the rule, the shapes
+        that break it, and the cure.
+        """
+        sizes: dict[str, tuple[int, str]] = {}
+        leading: tuple[Shape, str] | None = None
+        compounds = []
+        for term, shape in zip(self.operands, shapes, strict=True):
+            if shape is None:
+                continue
+            n = len(term.dims)
+            if len(shape) < n or (not term.leading and len(shape) != n):
+                count = f"at least {n}" if term.leading else str(n)
+                raise ValueError(
+                    f"{op}: `{term.name}` has dimensions ({term}), so {count} of them, but its shape is {shape}"
+                )
+            split = len(shape) - n
+            if term.leading:
+                if leading is not None and leading[0] != shape[:split]:
+                    raise ValueError(
+                        f"{op}: leading dimensions must agree: they are {leading[0]} in `{leading[1]}` and "
+                        f"{shape[:split]} in `{term.name}`; broadcast or reshape one of them"
+                    )
+                leading = leading or (shape[:split], term.name)
+            for dim, size in zip(term.dims, shape[split:], strict=True):
+                if len(dim) > 1:
+                    compounds.append((dim, size, term.name))
+                elif sizes.setdefault(dim[0], (size, term.name))[0] != size:
+                    first, owner = sizes[dim[0]]
+                    raise ValueError(
+                        f"{op}: dimension `{dim[0]}` must agree: it is {first} in `{owner}` and {size} in "
+                        f"`{term.name}`, whose dimensions are ({term}) and shape is {shape}"
+                    )
+        for dim, size, name in compounds:
+            _split_compound(op, dim, size, name, sizes)
+        return {dim: size for dim, (size, _) in sizes.items()}, leading[0] if leading else ()
+
+
+def _split_compound(op: str, dim: Dim, size: int, name: str, sizes: dict[str, tuple[int, str]]) -> None:
+    """Find the one unknown factor of a compound dimension, or check it where all are known."""
+    unknown = [f for f in dim if f not in sizes]
+    known = math.prod(sizes[f][0] for f in dim if f in sizes)
+    owners = ", ".join(f"`{f}` is {sizes[f][0]} in `{sizes[f][1]}`" for f in dim if f in sizes)
+    if len(unknown) > 1:
+        raise ValueError(f"{op}: ({' '.join(dim)}) of `{name}` has more than one factor that no operand tells")
+    if size != known if not unknown else (known == 0 or size % known):
+        multiple = "a multiple of " if unknown else ""
+        raise ValueError(f"{op}: ({' '.join(dim)}) of `{name}` must be {multiple}{known} ({owners}), got {size}")
+    if unknown:
+        sizes[unknown[0]] = (size // known, name)
+
+
+def _terms(side: str, text: str):
+    for piece in filter(None, (p.strip() for p in side.split(","))):
+        match = _TERM.match(piece)
+        dims = _DIM.findall(match["dims"]) if match else []
+        if not match or " ".join(dims) != " ".join(match["dims"].split()) or "..." in dims[1:]:
+            raise ValueError(f"cannot read {piece!r} in the signature {text!r}: write 'name: ... a b (c d)'")
+        leading = dims[:1] == ["..."]
+        yield Term(
+            match["name"],
+            tuple(tuple(d.strip("()").split()) for d in dims[leading:]),
+            leading,
+            bool(match["optional"]),
+        )
