@@ -23,15 +23,17 @@ clean:
 	rm -rf .venv .venv-latest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+everything := '.[models,offline,test]'
+
 # The lowest JAX is tested on the lowest Python, the newest on the newest.
 .venv/demo: pyproject.toml constraints-lowest.txt
 	$(call install,.venv,3.12 3.13 3.14,--constraint constraints-lowest.txt --editable '.[models]')
 
 .venv/test: pyproject.toml constraints-lowest.txt
-	$(call install,.venv,3.12 3.13 3.14,--constraint constraints-lowest.txt --editable '.[models,offline,test]')
+	$(call install,.venv,3.12 3.13 3.14,--constraint constraints-lowest.txt --editable $(everything))
 
 .venv-latest/test: pyproject.toml
-	$(call install,.venv-latest,3.13 3.12 3.14,--upgrade --editable '.[models,offline,test]')
+	$(call install,.venv-latest,3.13 3.12 3.14,--upgrade --editable $(everything))
 
 # $(call install,FOLDER,PYTHON VERSIONS,PIP ARGUMENTS): the rule's target is the stamp that says that this is done.
 # FOLDER/installing outlives an interrupted installation, and the next one then starts from an empty environment,
