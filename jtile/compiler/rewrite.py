@@ -1,0 +1,100 @@
+"""Replace every `pallas_call` in a function."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import linear_util, source_info_util
+from jax.extend.core import Literal
+
+# What stands for a pallas_call: takes the equation's parameters and its operands, returns its results.
+type Replace = Callable[..., Sequence[jax.Array]]
+
+
+def map_pallas_calls(fn: Callable, replace: Replace) -> Callable:
+    """`fn` with each `pallas_call` in it, however deeply nested, replaced by `replace(params, *operands)`.
+
+    Loops, branches, `jit`, `checkpoint`, `shard_map` and functions with custom derivatives are entered, the derivatives
+    too. Arguments that are not arrays stay as they are.
+    """
+
+    @functools.wraps(fn)
+    def mapped(*args, **kwargs):
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        results = []
+
+        def on_arrays(*arrays):
+            arrays = iter(arrays)
+            args, kwargs = tree.unflatten([next(arrays) if _is_array(x) else x for x in leaves])
+            results[:] = jax.tree.flatten(fn(*args, **kwargs))
+            return [x for x in results[0] if _is_array(x)]
+
+        arrays = [x for x in leaves if _is_array(x)]
+        replaced = iter(_evaluate(jax.make_jaxpr(on_arrays)(*arrays), replace, *arrays))
+        out_leaves, out_tree = results
+        return out_tree.unflatten([next(replaced) if _is_array(x) else x for x in out_leaves])
+
+    return mapped
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _evaluate(jaxpr, replace: Replace, *operands):
+    values = dict(zip(jaxpr.constvars, jaxpr.consts, strict=True))
+    values.update(zip(jaxpr.invars, operands, strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
+    for eqn in jaxpr.eqns:
+        arguments = map(read, eqn.invars)
+        with source_info_util.user_context(eqn.source_info.traceback), eqn.ctx.manager:
+            results = _evaluate_equation(eqn, replace, *arguments)
+        values.update(zip(eqn.outvars, results if eqn.primitive.multiple_results else [results], strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _evaluate_equation(eqn, replace: Replace, *operands):
+    name, params = eqn.primitive.name, eqn.params
+    if name == "pallas_call":
+        return replace(params, *operands)
+    if name == "shard_map":
+        return jax.shard_map(
+            functools.partial(_evaluate, params["jaxpr"], replace),
+            mesh=params["mesh"],
+            in_specs=params["in_specs"],
+            out_specs=list(params["out_specs"]),
+            axis_names=params["newly_manual_axes"],
+            check_vma=params["check_vma"],
+        )(*operands)
+    bound = eqn.primitive.get_bind_params(params)
+    if "subfuns" in bound:  # a function and its custom derivatives
+        functions = (
+            linear_util.wrap_init(map_pallas_calls(f.call_wrapped, replace), debug_info=f.debug_info)
+            for f in bound["subfuns"]
+        )
+        bound = {**bound, "subfuns": tuple(functions)}
+    else:
+        bound = {key: _rewrite(value, replace) for key, value in bound.items()}
+    return eqn.primitive.bind(*operands, **bound)
+
+
+def _rewrite(param: Any, replace: Replace):
+    """A parameter of an equation, rewritten if it is a jaxpr, or holds jaxprs as `cond` does, with a `pallas_call`."""
+    if isinstance(param, tuple) and any(map(_has_pallas_call, param)):
+        return tuple(_rewrite(p, replace) for p in param)
+    if _has_pallas_call(param):
+        return jax.make_jaxpr(functools.partial(_evaluate, param, replace))(*(v.aval for v in param.invars))
+    return param
+
+
+def _has_pallas_call(param: Any) -> bool:
+    if isinstance(param, tuple):
+        return any(map(_has_pallas_call, param))
+    return any(
+        eqn.primitive.name == "pallas_call" or any(map(_has_pallas_call, eqn.params.values()))
+        for eqn in getattr(param, "eqns", ())
+    )
