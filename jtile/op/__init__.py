@@ -1,3 +1,3 @@
-from jtile.op.primitive import TileOp
+from jtile.op.primitive import Implementation, TileOp
 
-__all__ = ["TileOp"]
+__all__ = ["Implementation", "TileOp"]

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,12 @@ from jtile.op import rules, sharding
 if TYPE_CHECKING:
     from jtile.op.primitive import Call, TileOp
 
-Choice = Literal["kernel", "reference", "interpreted"]
+
+class Choice(NamedTuple):
+    runs: Literal["kernel", "reference", "interpreted"]
+    why: str
+    fallback: bool = False  # the caller may have expected the kernel
+
 
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -34,38 +39,39 @@ def register(op: TileOp) -> None:
     borrowed.prim_requires_devices_during_lowering.add(op.primitive)
 
 
-def choose(op: TileOp, shapes: Sequence, call: Call, platform: str) -> tuple[Choice, str]:
+def choose(op: TileOp, shapes: Sequence, call: Call, platform: str) -> Choice:
     """Which implementation serves a call on a platform, and why.
 
     `shapes` are the operands given, as one group sees them. Raises `NotImplementedError` where the implementation that
     the caller named cannot serve.
     """
     if op.parent is not None:
-        return "reference", "forward-mode and higher derivatives come from the reference"
+        return Choice("reference", "forward-mode and higher derivatives come from the reference")
     if call.implementation == "xla":
-        return "reference", "implementation='xla'"
+        return Choice("reference", "implementation='xla'")
+    if any(math.prod(s.shape) == 0 for s in shapes):
+        return Choice("reference", "an operand is empty: there is nothing to launch")
     obstacle = _obstacle(op, shapes, call)
+    if call.implementation != "interpret" and not obstacle:
+        if platform != "cuda":
+            obstacle = f"kernels run on NVIDIA GPUs, and this is lowered for {platform}"
+        else:
+            obstacle = _missing_toolchain()
+    if obstacle and call.implementation:
+        raise NotImplementedError(
+            f"{op.name}: implementation={call.implementation!r} cannot serve this call: {obstacle}"
+        )
+    if obstacle:
+        return Choice("reference", obstacle, fallback=platform == "cuda" and op.kernel_function is not None)
     if call.implementation == "interpret":
-        if obstacle:
-            raise NotImplementedError(f"{op.name}: implementation='interpret' cannot serve this call: {obstacle}")
-        return "interpreted", "implementation='interpret'"
-    if platform != "cuda":
-        obstacle = f"kernels run on NVIDIA GPUs, and this is lowered for {platform}"
-    elif not obstacle:
-        obstacle = _missing_toolchain()
-    if not obstacle:
-        return "kernel", "implementation='triton'" if call.implementation else "an NVIDIA GPU"
-    if call.implementation == "triton":
-        raise NotImplementedError(f"{op.name}: implementation='triton' cannot serve this call: {obstacle}")
-    return "reference", obstacle
+        return Choice("interpreted", "implementation='interpret'")
+    return Choice("kernel", "implementation='triton'" if call.implementation else "lowered for an NVIDIA GPU")
 
 
 def _obstacle(op: TileOp, shapes: Sequence, call: Call) -> str | None:
     """Why the op's kernel cannot serve a call on any platform."""
     if op.kernel_function is None:
         return "the op has no kernel"
-    if any(math.prod(s.shape) == 0 for s in shapes):
-        return "an operand is empty"
     terms = [t for t, p in zip(op.signature.operands, call.present, strict=True) if p]
     for term, s in zip(terms, shapes, strict=True):
         if jnp.issubdtype(s.dtype, jnp.inexact) and s.dtype.name not in KERNEL_DTYPES:
@@ -85,7 +91,9 @@ def _missing_toolchain() -> str | None:
 
 @functools.cache
 def _warn_once(op: TileOp, reason: str) -> None:
-    message = f"{op.name} runs its reference on the GPU: {reason}. implementation='xla' asks for it without this warning"
+    message = (
+        f"{op.name} runs its reference on the GPU: {reason}. implementation='xla' asks for it without this warning"
+    )
     warnings.warn(message, FallbackWarning, stacklevel=2)
 
 
@@ -103,24 +111,25 @@ def lower(op: TileOp, platform: str | None, ctx, *operands, call: Call):
 
 def execute(op: TileOp, call: Call, platform: str, *operands: jax.Array) -> list[jax.Array]:
     """Compute the present results on one device."""
-    choice, reason = choose(op, rules.ungrouped(operands, call), call, platform)
-    if choice == "reference":
-        if platform == "cuda" and call.implementation is None and op.parent is None:
-            _warn_once(op, reason)
+    choice = choose(op, rules.ungrouped(operands, call), call, platform)
+    if choice.fallback:
+        _warn_once(op, choice.why)
+    if choice.runs == "reference":
         function = op.reference_function
     else:
+        assert op.kernel_function is not None
         function = _folding(op, op.kernel_function)
 
     def one_group(*given):
         results = function(*call.expand(given), **dict(call.static))
         return [r for r in results if r is not None]
 
-    if choice == "interpreted":
+    if choice.runs == "interpreted":
         from jtile.compiler.interpret import interpret_pallas
 
         one_group = interpret_pallas(one_group)
     mapped = rules.vmap_groups(one_group, call.groups, call.group_count)
-    if choice == "reference":
+    if choice.runs == "reference":
         return mapped(*operands)
     with jax.enable_x64(False):  # kernels count in 32 bits whatever the user's mode
         return mapped(*operands)

@@ -74,8 +74,9 @@ class TileOp:
       is always an array, another's is `None` where it is zero. Optional: the reference is differentiated without it.
 
     Calling the op takes arrays in the signature's order, `None` for an absent optional operand, static arguments by
-    keyword, and `implementation`: `None` takes the kernel on NVIDIA GPUs and the reference elsewhere; `"triton"` insists
-    on the kernel, `"xla"` on the reference, and `"interpret"` runs the kernel in Pallas' interpreter on any machine.
+    keyword, and `implementation`: `None` takes the kernel on NVIDIA GPUs and the reference elsewhere; `"triton"`
+    insists on the kernel, `"xla"` on the reference, and `"interpret"` runs the kernel in Pallas' interpreter on any
+    machine.
 
     Example:
         >>> import jax.numpy as jnp
@@ -93,10 +94,10 @@ class TileOp:
     def __init__(self, name: str, signature: str | Signature, *, whole: str = ""):
         self.name = name
         self.signature = signature if isinstance(signature, Signature) else Signature.parse(signature, whole)
-        self.reference_function: Callable | None = None
-        self.kernel_function: Callable | None = None
-        self.limits_function: Callable | None = None
-        self.transpose_function: Callable | None = None
+        self.reference_function: Callable[..., tuple] = self._no_reference
+        self.kernel_function: Callable[..., tuple] | None = None
+        self.limits_function: Callable[..., str | None] | None = None
+        self.transpose_function: Callable[..., tuple] | None = None
         self.parent: TileOp | None = None  # the op whose derivative this is: such an op has no kernel by design
         self.primitive = TilePrimitive(self)
         rules.register(self)
@@ -122,8 +123,6 @@ class TileOp:
         return function
 
     def __call__(self, *operands, implementation: Implementation = None, **static: Hashable) -> tuple:
-        if self.reference_function is None:
-            raise TypeError(f"{self.name} has no reference yet: decorate one with @op.reference")
         if implementation not in IMPLEMENTATIONS:
             raise ValueError(
                 f"{self.name}: `implementation` must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
@@ -156,6 +155,11 @@ class TileOp:
     def pullback(self) -> "TileOp":
         """The reference's vector-Jacobian product: from operands and cotangents to the operands' cotangents."""
         return rules.pullback_of(self)
+
+    def _no_reference(self, *operands) -> tuple:
+        raise TypeError(
+            f"{self.name} has no reference: decorate the function that says what it means with @op.reference"
+        )
 
     @property
     def static_names(self) -> list[str]:

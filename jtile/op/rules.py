@@ -47,8 +47,7 @@ def group_sizes(avals: Sequence, call: Call) -> tuple[int, ...]:
 def ungrouped(avals: Sequence, call: Call) -> list[jax.ShapeDtypeStruct]:
     """The operands as one group sees them."""
     return [
-        jax.ShapeDtypeStruct(aval.shape[sum(mask) :], aval.dtype)
-        for aval, mask in zip(avals, call.groups, strict=True)
+        jax.ShapeDtypeStruct(aval.shape[sum(mask) :], aval.dtype) for aval, mask in zip(avals, call.groups, strict=True)
     ]
 
 
@@ -174,7 +173,11 @@ def jvp(op: TileOp, primals: Sequence, tangents: Sequence, *, call: Call):
     out = op.linear.bind([o for o in operands if o is not None], tangent_call)
     return (
         [r for r in results if r is not None],
-        [ad.Zero.from_primal_value(r) if t is None else t for r, t in zip(results, out, strict=True) if r is not None],
+        [
+            ad.Zero(jax.typeof(r).to_tangent_aval()) if t is None else t
+            for r, t in zip(results, out, strict=True)
+            if r is not None
+        ],
     )
 
 
@@ -189,8 +192,9 @@ def _saved_results(op: TileOp, shapes: tuple, call: Call) -> tuple[bool, ...]:
         for r, t in zip(results, op.signature.results, strict=True)
     ]
     with borrowed.no_mesh():
-        jaxpr = jax.make_jaxpr(lambda r, o, c: op.transpose_function(tuple(o), tuple(r), tuple(c), **call.options))(
-            list(results), call.expand(shapes), cotangents
+        rule = functools.partial(op.transpose_function, **call.options)
+        jaxpr = jax.make_jaxpr(lambda r, o, c: rule(tuple(o), r, tuple(c)))(
+            results, call.expand(shapes), cotangents
         ).jaxpr
     used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
     variables = iter(jaxpr.invars)
@@ -280,6 +284,7 @@ def transpose(op: TileOp, cotangents: Sequence, *values, call: Call) -> list:
     shapes = _linear_results(op, values, call)
     incoming = iter(cotangents)
     cotangent = [None if s is None else next(incoming) for s in shapes]
+    # A saved result has a cotangent in higher derivatives alone, and the rule does not take it.
     for_kernel = op.transpose_function is not None and all(
         c is None or is_zero(c) for c, t in zip(cotangent, op.signature.results, strict=True) if t.saved
     )
@@ -288,15 +293,14 @@ def transpose(op: TileOp, cotangents: Sequence, *values, call: Call) -> list:
     cotangent = [None if c is None or is_zero(c) else c for c in cotangent]
     active = [i for i, t in enumerate(tangents) if t is not None]
 
-    def pull(*given):
-        given = iter(given)
-        operands_, saved_, cotangent_ = (
-            tuple(None if v is None else next(given) for v in values) for values in (operands, saved, cotangent)
-        )
+    def pull(*values):
+        given = iter(values)
+        groups = (tuple(None if v is None else next(given) for v in many) for many in (operands, saved, cotangent))
         if for_kernel:
-            out = op.transpose_function(operands_, saved_, cotangent_, **call.options)
+            out = op.transpose_function(*groups, **call.options)  # type: ignore[misc]
         else:
-            out = op.pullback(*operands_, *cotangent_, **call.options)
+            primals, _, outgoing = groups
+            out = op.pullback(*primals, *outgoing, **call.options)
         return tuple(out[i] for i in active)
 
     given = [*operands, *saved, *cotangent]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
@@ -76,13 +76,14 @@ class Layout:
         plain = {dim[0] for dims in (*self.operands, *self.results) for dim in dims if len(dim) == 1}
         kept = {f for dims in self.results for dim in dims for f in dim}
         factors = list(dict.fromkeys(used))
+        compound_only: dict[str, Any] = {f: self.sizes[f] for f in factors if f not in plain}
         mapping = lambda dims: ArrayMapping(*(dim[0] if len(dim) == 1 else CompoundFactor(*dim) for dim in dims))  # noqa: E731
         return SdyShardingRule(
             tuple(map(mapping, self.operands)),
             tuple(map(mapping, self.results)),
             need_replication_factors=tuple(f for f in factors if f in self.whole),
             reduction_factors=tuple(f for f in factors if f not in kept and f not in self.whole),
-            **{f: self.sizes[f] for f in factors if f not in plain},
+            **compound_only,
         )
 
     def assign(self, specs: Sequence[Spec], *, strict: bool = False) -> dict[str, tuple[str, ...]]:
@@ -129,8 +130,12 @@ class Layout:
 
 
 def axes_of(spec: PartitionSpec | None, ndim: int) -> Spec:
-    entries = (*(spec or ()), *[None] * ndim)[:ndim]
-    return tuple(() if e is None or isinstance(e, type(PartitionSpec.UNCONSTRAINED)) else e if isinstance(e, tuple) else (e,) for e in entries)
+    def axes(entry) -> tuple[str, ...]:
+        if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+            return ()
+        return entry if isinstance(entry, tuple) else (entry,)
+
+    return tuple(axes(entry) for entry in (*(spec or ()), *[None] * ndim)[:ndim])
 
 
 def result_specs(op: TileOp, avals: Sequence, call: Call) -> list[PartitionSpec | None]:

@@ -6,7 +6,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from jtile.compiler.params import CompilerParams
-from jtile.op import TileOp
+from jtile.op import Implementation, TileOp
 
 # Spec. `h` is a result only with a residual: without one it is x, and need not be written.
 
@@ -148,7 +148,7 @@ def rms_norm(
     *,
     residual: Float[Array, "*leading d"] | None = None,
     epsilon: float = 1e-6,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> Float[Array, "*leading d"] | tuple[Float[Array, "*leading d"], Float[Array, "*leading d"]]:
     """Root-mean-square normalisation of every row, after adding a residual if there is one.
 

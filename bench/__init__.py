@@ -1,0 +1,1 @@
+"""Measure jtile's ops against their rivals: `python -m bench run`, then `python -m bench report`."""
