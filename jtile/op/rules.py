@@ -66,7 +66,7 @@ def _result_shapes(op: TileOp, shapes: tuple, call: Call, x64: bool) -> tuple:
             f"{op.name}: the reference must return a tuple of {len(terms)} ({', '.join(t.name for t in terms)}), got "
             f"{len(results) if isinstance(results, tuple) else type(results).__name__}"
         )
-    sizes, leading = op.signature.check(op.name, [s and s.shape for s in call.expand(shapes)])
+    sizes, leading = op.signature.check(op.name, [None if s is None else s.shape for s in call.expand(shapes)])
     for term, result in zip(terms, results, strict=True):
         if result is None and not term.optional:
             raise TypeError(f"{op.name}: the reference returned None for `{term.name}`, which is not marked optional")

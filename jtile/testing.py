@@ -1,0 +1,749 @@
+"""The laws that every op obeys, and `check_op`, which tells whether yours does.
+
+A law is a function of a trial: an op, random operands for it, and the op's reference, in which nothing but `jax.numpy`
+is left, so that JAX's own rules transform it. The law asks something of the op and compares the answer with the
+reference's. `LAWS` holds them all by name.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jtile.compiler.target import Target
+from jtile.op import TileOp
+from jtile.op.lowering import execute
+from jtile.op.primitive import TilePrimitive
+from jtile.op.signature import Signature, Term
+from jtile.report import inspect
+
+Arrays = dict[str, jax.Array]  # by name
+
+TARGETS = ("NVIDIA A100", "NVIDIA H100", "NVIDIA B200")  # sm_80, sm_90 and sm_100
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Operands to try an op on.
+
+    Args:
+        signature: the operands and results of one call in the language of `jtile.TileOp`, with every dimension named:
+            `"x: batch d, scale: d -> y: batch d"`. Operands that are left out are absent.
+        sizes: the size of every dimension. Choose one for `split` that your devices divide.
+        options: the op's other arguments.
+        integers: for each integer operand the range of its values, the end excluded. A bound may name a dimension:
+            `{"labels": (0, "vocabulary")}`.
+        split: the dimensions that devices may share out, separated by blanks. The laws of sharding demand that no data
+            moves, but for one sum where a result lacks the dimension. They hold trivially where there is none.
+        fixed: the dimensions that cannot take any size; the law of shapes leaves these alone.
+        dtype: of the floating operands.
+        dtypes: of operands that have another, which they keep whatever the law.
+        typical: sizes met in practice, for what compiles without being run. Default: `sizes`.
+        tolerance: multiplies the allowed errors, which `Trial.agree` explains.
+    """
+
+    signature: str
+    sizes: Mapping[str, int]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    integers: Mapping[str, tuple[int | str, int | str]] = dataclasses.field(default_factory=dict)
+    split: str = ""
+    fixed: str = ""
+    dtype: str = "float32"
+    dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    typical: Mapping[str, int] | None = None
+    tolerance: float = 1.0
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{name}={size}" for name, size in self.sizes.items())
+        options = "".join(f" {name}={value!r}" for name, value in self.options.items())
+        return f"[{self.signature}] {sizes} {self.dtype}{options}"
+
+    @functools.cached_property
+    def parsed(self) -> Signature:
+        return Signature.parse(self.signature)
+
+    def shape(self, term: Term) -> tuple[int, ...]:
+        return tuple(math.prod(self.sizes[factor] for factor in dim) for dim in term.dims)
+
+    def dtype_of(self, term: Term) -> str:
+        return "int32" if term.name in self.integers else self.dtypes.get(term.name, self.dtype)
+
+    def operands(self, seed: int = 0) -> Arrays:
+        """Standard normal, or uniform in the range given for integers."""
+        random = np.random.default_rng(seed)
+
+        def make(term: Term) -> jax.Array:
+            if term.name in self.integers:
+                low, high = (self.sizes[b] if isinstance(b, str) else b for b in self.integers[term.name])
+                values = random.integers(low, high, self.shape(term))
+            else:
+                values = random.standard_normal(self.shape(term))
+            return jnp.asarray(values, self.dtype_of(term))
+
+        return {t.name: make(t) for t in self.parsed.operands}
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {t.name: jax.ShapeDtypeStruct(self.shape(t), self.dtype_of(t)) for t in self.parsed.operands}
+
+
+def check_op(
+    op: TileOp | Callable,
+    cases: Iterable[Case],
+    *,
+    laws: Iterable[str] | None = None,
+    implementation: str | None = None,
+) -> None:
+    """Check that an op keeps the laws: right under every transformation of JAX, on every kind of mesh, in every dtype.
+
+    The laws of sharding need several devices. `jax.config.update("jax_num_cpu_devices", 8)` simulates them.
+
+    Args:
+        op: a `TileOp`, or a function such as `jtile.rms_norm` that calls some. Its operands and options are passed to a
+            function by name, and so is `implementation`.
+        cases: the operands to try it on. Small ones do: the laws of dtypes and shapes vary them.
+        laws: names of laws in `LAWS`; all of them by default.
+        implementation: what to check against the reference. Default: `"triton"` on a GPU and `"interpret"` elsewhere.
+
+    Raises:
+        ExceptionGroup: of everything that went wrong. A note tells the op, the law and the case of each, and an
+            `AssertionError` says by how much which value is wrong, and where.
+
+    Example:
+        >>> import jtile
+        >>> case = jtile.testing.Case("x: rows d, scale: d -> y: rows d", {"rows": 4, "d": 10})
+        >>> jtile.testing.check_op(jtile.rms_norm, [case], laws=["kernel", "gradient", "second_order"])
+    """
+    names = list(LAWS if laws is None else laws)
+    trials = [Trial(op, case, implementation) for case in cases]
+    failures = [failure for trial in trials for name in names if (failure := trial.failure(name))]
+    if failures:
+        count = len(trials) * len(names)
+        raise ExceptionGroup(f"{len(failures)} of {count} checks of {trials[0].name} failed", failures)
+
+
+class Trial:
+    """One op on one case: what a law is given.
+
+    `kernel` and `reference` take a dictionary of operands and return one of results.
+    """
+
+    def __init__(self, op: TileOp | Callable, case: Case, implementation: str | None = None):
+        self.op, self.case = op, case
+        self.implementation = implementation or ("triton" if jax.default_backend() == "gpu" else "interpret")
+        self.name = op.name if isinstance(op, TileOp) else op.__name__
+        self.kernel = self.function(self.implementation)
+        self.reference = only_references(self.function("xla"))
+        self.compiled = functools.cache(lambda derive: jax.jit(derive(self.reference)))
+
+    def check(self, law: str) -> None:
+        """Raise what `failure` returns."""
+        if failure := self.failure(law):
+            raise failure
+
+    def failure(self, law: str) -> Exception | None:
+        """What goes wrong under a law, if anything does."""
+        try:
+            LAWS[law](self)
+        except Exception as failure:
+            failure.add_note(f"{self.name} breaks the law `{law}` in the case {self.case}")
+            return failure
+        return None
+
+    def variant(self, **changes) -> "Trial":
+        """The same op on a changed case."""
+        return Trial(self.op, dataclasses.replace(self.case, **changes), self.implementation)
+
+    def function(self, implementation: str | None) -> Callable[[Arrays], Arrays]:
+        options = dict(self.case.options, implementation=implementation)
+        wanted = [t.name for t in self.case.parsed.results]
+
+        def call(operands: Arrays) -> Arrays:
+            if isinstance(self.op, TileOp):
+                signature = self.op.signature
+                results = self.op(*(operands.get(t.name) for t in signature.operands), **options)
+                named = dict(zip((t.name for t in signature.results), results, strict=True))
+                return {name: named[name] for name in wanted}
+            return dict(zip(wanted, jax.tree.leaves(self.op(**operands, **options)), strict=True))
+
+        return call
+
+    def operands(self, seed: int = 0) -> Arrays:
+        return self.case.operands(seed)
+
+    def cotangents(self, seed: int = 0) -> Arrays:
+        """One for each floating result."""
+        return _normal(jax.eval_shape(self.reference, self.case.shapes()), 1000 + seed)
+
+    def tangents(self, seed: int = 0) -> Arrays:
+        """One for each floating operand."""
+        return _normal(self.case.shapes(), 2000 + seed)
+
+    def same(self, derive: Callable[[Callable], Callable], *inputs) -> None:
+        """Assert that `derive(kernel)` and `derive(reference)` are the same function at these inputs."""
+        self.agree(jax.jit(derive(self.kernel))(*inputs), self.expected(derive, *inputs))
+
+    def expected(self, derive: Callable[[Callable], Callable], *inputs) -> tuple[Any, Any]:
+        """What the reference computes: from operands in their own dtypes, and from the same in float32."""
+        own = self.compiled(derive)(*inputs)
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32) if is_floating(x) else x, inputs)
+        narrow = any(x.dtype != w.dtype for x, w in zip(jax.tree.leaves(inputs), jax.tree.leaves(wide), strict=True))
+        return own, self.compiled(derive)(*wide) if narrow else own
+
+    def agree(self, actual, expected: tuple[Any, Any]) -> None:
+        """Assert that `actual` is what `expected` returned, but for rounding.
+
+        The truth t is what the reference makes of the operands in float32. The error allowed each value is the sum of
+
+        * one unit in the last place of t in the result's dtype, for the result's own rounding;
+        * 4 √n units in the last place in float32 of the array's largest value, for sums of up to n terms in another
+          order, whose roundings add up like a random walk; n is the size of the largest operand;
+        * 4 units in the last place in float32 of 1, the size of operands and cotangents, for terms that cancel;
+        * twice the largest error of the reference in the operands' own dtypes, which is zero in float32: what the
+          reference loses by intermediate rounding, a kernel may lose too.
+        """
+        own, truth = expected
+        terms = max(math.prod(s.shape) for s in self.case.shapes().values())
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(own)]
+        for path, got, low, high in zip(paths, *map(jax.tree.leaves, (actual, own, truth)), strict=True):
+            name = jax.tree_util.keystr(path, simple=True, separator=" of ")
+            assert got.shape == low.shape, f"{name} has shape {got.shape}, the reference's {low.shape}"
+            assert got.dtype == low.dtype, f"{name} has dtype {got.dtype}, the reference's {low.dtype}"
+            units = float(jnp.finfo(low.dtype).eps) if is_floating(low) else 0
+            got, low, high = (np.asarray(x, np.float64) for x in (got, low, high))
+            finite = np.isfinite(high)
+            size, lost = np.where(finite, np.abs(high), 0), np.where(finite, np.abs(low - high), 0)
+            allowed = units * size + 2 * lost.max(initial=0)
+            if units:
+                allowed += 4 * np.finfo(np.float32).eps * (1 + math.sqrt(terms) * size.max(initial=0))
+            error = np.where(got == high, 0, np.abs(got - high))
+            wrong = ~(error <= self.case.tolerance * allowed)
+            if wrong.any():
+                worst = np.unravel_index(np.argmax(np.where(wrong, np.nan_to_num(error, nan=np.inf), -1)), wrong.shape)
+                raise AssertionError(
+                    f"{name}, shape {got.shape}: {wrong.sum()} of {wrong.size} values are wrong. The worst, at "
+                    f"{tuple(map(int, worst))}, is {got[worst]:.7g} instead of {high[worst]:.7g}: "
+                    f"the error is {error[worst]:.2g}, and {self.case.tolerance * allowed[worst]:.2g} is allowed"
+                )
+
+
+def is_floating(x) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def floating(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: x for name, x in arrays.items() if is_floating(x)}
+
+
+def _normal(shapes: Mapping[str, jax.ShapeDtypeStruct], seed: int) -> Arrays:
+    random = np.random.default_rng(seed)
+    return {n: jnp.asarray(random.standard_normal(s.shape), s.dtype) for n, s in floating(shapes).items()}
+
+
+# Programs that call tile primitives.
+
+
+def only_references(function: Callable) -> Callable:
+    """`function` with each tile primitive replaced by its reference: an opinion that owes nothing to the op's rules."""
+
+    def evaluate(closed: ClosedJaxpr, *values):
+        jaxpr = closed.jaxpr
+        known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *values], strict=True))
+        read = lambda atom: atom.val if isinstance(atom, Literal) else known[atom]  # noqa: E731
+        for equation in jaxpr.eqns:
+            primitive, inputs = equation.primitive, [read(atom) for atom in equation.invars]
+            if isinstance(primitive, TilePrimitive):
+                outputs = execute(primitive.op, equation.params["call"], "cpu", *inputs)
+            elif primitive.name == "jit":
+                outputs = evaluate(equation.params["jaxpr"], *inputs)
+            else:
+                outputs = primitive.bind(*inputs, **primitive.get_bind_params(equation.params))
+                outputs = outputs if primitive.multiple_results else [outputs]
+            known.update(zip(equation.outvars, outputs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def replaced(*inputs):
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*inputs)
+        return jax.tree.unflatten(jax.tree.structure(shapes), evaluate(closed, *jax.tree.leaves(inputs)))
+
+    return replaced
+
+
+def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """Every equation, at any depth."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def binds(function: Callable, *inputs) -> Counter[str]:
+    """How often a program binds the tile primitive of each op."""
+    program = equations(jax.make_jaxpr(function)(*inputs).jaxpr)
+    return Counter(e.primitive.op.name for e in program if isinstance(e.primitive, TilePrimitive))
+
+
+_COLLECTIVE = re.compile(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+
+
+def collectives(compiled: jax.stages.Compiled) -> Counter[str]:
+    """How often a compiled program exchanges data between devices, by kind."""
+    return Counter(_COLLECTIVE.findall(compiled.as_text()))
+
+
+# Derived functions: each takes the kernel or the reference.
+
+
+def value(f: Callable) -> Callable:
+    return lambda operands: {"value": f(operands)}
+
+
+def on_floats(f: Callable, operands: Arrays) -> Callable:
+    return lambda floats: floating(f({**operands, **floats}))
+
+
+def pullback(f: Callable) -> Callable:
+    return lambda *inputs: {"gradient": value_and_pullback(f)(*inputs)["gradient"]}
+
+
+def value_and_pullback(f: Callable) -> Callable:
+    def function(operands, cotangents):
+        out, vjp = jax.vjp(on_floats(f, operands), floating(operands))
+        return {"value": out, "gradient": vjp(cotangents)[0]}
+
+    return function
+
+
+def pushforward(f: Callable) -> Callable:
+    def function(operands, tangents):
+        _, out = jax.jvp(on_floats(f, operands), [floating(operands)], [tangents])
+        return {"tangent": out}
+
+    return function
+
+
+def linearized(f: Callable) -> Callable:
+    def function(operands, tangents):
+        _, linear = jax.linearize(on_floats(f, operands), floating(operands))
+        return {"tangent": linear(tangents)}
+
+    return function
+
+
+def forward_over_reverse(f: Callable) -> Callable:
+    def function(operands, cotangents, tangents):
+        gradient = lambda floats: pullback(f)({**operands, **floats}, cotangents)  # noqa: E731
+        return {"second": jax.jvp(gradient, [floating(operands)], [tangents])[1]["gradient"]}
+
+    return function
+
+
+def reverse_over_reverse(f: Callable) -> Callable:
+    def function(operands, cotangents, tangents):
+        gradient = lambda floats, given: pullback(f)({**operands, **floats}, given)  # noqa: E731
+        _, vjp = jax.vjp(gradient, floating(operands), cotangents)
+        return dict(zip(("second", "second by cotangent"), vjp({"gradient": tangents}), strict=True))
+
+    return function
+
+
+# The laws.
+
+LAWS: dict[str, Callable[[Trial], None]] = {}
+
+
+def law(function: Callable[[Trial], None]) -> Callable[[Trial], None]:
+    LAWS[function.__name__] = function
+    return function
+
+
+@law
+def kernel(trial: Trial) -> None:
+    """The kernel computes what the reference does."""
+    trial.same(value, trial.operands())
+
+
+@law
+def gradient(trial: Trial) -> None:
+    """The backward kernels compute the gradient of the reference."""
+    trial.same(value_and_pullback, trial.operands(), trial.cotangents())
+
+
+@law
+def forward_mode(trial: Trial) -> None:
+    """`jvp` and `linearize`."""
+    trial.same(pushforward, trial.operands(), trial.tangents())
+    trial.same(linearized, trial.operands(), trial.tangents())
+
+
+@law
+def second_order(trial: Trial) -> None:
+    """Forward-mode and reverse-mode derivatives of the gradient."""
+    for derive in forward_over_reverse, reverse_over_reverse:
+        trial.same(derive, trial.operands(), trial.cotangents(), trial.tangents())
+
+
+@law
+def dtypes(trial: Trial) -> None:
+    """16-bit operands lose no more than the reference does with them."""
+    for dtype in {"bfloat16", "float16"} - {trial.case.dtype}:
+        gradient(trial.variant(dtype=dtype))
+
+
+@law
+def x64(trial: Trial) -> None:
+    """JAX's 64-bit mode changes nothing in what 32-bit operands give."""
+    inputs = trial.operands(), trial.cotangents()
+    expected = trial.expected(value_and_pullback, *inputs)
+    with jax.enable_x64(True):
+        trial.agree(jax.jit(value_and_pullback(trial.kernel))(*inputs), expected)
+
+
+@law
+def shapes(trial: Trial) -> None:
+    """Dimensions of size 1, sizes that no block divides, and no rows at all."""
+    case = trial.case
+    free = [name for name in case.sizes if name not in case.fixed.split()]
+    for size in 1, 17:
+        gradient(trial.variant(sizes={**case.sizes, **dict.fromkeys(free, size)}))
+    for name in case.split.split():
+        gradient(trial.variant(sizes={**case.sizes, name: 0}))
+
+
+# vmap
+
+
+def stacked(samples: Sequence[Arrays], axes: Mapping[str, int | None]) -> Arrays:
+    """The samples of every operand that has an axis stacked along it; the first sample of the others."""
+    return {n: x if axes[n] is None else jnp.stack([s[n] for s in samples], axes[n]) for n, x in samples[0].items()}
+
+
+def _stacked_cotangents(trial: Trial, count: int) -> Arrays:
+    return jax.tree.map(lambda *x: jnp.stack(x), *map(trial.cotangents, range(count)))
+
+
+@law
+def vmap(trial: Trial) -> None:
+    """`vmap` over every subset of the operands, along any axis: of the gradient, and inside it. One launch does all."""
+    samples = [trial.operands(seed) for seed in range(3)]
+    cotangents = _stacked_cotangents(trial, 3)
+    launches = binds(trial.kernel, samples[0])
+
+    def check(mapped: Sequence[str]) -> None:
+        axes = {n: i % (x.ndim + 1) if n in mapped else None for i, (n, x) in enumerate(samples[0].items())}
+        operands = stacked(samples, axes)
+        found = binds(jax.vmap(trial.kernel, in_axes=(axes,)), operands)
+        assert found == launches, f"vmap over {', '.join(mapped)} launches {dict(found)} instead of {dict(launches)}"
+        trial.same(lambda f: jax.vmap(value_and_pullback(f), in_axes=(axes, 0)), operands, cotangents)
+        trial.same(lambda f: value_and_pullback(jax.vmap(f, in_axes=(axes,))), operands, cotangents)
+
+    for count in range(1, len(samples[0]) + 1):
+        for mapped in itertools.combinations(samples[0], count):
+            check(mapped)
+
+
+@law
+def nested_vmap(trial: Trial) -> None:
+    """`vmap` over one operand inside `vmap` over all, and the other way round."""
+    names = list(trial.operands())
+    everything = dict.fromkeys(names, 0)
+
+    def check(name: str) -> None:
+        one = {n: 0 if n == name else None for n in names}
+        inner = [stacked([trial.operands(10 * i + j) for j in range(3)], one) for i in range(2)]
+        operands, cotangents = stacked(inner, everything), _stacked_cotangents(trial, 2)
+        over_all = lambda f: jax.vmap(f, in_axes=(everything, 0))  # noqa: E731
+        over_one = lambda f: jax.vmap(f, in_axes=(one, None))  # noqa: E731
+        trial.same(lambda f: over_all(over_one(value_and_pullback(f))), operands, cotangents)
+        operands[name] = jnp.swapaxes(operands[name], 0, 1)
+        trial.same(lambda f: over_one(over_all(value_and_pullback(f))), operands, cotangents)
+
+    for name in dict.fromkeys((names[0], names[-1])):
+        check(name)
+
+
+# Control flow
+
+
+@law
+def scan(trial: Trial) -> None:
+    """The op in `scan` with the operands that have no dimension to split (weights) closed over."""
+    split = set(trial.case.split.split())
+    weights = {t.name for t in trial.case.parsed.operands if not split & {factor for dim in t.dims for factor in dim}}
+    axes = {n: None if n in weights else 0 for n in trial.operands()}
+    operands = stacked([trial.operands(seed) for seed in range(3)], axes)
+
+    def scanned(f):
+        def function(operands):
+            fixed = {n: x for n, x in operands.items() if axes[n] is None}
+            moving = {n: x for n, x in operands.items() if axes[n] is not None}
+            return jax.lax.scan(lambda _, xs: (None, f({**fixed, **xs})), None, moving, length=3)[1]
+
+        return value_and_pullback(function)
+
+    trial.same(scanned, operands, _stacked_cotangents(trial, 3))
+
+
+@law
+def control_flow(trial: Trial) -> None:
+    """The op in a branch of `cond`, and its gradient in a `while_loop`."""
+
+    def branches(f):
+        def function(repeat, operands, cotangents):
+            def branch(operands):
+                return jax.lax.cond(repeat > 1, f, lambda x: jax.tree.map(jnp.zeros_like, f(x)), operands)
+
+            def step(carry):
+                return carry[0] - 1, value_and_pullback(branch)(operands, cotangents)
+
+            nothing = jax.tree.map(jnp.zeros_like, step((0, None))[1])
+            return jax.lax.while_loop(lambda carry: carry[0] > 0, step, (repeat, nothing))[1]
+
+        return function
+
+    trial.same(branches, jnp.int32(2), trial.operands(), trial.cotangents())
+
+
+@law
+def checkpoint(trial: Trial) -> None:
+    """Rematerialisation under every policy. Residuals saved by name spare the forward kernel its second run."""
+    inputs = trial.operands(), trial.cotangents()
+    program = equations(jax.make_jaxpr(pullback(trial.kernel))(*inputs).jaxpr)
+    saved = [e.params["name"] for e in program if e.primitive.name == "name"]
+    by_name = jax.checkpoint_policies.save_only_these_names(*saved)
+    policies = jax.checkpoint_policies
+    for policy in None, policies.everything_saveable, policies.dots_saveable, by_name:
+        rematerialised = jax.checkpoint(trial.kernel, policy=policy)
+        trial.agree(jax.jit(value_and_pullback(rematerialised))(*inputs), trial.expected(value_and_pullback, *inputs))
+    found, once = binds(pullback(rematerialised), *inputs), binds(pullback(trial.kernel), *inputs)
+    assert found == once, f"with {saved} saved, checkpoint runs {dict(found)} instead of {dict(once)}"
+
+
+@law
+def repeats(trial: Trial) -> None:
+    """The same bits on every run, from one trace."""
+    traces = []
+
+    def traced(operands):
+        traces.append(operands)
+        return trial.kernel(operands)
+
+    run = jax.jit(value_and_pullback(traced))
+    first, *others = [jax.block_until_ready(run(trial.operands(), trial.cotangents())) for _ in range(10)]
+    assert len(traces) == 1, f"ten calls of a jitted function traced it {len(traces)} times"
+    for other in others:
+        jax.tree.map(np.testing.assert_array_equal, first, other)
+
+
+# Devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One dimension of a case shared out among devices."""
+
+    trial: Trial
+    dim: str
+    count: int
+
+    AXIS = "i"
+
+    @classmethod
+    def every(cls, trial: Trial, *, spare: int = 1) -> "Iterator[Split]":
+        """Each dimension named in `Case.split`, over as many devices as can share it of one in `spare`."""
+        devices = jax.device_count() // spare
+        for dim in trial.case.split.split():
+            count = math.gcd(trial.case.sizes[dim], devices)
+            if count == 1:
+                raise ValueError(
+                    f"the size of `{dim}`, {trial.case.sizes[dim]}, and the number of devices, {devices}, need a "
+                    "common divisor; choose another size, or simulate devices by "
+                    'jax.config.update("jax_num_cpu_devices", 8)'
+                )
+            yield cls(trial, dim, count)
+
+    def mesh(self, kind: AxisType) -> jax.sharding.Mesh:
+        return jax.make_mesh((self.count,), (self.AXIS,), axis_types=(kind,), devices=jax.devices()[: self.count])
+
+    def axis(self, term: Term) -> int | None:
+        """Which axis of an array this dimension is, or is the outermost factor of."""
+        return next((axis for axis, dim in enumerate(term.dims) if dim[0] == self.dim), None)
+
+    def spec(self, term: Term) -> PartitionSpec:
+        return PartitionSpec(*(self.AXIS if axis == self.axis(term) else None for axis in range(len(term.dims))))
+
+    def operand_specs(self) -> dict[str, PartitionSpec]:
+        return {t.name: self.spec(t) for t in self.trial.case.parsed.operands}
+
+    def result_specs(self) -> dict[str, PartitionSpec]:
+        return {t.name: self.spec(t) for t in self.trial.case.parsed.results}
+
+    def inputs(self, mesh) -> tuple[Arrays, Arrays]:
+        """Operands and cotangents, each device holding its part."""
+
+        def place(arrays, specs):
+            return {n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in arrays.items()}
+
+        return place(self.trial.operands(), self.operand_specs()), place(self.trial.cotangents(), self.result_specs())
+
+    def sums(self, terms: Iterable[Term]) -> int:
+        """How many floating arrays lack the dimension: each of them is a sum over devices."""
+        return sum(self.axis(t) is None and t.name not in self.trial.case.integers for t in terms)
+
+
+def _on_mesh(split: Split, kind: AxisType):
+    """Run on a mesh, checking values, gradients and what is sent between devices. Returns values and gradients."""
+    trial, signature = split.trial, split.trial.case.parsed
+    with jax.set_mesh(mesh := split.mesh(kind)):
+        operands, cotangents = split.inputs(mesh)
+        forward = jax.jit(trial.kernel).lower(operands).compile()
+        backward = jax.jit(pullback(trial.kernel)).lower(operands, cotangents).compile()
+        actual = value(forward)(operands) | backward(operands, cotangents)
+    trial.agree(actual, trial.expected(value_and_pullback, trial.operands(), trial.cotangents()))
+    sums = split.sums(signature.results)
+    for name, program, most in (
+        ("forward", forward, sums),
+        ("backward", backward, split.sums(signature.operands)),
+    ):
+        found = collectives(program)
+        few = range(min(most, 1), most + 1)  # XLA may join several sums in one
+        assert set(found) <= {"all-reduce"} and found["all-reduce"] in few, (
+            f"{name} with `{split.dim}` split over {split.count} devices has the collectives {dict(found)}, "
+            f"where {'one sum is' if most else 'none are'} needed"
+        )
+    return actual
+
+
+@law
+def auto_sharding(trial: Trial) -> None:
+    """Arrays that are sharded under an automatic mesh give what one device does, with no data moved but for a sum."""
+    for split in Split.every(trial):
+        _on_mesh(split, AxisType.Auto)
+
+
+@law
+def explicit_sharding(trial: Trial) -> None:
+    """The same under an explicit mesh, where the results' types tell how they are split."""
+    for split in Split.every(trial):
+        actual = _on_mesh(split, AxisType.Explicit)
+        for found, specs in (
+            (actual["value"], split.result_specs()),
+            (actual["gradient"], split.operand_specs()),
+        ):
+            for name, x in found.items():
+                spec = jax.typeof(x).sharding.spec
+                assert spec == specs[name], f"`{name}` is split as {spec} instead of {specs[name]}"
+
+
+def _summing(split: Split) -> Callable[[Arrays], Arrays]:
+    """The kernel on one device's part, sums over devices completed."""
+    lacking = {t.name for t in split.trial.case.parsed.results if split.axis(t) is None}
+
+    def function(operands):
+        return {n: jax.lax.psum(x, split.AXIS) if n in lacking else x for n, x in split.trial.kernel(operands).items()}
+
+    return function
+
+
+@law
+def shard_map(trial: Trial) -> None:
+    """`shard_map` with and without `check_vma`, over one axis of the mesh or all; the gradient of it, and inside it."""
+    inputs = trial.operands(), trial.cotangents()
+    expected = trial.expected(value_and_pullback, *inputs)
+
+    def check(split: Split, mesh, check_vma: bool) -> None:
+        specs = dict(mesh=mesh, axis_names={split.AXIS}, check_vma=check_vma)
+        ins, outs = split.operand_specs(), split.result_specs()
+        mapped = jax.shard_map(_summing(split), in_specs=(ins,), out_specs=outs, **specs)
+        trial.agree(jax.jit(value_and_pullback(mapped))(*inputs), expected)
+        if not check_vma:
+            return  # gradients taken inside are then sums over one device's part only, as users of it expect
+        inside = jax.shard_map(
+            value_and_pullback(_summing(split)),
+            in_specs=(ins, outs),
+            out_specs={"value": outs, "gradient": {n: ins[n] for n in floating(trial.operands())}},
+            **specs,
+        )
+        trial.agree(jax.jit(inside)(*inputs), expected)
+        try:
+            everywhere = {n: PartitionSpec() for n in outs}
+            jax.eval_shape(jax.shard_map(trial.kernel, in_specs=(ins,), out_specs=everywhere, **specs), inputs[0])
+        except ValueError:
+            return
+        raise AssertionError("shard_map accepts out_specs=P() for results that differ between devices")
+
+    for split in Split.every(trial):
+        check(split, split.mesh(AxisType.Auto), True)
+        check(split, split.mesh(AxisType.Auto), False)
+    for split in Split.every(trial, spare=2):
+        devices = jax.devices()[: 2 * split.count]
+        mesh = jax.make_mesh((split.count, 2), (split.AXIS, "other"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+        check(split, mesh, True)
+
+
+@law
+def pmap(trial: Trial) -> None:
+    """`pmap` over each dimension that may be split."""
+    signature = trial.case.parsed
+    inputs = trial.operands(), trial.cotangents()
+
+    def over(split: Split) -> Callable:
+        ins = {t.name: split.axis(t) for t in signature.operands}
+        outs = {t.name: split.axis(t) for t in signature.results}
+
+        def parts(x, axis):
+            return x if axis is None else x.reshape(*x.shape[:axis], split.count, -1, *x.shape[axis + 1 :])
+
+        def whole(x, axis):
+            return x if axis is None else x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+        mapped = jax.pmap(
+            _summing(split), axis_name=split.AXIS, in_axes=(ins,), out_axes=outs, devices=jax.devices()[: split.count]
+        )
+
+        def function(operands):
+            results = mapped({n: parts(x, ins[n]) for n, x in operands.items()})
+            return {n: whole(x, outs[n]) for n, x in results.items()}
+
+        return function
+
+    for split in Split.every(trial):
+        trial.agree(value_and_pullback(over(split))(*inputs), trial.expected(value_and_pullback, *inputs))
+
+
+# Compilation
+
+
+@law
+def compiles(trial: Trial) -> None:
+    """Forward and backward compile for sm_80, sm_90 and sm_100 with no GPU; no registers spill at typical sizes."""
+    trial = trial.variant(sizes=trial.case.typical or trial.case.sizes)
+    shapes = trial.case.shapes()
+    cotangents = floating(jax.eval_shape(trial.reference, shapes))
+    for target in TARGETS:
+        reports = inspect(value_and_pullback(trial.function("triton")), shapes, cotangents, target=target)
+        assert reports, f"no kernel is launched on {target}"
+        for report in reports:
+            assert report.spill_bytes == 0, f"{report.name} spills {report.spill_bytes} bytes of registers on {target}"
+
+
+@law
+def export(trial: Trial) -> None:
+    """A program exported for CPU and CUDA together, with no GPU, survives a round trip and runs."""
+    inputs = trial.operands(), trial.cotangents()
+    program = jax.jit(value_and_pullback(trial.function(None)))
+    checks = [jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi")]
+    with jax.sharding.use_abstract_mesh(Target.named(TARGETS[1]).abstract_mesh):
+        exported = jax.export.export(program, platforms=("cpu", "cuda"), disabled_checks=checks)(*inputs)
+    assert "triton_kernel_call_ffi" in exported.mlir_module(), "the program for CUDA has no kernel"
+    again = jax.export.deserialize(exported.serialize())
+    trial.agree(jax.jit(again.call)(*inputs), trial.expected(value_and_pullback, *inputs))

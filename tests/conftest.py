@@ -1,0 +1,18 @@
+"""Tests run on eight simulated CPU devices; those marked `gpu` on a real GPU, when asked for by `pytest -m gpu`."""
+
+import os
+
+import pytest
+
+
+def pytest_configure(config):  # before JAX is imported
+    if config.option.markexpr != "gpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.option.markexpr != "gpu":
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: pytest -m gpu"))
