@@ -1,15 +1,22 @@
 """Every name of JAX and jaxlib that jtile uses and that they do not promise, each with the reason it is needed."""
 
+import contextlib
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
+from jax._src import config as _config
 from jax._src import core as _core
+from jax._src import source_info_util as _source_info_util
+from jax._src import sharding_impls as _sharding_impls
 from jax._src.dispatch import (
     # Evaluates a primitive eagerly by compiling it, as `jnp` functions do.
     apply_primitive as apply_primitive,
     # Primitives whose lowering asks which devices it is for: `custom_partitioning` inside ours does.
     prim_requires_devices_during_lowering as prim_requires_devices_during_lowering,
 )
+from jax._src.lib import gpu_triton as _gpu_triton
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 
@@ -18,10 +25,15 @@ def varying_axes(aval) -> frozenset[str]:
     return aval.mat.varying
 
 
+@contextlib.contextmanager
 def no_mesh():
-    """A context without mesh axes that keeps the ambient abstract device, which says what to compile for."""
+    """A context without mesh axes that keeps the ambient abstract device, which says what to compile for.
+
+    A `pallas_call` traced inside `shard_map(check_vma=True)` would want to know over which axes its results vary.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)), _config._check_vma(False):
+        yield
 
 
 def explicit_mesh(avals: Sequence) -> AbstractMesh | None:
@@ -44,6 +56,41 @@ def make_aval(shape: tuple[int, ...], dtype, *, like: Sequence, spec: PartitionS
     )
 
 
+def own_source_lines():
+    """A context in which new equations remember the line that makes them, not that of the primitive being lowered."""
+    return _source_info_util.user_context(None, name_stack=_source_info_util.current_name_stack())
+
+
 def plain_avals(avals: Sequence) -> list:
     """The same types without shardings and varying axes."""
     return [_core.ShapedArray(a.shape, a.dtype) for a in avals]
+
+
+def lowering_devices(ctx) -> Sequence[jax.Device]:
+    """The devices that a lowering rule is told of: those of primitives in `prim_requires_devices_during_lowering`, and
+    inside `custom_partitioning` those of the mesh."""
+    axes = ctx.module_context.axis_context
+    if isinstance(axes, _sharding_impls.ShardingContext):
+        return axes.device_assignment or ()
+    return axes.mesh.devices.flatten() if isinstance(axes.mesh, jax.sharding.Mesh) else ()
+
+
+def gpu_triton():
+    """jaxlib's builders of the message that launches a Triton kernel; the CUDA plugin brings them, GPU or not."""
+    if not getattr(_gpu_triton, "_cuda_triton", None):
+        raise ImportError(
+            "Launching a kernel needs JAX's CUDA plugin, which is not installed: pip install 'jtile[cuda13]' on a "
+            "machine with a GPU, 'jtile[offline]' to compile for one elsewhere."
+        )
+    return _gpu_triton
+
+
+@functools.cache
+def custom_call_takes_cubin() -> bool:
+    """Whether that message has the field for machine code, which the builders leave out.
+
+    The plugin carries the message's description: each field as name (tag 1) and number (tag 3).
+    """
+    library = Path(gpu_triton()._cuda_triton.__file__).read_bytes()
+    fields = {"module_image": 11, "object_file": 1}
+    return all(b"\n%c%s\x18%c" % (len(name), name.encode(), number) in library for name, number in fields.items())

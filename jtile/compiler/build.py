@@ -1,0 +1,308 @@
+"""Triton source to machine code: `build` compiles a kernel for a chip, or takes it from the cache."""
+
+import base64
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import linecache
+import re
+import struct
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jtile import borrowed
+from jtile.compiler import cache
+from jtile.compiler.kernel import Source
+from jtile.compiler.params import CompilerParams
+from jtile.compiler.target import Target
+
+
+class TileTooLarge(ValueError):
+    """A kernel that asks for more shared memory, threads or tensor memory than a thread block may have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A kernel in machine code.
+
+    Attributes:
+      name: its entry point in the cubin.
+      source: the Triton or Gluon it was made from.
+      cubin: the machine code, an ELF file.
+      ptx: the assembly it was made from.
+      compute_capability: what it was compiled for; 90 for 9.0.
+      num_warps: warps in a thread block. A warp-specialised kernel has more than its parameters ask for.
+      num_ctas: thread blocks in a cluster.
+      shared_bytes: shared memory of a thread block.
+      scratch_bytes, scratch_align: global memory that each program needs for its own (descriptors made on the device).
+      registers: of a thread, at most.
+      spill_bytes: of a thread's values that found no register, and live in its stack frame in local memory.
+      descriptors: how each tensor descriptor among the arguments is to be encoded, as Triton's launcher needs it.
+    """
+
+    name: str
+    source: str
+    cubin: bytes = dataclasses.field(repr=False)
+    ptx: str = dataclasses.field(repr=False)
+    compute_capability: int
+    num_warps: int
+    num_ctas: int
+    shared_bytes: int
+    scratch_bytes: int
+    scratch_align: int
+    tensor_memory_columns: int
+    registers: int
+    spill_bytes: int
+    descriptors: tuple[dict[str, Any], ...]
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.num_warps
+
+    @property
+    def tensor_core_instructions(self) -> int:
+        """Matrix products in the assembly: `mma`, `wgmma` or `tcgen05`, by the chip's generation."""
+        return len(re.findall(r"^\s*(?:@\S+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", self.ptx, re.MULTILINE))
+
+
+def build(source: Source, params: CompilerParams, target: Target) -> Compiled:
+    """Compiles a generated kernel.
+
+    Raises:
+      TileTooLarge: it does not fit the chip.
+      NotImplementedError: Triton does not compile for the chip.
+    """
+    _check_target(source.name, params.num_ctas, target)
+    options = dict(
+        num_warps=params.num_warps,
+        num_stages=params.num_stages,
+        num_ctas=params.num_ctas,
+        maxnreg=params.max_registers,
+        ptx_version=_ptx_version(),
+    )
+    signature = [f"*{triton_type(dtype)}" for dtype in source.arguments]
+
+    def make():
+        function = _load(source)
+        names = function.arg_names
+        aligned = {(i,): [["tt.divisibility", ALIGNMENT]] for i in range(len(names))}
+        return _compile(function, dict(zip(names, signature, strict=True)), {}, aligned, options, target, source.text)
+
+    key = cache.key_of(_triton_version(), source.name, source.text, signature, options, target.compute_capability)
+    return _fitting(cache.fetch(key, make, _encode, _decode), source.name, params.num_stages, target)
+
+
+def build_function(
+    function,
+    signature: Mapping[str, Any],
+    constants: Mapping[Any, Any],
+    attributes: Mapping[tuple[int, ...], list],
+    options: Mapping[str, Any],
+    target: Target,
+) -> Compiled:
+    """Compiles a hand-written `@triton.jit` or `@gluon.jit` function.
+
+    Args:
+      signature: for each parameter its type as Triton writes it (`"*bf16"`, `"i32"`), or `"constexpr"`.
+      constants: values of the `constexpr` parameters, by name.
+      attributes: what is known of each argument, as Triton's `ASTSource` takes it.
+      options: Triton's compiler options.
+
+    Raises: as `build` does.
+    """
+    name = function.fn.__name__
+    options = {"ptx_version": _ptx_version(), **options}
+    _check_target(name, options.get("num_ctas", 1), target)
+    # Triton's own hash of the function: its source, and that of every function and global it uses.
+    parts = function.cache_key, dict(signature), {name: _spelt(value) for name, value in constants.items()}
+    facts = sorted(attributes.items()), dict(options), target.compute_capability
+    key = cache.key_of(_triton_version(), *parts, *facts)
+
+    def make():
+        return _compile(function, signature, constants, attributes, options, target, function.src)
+
+    return _fitting(cache.fetch(key, make, _encode, _decode), name, options.get("num_stages", 3), target)
+
+
+def _spelt(constant) -> str:
+    """A compile-time value as text that means the same in every process."""
+    text = constant.cache_key if hasattr(constant, "cache_key") else repr(constant)
+    if " at 0x" in text:
+        raise TypeError(f"A constexpr value is known to the cache by its repr; {text} does not tell what it is.")
+    return text
+
+
+ALIGNMENT = 16  # bytes: XLA aligns buffers to at least this, and Triton then loads 16 bytes at once
+
+
+def triton_type(dtype: np.dtype) -> str:
+    """Triton's name for an element type."""
+    kind = np.dtype(dtype).name
+    if kind not in _TYPES:
+        raise NotImplementedError(f"Triton has no element type {kind}; it has {', '.join(_TYPES)}.")
+    return _TYPES[kind]
+
+
+_TYPES = {
+    "bool": "i1",
+    **{f"int{bits}": f"i{bits}" for bits in (8, 16, 32, 64)},
+    **{f"uint{bits}": f"u{bits}" for bits in (8, 16, 32, 64)},
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "float64": "fp64",
+    "float8_e4m3fn": "fp8e4nv",
+    "float8_e5m2": "fp8e5",
+}
+
+
+def _compile(function, signature, constants, attributes, options, target, text) -> Compiled:
+    # What `triton.compile` does, less its own cache on disk, which would hold everything a second time.
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+
+    gpu = GPUTarget("cuda", target.compute_capability, 32)
+    make_source = GluonASTSource if isinstance(function, GluonJITFunction) else ASTSource
+    source = make_source(function, dict(signature), dict(constants), dict(attributes))
+    backend = make_backend(gpu)
+    try:
+        # Triton 3.10 changes this option's default.
+        options = backend.parse_options({"enable_fp_fusion": True, **options})
+        context = ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        stages, assembly, metadata = {}, {}, {"target": gpu, **vars(options)}
+        backend.add_stages(stages, options, source.language)
+        module = source.make_ir(
+            gpu, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
+        )
+        for stage, run in stages.items():
+            module = assembly[stage] = run(module, metadata)
+    except Exception as error:
+        error.add_note(f"jtile was compiling kernel {source.name} for {target.name}.")
+        if "Cannot find ptxas" in str(error):
+            error.add_note(
+                "This build of Triton has no assembler of its own. Set TRITON_PTXAS_PATH and "
+                "TRITON_PTXAS_BLACKWELL_PATH to the ptxas of a CUDA toolkit, 12.8 or later (nvidia-cuda-nvcc on PyPI)."
+            )
+        raise
+    registers, spill_bytes = _resources(assembly["cubin"])
+    return Compiled(
+        name=metadata["name"],
+        source=text,
+        cubin=assembly["cubin"],
+        ptx=assembly["ptx"],
+        compute_capability=target.compute_capability,
+        num_warps=metadata["num_warps"],
+        num_ctas=metadata["num_ctas"],
+        shared_bytes=metadata["shared"],
+        scratch_bytes=metadata.get("global_scratch_size") or 0,
+        scratch_align=metadata.get("global_scratch_align") or 1,
+        tensor_memory_columns=metadata.get("tmem_size") or 0,
+        registers=registers,
+        spill_bytes=spill_bytes,
+        descriptors=tuple(metadata.get("tensordesc_meta") or ()),
+    )
+
+
+def _load(source: Source):
+    """Runs the generated module. Python's line cache holds its text, where Triton and tracebacks look for it."""
+    # No real path: it would end up in the cubin, which must be the same for every user. The digest keeps kernels of one
+    # name apart.
+    file = f"<jtile {source.name} {hashlib.sha256(source.text.encode()).hexdigest()[:8]}>"
+    linecache.cache[file] = (len(source.text), None, source.text.splitlines(keepends=True), file)
+    module: dict[str, Any] = {"__name__": f"jtile.generated.{source.name}"}
+    exec(compile(source.text, file, "exec"), module)
+    return module[source.name]
+
+
+def _check_target(name: str, num_ctas: int, target: Target) -> None:
+    if target.compute_capability < 80:
+        raise NotImplementedError(
+            f"Triton compiles for compute capability 8.0 (Ampere) and later; {target.name} has "
+            f"{target.compute_capability / 10}, so kernel {name} cannot run there. Use implementation='xla'."
+        )
+    if num_ctas > 1 and target.compute_capability < 90:
+        raise NotImplementedError(
+            f"Clusters of thread blocks need compute capability 9.0 (Hopper) or later; {target.name} has "
+            f"{target.compute_capability / 10}, and kernel {name} asks for num_ctas={num_ctas}. Use num_ctas=1."
+        )
+
+
+def _fitting(compiled: Compiled, name: str, num_stages: int, target: Target) -> Compiled:
+    """The kernel itself, if the chip can launch it."""
+    if compiled.shared_bytes > target.shared_bytes_per_block:
+        fewer = f", or num_stages (now {num_stages})" if num_stages > 1 else ""
+        raise TileTooLarge(
+            f"Kernel {name} needs {compiled.shared_bytes:,} bytes of shared memory; a thread block on {target.name} "
+            f"has {target.shared_bytes_per_block:,}. Shrink its blocks{fewer}."
+        )
+    if compiled.threads > 1024:
+        raise TileTooLarge(
+            f"Kernel {name} needs {compiled.threads:,} threads; a thread block has at most 1,024. Lower num_warps."
+        )
+    if compiled.tensor_memory_columns > 512:
+        raise TileTooLarge(
+            f"Kernel {name} needs {compiled.tensor_memory_columns} columns of tensor memory; a multiprocessor of "
+            f"{target.name} has 512. Shrink its blocks."
+        )
+    return compiled
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes of a thread, from the ELF section `.nv.info` that the CUDA driver itself reads.
+
+    The section is a list of attributes: a byte of format, a byte of attribute, two bytes that are the value, or its
+    size where the format is 4. Of interest are REGCOUNT (0x2f) and FRAME_SIZE (0x11), each (symbol, value). Triton's
+    kernels keep nothing but spilled registers in their stack frame.
+    """
+    (sections_at,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, sections_at + i * size) for i in range(count)]
+    names_at = sections[names][4]
+    found = {}
+    for name, _, _, _, at, length in sections:
+        if cubin[names_at + name :].startswith(b".nv.info\0"):
+            end = at + length
+            while at < end:
+                form, attribute, value = struct.unpack_from("<BBH", cubin, at)
+                if attribute in (0x2F, 0x11):
+                    _, found[attribute] = struct.unpack_from("<II", cubin, at + 4)
+                at += 4 + (value if form == 4 else 0)
+    return found[0x2F], found[0x11]
+
+
+def _ptx_version() -> int | None:
+    """None: as new as Triton's assembler. Where JAX assembles the kernel: 9.0, which CUDA 13.0's assembler reads."""
+    return None if borrowed.custom_call_takes_cubin() else 90
+
+
+@functools.cache
+def _triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(
+            "jtile compiles kernels with Triton, which is not installed: pip install 'jtile[cuda13]' on a machine with "
+            "a GPU, 'jtile[offline]' on one without."
+        ) from None
+
+
+def _encode(compiled: Compiled) -> bytes:
+    fields = dataclasses.asdict(compiled) | {"cubin": base64.b64encode(compiled.cubin).decode()}
+    return zlib.compress(json.dumps(fields).encode())
+
+
+def _decode(body: bytes) -> Compiled:
+    fields = json.loads(zlib.decompress(body))
+    fields["cubin"] = base64.b64decode(fields["cubin"])
+    fields["descriptors"] = tuple(fields["descriptors"])
+    return Compiled(**fields)

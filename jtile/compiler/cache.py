@@ -1,0 +1,98 @@
+"""Compiled kernels, kept in memory and on disk under the hash of everything that they depend on."""
+
+import collections
+import hashlib
+import json
+import os
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+# Raise when the same key would compile to something else, or an entry's format changes.
+VERSION = 1
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_IN_MEMORY = 1024  # kernels; one is about 100 kB
+
+_kernels: collections.OrderedDict[str, object] = collections.OrderedDict()  # least recently used first
+_lock = threading.Lock()
+_warned = threading.Event()
+
+
+def key_of(*parts) -> str:
+    """The hash of these parts, of Triton's settings in the environment, and of jtile's own version."""
+    # Triton reads some fifty variables under these names, most of them for debugging: which assembler, which
+    # optimisations, what to print. A kernel built under other settings is another kernel.
+    prefixes = ("TRITON_", "DISABLE_", "LLVM_", "MLIR_", "NVPTX_", "PTXAS_")
+    settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith(prefixes) and k not in _PLACES}
+    return hashlib.sha256(json.dumps([VERSION, settings, *parts], sort_keys=True).encode()).hexdigest()
+
+
+_PLACES = ("TRITON_CACHE_DIR", "TRITON_HOME", "TRITON_DUMP_DIR")
+
+
+def fetch[T](key: str, make: Callable[[], T], encode: Callable[[T], bytes], decode: Callable[[bytes], T]) -> T:
+    """The value under this key: from memory, from disk, or made and kept in both."""
+    with _lock:
+        if key in _kernels:
+            _kernels.move_to_end(key)
+            return _kernels[key]
+    body = _read(key)
+    if body is None:
+        value = make()
+        _write(key, encode(value))
+    else:
+        value = decode(body)
+    with _lock:
+        _kernels[key] = value
+        if len(_kernels) > _IN_MEMORY:
+            _kernels.popitem(last=False)
+    return value
+
+
+def clear_memory() -> None:
+    """Forgets the kernels held in memory; those on disk stay."""
+    with _lock:
+        _kernels.clear()
+
+
+def directory() -> Path:
+    """Where kernels are kept: `$JTILE_CACHE_DIR`, else `$XDG_CACHE_HOME/jtile`, else `~/.cache/jtile`."""
+    if chosen := os.environ.get("JTILE_CACHE_DIR"):
+        return Path(chosen)
+    caches = os.environ.get("XDG_CACHE_HOME")
+    return (Path(caches) if caches else Path.home() / ".cache") / "jtile"
+
+
+def _read(key: str) -> bytes | None:
+    """An entry's body, or None where there is none to trust: an entry cut short or altered is made anew."""
+    try:
+        entry = (directory() / key).read_bytes()
+    except (OSError, RuntimeError):  # none, or not to be read: `_write` reports why the directory cannot be used
+        return None
+    digest, body = entry[:_DIGEST_BYTES], entry[_DIGEST_BYTES:]
+    return body if hashlib.sha256(body).digest() == digest else None
+
+
+def _write(key: str, body: bytes) -> None:
+    """Writes an entry so that no reader, in any process, ever sees a part of it."""
+    try:
+        directory().mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=directory(), prefix=".")  # mode 0600
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(body).digest() + body)
+            os.replace(temporary, directory() / key)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except (OSError, RuntimeError) as error:  # RuntimeError: `Path.home()` where the user has none
+        if not _warned.is_set():
+            _warned.set()
+            warnings.warn(
+                f"jtile cannot keep compiled kernels on disk ({error}); every process will compile its own. "
+                "Set JTILE_CACHE_DIR to a directory that can be written.",
+                stacklevel=2,
+            )

@@ -1,0 +1,125 @@
+"""The custom call that launches a compiled kernel: no Python at run time, the machine code inside the program."""
+
+import contextlib
+import contextvars
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import mlir
+
+from jtile import borrowed
+from jtile.compiler.build import ALIGNMENT, Compiled
+
+_recorded: contextvars.ContextVar[list[Compiled] | None] = contextvars.ContextVar("recorded", default=None)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Compiled]]:
+    """Collects every kernel whose launch is lowered inside, in order."""
+    kernels: list[Compiled] = []
+    token = _recorded.set(kernels)
+    try:
+        yield kernels
+    finally:
+        _recorded.reset(token)
+
+
+def array(bytes_to_zero: int = 0):
+    """A launch parameter: the next of the call's buffers, operands first, its first bytes zeroed before the launch."""
+    return borrowed.gpu_triton().create_array_parameter(bytes_to_zero, ALIGNMENT)
+
+
+def launch(
+    ctx,
+    operands: Sequence,
+    compiled: Compiled,
+    grid: tuple[int, int, int],
+    parameters: Sequence[Any],
+    aliases: Mapping[int, int],
+    metadata: Mapping[str, str] | None = None,
+) -> Sequence:
+    """Emits the custom call, from a lowering rule.
+
+    Args:
+      ctx, operands: the rule's.
+      parameters: the kernel's arguments in order. Each `array()` takes the next buffer: operands, then results.
+      aliases: operand number to the result that shares its buffer.
+      metadata: notes that profilers show with the call.
+
+    Returns: the results.
+    """
+    if (kernels := _recorded.get()) is not None:
+        kernels.append(compiled)
+    call = jax.ffi.ffi_lowering(
+        "triton_kernel_call_ffi",
+        api_version=4,
+        operand_output_aliases=dict(aliases),
+        operand_layouts=[_row_major(a) for a in ctx.avals_in],
+        result_layouts=[_row_major(a) for a in ctx.avals_out],
+    )
+    return call(ctx, *operands, opaque=payload(compiled, grid, parameters, metadata))
+
+
+def no_programs(ctx, operands: Sequence, aliases: Mapping[int, int]) -> Sequence:
+    """Emits what a launch of no programs leaves behind, since CUDA refuses an empty grid: results that share an
+    operand's buffer keep its contents, the others are zero."""
+    operand_of = {result: operand for operand, result in aliases.items()}
+
+    def results(*values):
+        return [
+            values[operand_of[i]] if i in operand_of else jnp.zeros(aval.shape, aval.dtype)
+            for i, aval in enumerate(ctx.avals_out)
+        ]
+
+    return mlir.lower_fun(results, multiple_results=True)(ctx, *operands)
+
+
+def _row_major(aval) -> list[int]:
+    return list(range(aval.ndim))[::-1]
+
+
+def payload(
+    compiled: Compiled, grid: tuple[int, int, int], parameters: Sequence[Any], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The launch message: the same bytes for the same kernel in every process, so that JAX's compilation cache hits."""
+    takes_cubin = borrowed.custom_call_takes_cubin()
+    kernel = borrowed.gpu_triton().TritonKernel(
+        compiled.name,
+        compiled.num_warps,
+        compiled.num_ctas,
+        compiled.shared_bytes,
+        # With machine code the assembly is not read, but still tells kernels apart.
+        hashlib.sha256(compiled.cubin).hexdigest() if takes_cubin else compiled.ptx,
+        "",
+        compiled.compute_capability,
+        *((compiled.scratch_bytes, compiled.scratch_align) if compiled.scratch_bytes else ()),
+    )
+    call = borrowed.gpu_triton().TritonKernelCall(kernel, *grid, list(parameters))
+    notes = json.dumps(dict(metadata), sort_keys=True).encode() if metadata else b""
+    message = call.to_proto(compiled.name, notes)
+    if takes_cubin:
+        # Two protocol buffer messages in a row are one: fields of the second are added to the first.
+        image = _field(1, compiled.cubin) + _field(2, compiled.name.encode()) + _field(3, compiled.shared_bytes)
+        message += _field(1, _field(1, _field(11, image)))  # kernel_call.kernel.module_image
+    return zlib.compress(message)
+
+
+def _field(number: int, value: bytes | int) -> bytes:
+    """A protocol buffer field: bytes (wire type 2) or an integer (wire type 0)."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _varint(n: int) -> bytes:
+    low_first = bytearray()
+    while n > 0x7F:
+        low_first.append(n & 0x7F | 0x80)
+        n >>= 7
+    low_first.append(n)
+    return bytes(low_first)

@@ -1,0 +1,132 @@
+import dataclasses
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import triton
+
+from jtile import borrowed
+from jtile.compiler import cache
+from jtile.compiler.build import TileTooLarge, build, triton_type
+from jtile.compiler.params import CompilerParams
+from jtile.compiler.target import Target
+from tests.compiler import sources
+
+H200, A100, B200 = map(Target.named, ("NVIDIA H200", "NVIDIA A100", "NVIDIA B200"))
+
+
+@pytest.mark.parametrize("target, architecture", [(A100, "sm_80"), (H200, "sm_90a"), (B200, "sm_100a")])
+def test_product_on_each_architecture(target, architecture):
+    kernel = build(sources.product, CompilerParams(num_warps=8), target)
+    assert f".target {architecture}" in kernel.ptx
+    assert kernel.cubin.startswith(b"\x7fELF")
+    assert (kernel.name, kernel.threads, kernel.spill_bytes) == ("product", 256, 0)
+    assert kernel.tensor_core_instructions > 0
+    assert 0 < kernel.shared_bytes <= target.shared_bytes_per_block
+
+
+@pytest.mark.parametrize("target, limit", [(A100, None), (A100, 64), (H200, None), (B200, 64)])
+def test_registers_and_spills_are_those_that_cuobjdump_reads(target, limit, tmp_path):
+    kernel = build(sources.product, CompilerParams(max_registers=limit), target)
+    (tmp_path / "kernel.cubin").write_bytes(kernel.cubin)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    command = [tool, "--dump-resource-usage", tmp_path / "kernel.cubin"]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    assert (kernel.registers, kernel.spill_bytes) == (int(registers), int(stack))
+    assert (kernel.spill_bytes > 0) == (limit is not None)
+
+
+def test_no_tensor_cores_in_a_copy():
+    kernel = build(sources.double, CompilerParams(), H200)
+    assert kernel.tensor_core_instructions == 0
+    assert kernel.source == sources.DOUBLE
+
+
+def test_descriptors_made_on_the_device_need_scratch():
+    kernel = build(sources.scratch, CompilerParams(), H200)
+    assert kernel.scratch_bytes == 2 * 128
+    assert kernel.scratch_align >= 64
+
+
+def test_cluster():
+    assert build(sources.product, CompilerParams(num_ctas=2), H200).num_ctas == 2
+    with pytest.raises(NotImplementedError, match="num_ctas=2.*Use num_ctas=1"):
+        build(sources.product, CompilerParams(num_ctas=2), A100)
+
+
+def test_tile_too_large():
+    with pytest.raises(TileTooLarge) as refused:
+        build(sources.product, CompilerParams(num_stages=8), H200)
+    assert str(refused.value) == (  # 8 stages of two blocks of 128 x 64 bfloat16
+        "Kernel product needs 262,144 bytes of shared memory; a thread block on NVIDIA H200 has 232,448. "
+        "Shrink its blocks, or num_stages (now 8)."
+    )
+
+
+def test_the_same_kernel_fits_one_chip_and_not_another():
+    params = CompilerParams(num_warps=8, num_stages=4)
+    small = dataclasses.replace(H200, name="a smaller H200", shared_bytes_per_block=64_000)
+    assert build(sources.product, params, H200).shared_bytes > 64_000
+    with pytest.raises(TileTooLarge, match="a smaller H200 has 64,000"):
+        build(sources.product, params, small)
+
+
+def test_chips_that_triton_left_behind():
+    turing = Target("Tesla T4", 75, 40, 65_536)
+    with pytest.raises(NotImplementedError, match="Tesla T4 has 7.5"):
+        build(sources.double, CompilerParams(), turing)
+
+
+def test_errors_of_the_compiler_name_the_kernel_and_the_chip():
+    broken = dataclasses.replace(sources.double, text=sources.DOUBLE.replace("tl.load(x + i)", "undefined"))
+    with pytest.raises(triton.CompilationError, match="undefined") as error:
+        build(broken, CompilerParams(), H200)
+    assert any("kernel double for NVIDIA H200" in note for note in error.value.__notes__)
+
+
+def test_no_assembler(monkeypatch):
+    def missing(*_):
+        raise RuntimeError("Cannot find ptxas")
+
+    cache.clear_memory()
+    monkeypatch.setattr(type(triton.knobs.nvidia).__dict__["ptxas"], "transform", missing)
+    monkeypatch.setattr(type(triton.knobs.nvidia).__dict__["ptxas_blackwell"], "transform", missing)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/nowhere")
+    with pytest.raises(RuntimeError, match="Cannot find ptxas") as error:
+        build(sources.double, CompilerParams(), H200)
+    assert any("TRITON_PTXAS_PATH" in note for note in error.value.__notes__)
+
+
+def test_assembly_that_jax_can_assemble_where_it_takes_no_machine_code(monkeypatch):
+    monkeypatch.setattr(borrowed, "custom_call_takes_cubin", lambda: False)
+    assert ".version 9.0\n" in build(sources.double, CompilerParams(), H200).ptx
+
+
+def test_kernels_of_one_name_are_kept_apart():
+    tripled = dataclasses.replace(sources.double, text=sources.DOUBLE.replace("* 2", "* 3"))
+    params = CompilerParams(num_warps=1)
+    assert build(sources.double, params, H200).cubin != build(tripled, params, H200).cubin
+
+
+def test_nothing_is_left_behind(tmp_path, monkeypatch):
+    """Triton's own cache stays empty, and no temporary files remain."""
+    monkeypatch.setenv("JTILE_CACHE_DIR", str(tmp_path / "jtile"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    cache.clear_memory()
+    build(sources.double, CompilerParams(num_warps=2), H200)
+    assert os.listdir(tmp_path) == ["jtile"]
+    assert len(os.listdir(tmp_path / "jtile")) == 1
+
+
+def test_element_types():
+    assert [triton_type(d) for d in ("bool", "uint8", "bfloat16", "float8_e5m2")] == ["i1", "u8", "bf16", "fp8e5"]
+
+
+def test_element_type_without_a_counterpart():
+    with pytest.raises(NotImplementedError, match="complex64"):
+        triton_type("complex64")
