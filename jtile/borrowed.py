@@ -8,11 +8,13 @@ from pathlib import Path
 import jax
 from jax._src import config as _config
 from jax._src import core as _core
-from jax._src import source_info_util as _source_info_util
 from jax._src import sharding_impls as _sharding_impls
+from jax._src import source_info_util as _source_info_util
 from jax._src.dispatch import (
     # Evaluates a primitive eagerly by compiling it, as `jnp` functions do.
     apply_primitive as apply_primitive,
+)
+from jax._src.dispatch import (
     # Primitives whose lowering asks which devices it is for: `custom_partitioning` inside ours does.
     prim_requires_devices_during_lowering as prim_requires_devices_during_lowering,
 )
@@ -56,9 +58,16 @@ def make_aval(shape: tuple[int, ...], dtype, *, like: Sequence, spec: PartitionS
     )
 
 
+@contextlib.contextmanager
 def own_source_lines():
     """A context in which new equations remember the line that makes them, not that of the primitive being lowered."""
-    return _source_info_util.user_context(None, name_stack=_source_info_util.current_name_stack())
+    state = _source_info_util._source_info_context
+    before = state.context
+    state.context = _source_info_util.SourceInfo(None, before.name_stack)
+    try:
+        yield
+    finally:
+        state.context = before
 
 
 def plain_avals(avals: Sequence) -> list:

@@ -105,7 +105,7 @@ def lower(op: TileOp, platform: str | None, ctx, *operands, call: Call):
 
     # Shardings and varying axes are settled by now. Kernels are traced without them, and need not know of them.
     plain = ctx.replace(avals_in=borrowed.plain_avals(ctx.avals_in), avals_out=borrowed.plain_avals(ctx.avals_out))
-    with borrowed.no_mesh():
+    with borrowed.no_mesh(), borrowed.own_source_lines():
         return mlir.lower_fun(run, multiple_results=True)(plain, *operands)
 
 
