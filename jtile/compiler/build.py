@@ -179,7 +179,8 @@ def _compile(function, signature, constants, attributes, options, target, text) 
         context = ir.context()
         ir.load_dialects(context)
         backend.load_dialects(context)
-        stages, assembly, metadata = {}, {}, {"target": gpu, **vars(options)}
+        stages: dict[str, Any] = {}
+        assembly, metadata = {}, {"target": gpu, **vars(options)}
         backend.add_stages(stages, options, source.language)
         module = source.make_ir(
             gpu, options, backend.get_codegen_implementation(options), backend.get_module_map(), context

@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Raise when the same key would compile to something else, or an entry's format changes.
 VERSION = 1
@@ -16,7 +17,7 @@ VERSION = 1
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _IN_MEMORY = 1024  # kernels; one is about 100 kB
 
-_kernels: collections.OrderedDict[str, object] = collections.OrderedDict()  # least recently used first
+_kernels: collections.OrderedDict[str, Any] = collections.OrderedDict()  # least recently used first
 _lock = threading.Lock()
 _warned = threading.Event()
 

@@ -94,7 +94,10 @@ def triton_call(
     order = own + list(aliases.values())
     unclaimed = collections.deque(own)
     arguments: list[Argument] = []
-    arrays, constants, array_aliases, operand_number = [], {}, {}, 0
+    arrays: list[jax.Array] = []
+    array_aliases: dict[int, int] = {}
+    constants: dict[str, Any] = {}
+    operand_number = 0
     for parameter in kernel.params:
         where = f"triton_call: parameter {parameter.name} of kernel {name}"
         value = given.get(parameter.name, parameter.default)
@@ -122,7 +125,9 @@ def triton_call(
                     result = aliases.pop(operand_number)
                     array_aliases[len(arrays)] = order.index(result)
                     if result in zeroed_outputs:
-                        argument = dataclasses.replace(argument, bytes_to_zero=_bytes(types[result]))
+                        if isinstance(argument, Descriptor):
+                            raise TypeError(f"{where} is a TensorDescriptor: its buffer cannot be zeroed at launch.")
+                        argument = Array(argument.dtype, _bytes(types[result]))
                 arrays.append(value.base if isinstance(argument, Descriptor) else value)
             arguments.append(argument)
             operand_number += 1
@@ -145,7 +150,7 @@ def triton_call(
             ("maxnreg", max_registers),
         ),
     )
-    return out_tree.unflatten([results[order.index(i)] for i in range(len(types))])
+    return jax.tree.unflatten(out_tree, [results[order.index(i)] for i in range(len(types))])
 
 
 def _argument(value, parameter, where) -> "Argument":
@@ -188,14 +193,14 @@ def _number(value, parameter, where) -> "Scalar | Constant":
 
 def _grid(grid: Grid, name: str) -> tuple[int, int, int]:
     sizes = (grid,) if isinstance(grid, int) else tuple(grid)
-    sizes += (1,) * (3 - len(sizes))
     limits = (2**31 - 1, 65535, 65535)
-    if len(sizes) != 3 or not all(0 <= size <= limit for size, limit in zip(sizes, limits, strict=True)):
+    if not 1 <= len(sizes) <= 3 or not all(0 <= size <= limit for size, limit in zip(sizes, limits, strict=False)):
         raise ValueError(
             f"triton_call: kernel {name} has the grid {sizes}; CUDA launches up to {limits} programs along x, y and z. "
             "Flatten it, and decode the program's number in the kernel."
         )
-    return tuple(map(int, sizes))
+    x, y, z = (*map(int, sizes), 1, 1)[:3]
+    return x, y, z
 
 
 def _check_results(what: str, numbers: Sequence[int], count: int) -> None:
@@ -286,15 +291,19 @@ class Descriptor:
     layout: Any
     padding: str
     round_f32_to_tf32: bool
-    bytes_to_zero = 0
 
     @classmethod
     def of(cls, descriptor, where) -> "Descriptor":
         if descriptor.round_f32_to_tf32 and descriptor.base.dtype != np.float32:
             raise TypeError(f"{where}: round_f32_to_tf32 needs a float32 array, not {descriptor.base.dtype}.")
-        sizes = (tuple(map(int, getattr(descriptor, f))) for f in ("shape", "strides", "block_shape"))
         return cls(
-            np.dtype(descriptor.base.dtype), *sizes, descriptor.layout, descriptor.padding, descriptor.round_f32_to_tf32
+            dtype=np.dtype(descriptor.base.dtype),
+            shape=tuple(map(int, descriptor.shape)),
+            strides=tuple(map(int, descriptor.strides)),
+            block_shape=tuple(map(int, descriptor.block_shape)),
+            layout=descriptor.layout,
+            padding=descriptor.padding,
+            round_f32_to_tf32=descriptor.round_f32_to_tf32,
         )
 
     @property

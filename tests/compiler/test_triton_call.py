@@ -263,6 +263,7 @@ OUT = jax.ShapeDtypeStruct((1000,), jnp.float32)
             {"size": 1000, "scale": 1.0, "out": OUT},
             "parameter out .*is an array after one that is left for a result",
         ),
+        (2, {"size": 2**65, "scale": 1.0}, "parameter size .*a number of at most 64 bits"),
         (2, {"size": 1000, "scale": 1.0, "zeroed_outputs": (1,)}, "zeroed_outputs names results \\[1\\]"),
         (
             2,

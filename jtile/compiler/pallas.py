@@ -1,0 +1,85 @@
+"""`pl.pallas_call(..., compiler_params=jtile.CompilerParams(...))`: Pallas' own lowering, handed over to jtile."""
+
+from collections.abc import Callable
+
+from jax.experimental import pallas as pl
+from jax.extend.pallas import register_lowering_rule
+
+from jtile.compiler import launch
+from jtile.compiler.build import build
+from jtile.compiler.emit import emit
+from jtile.compiler.kernel import UnsupportedKernel, kernel_of
+from jtile.compiler.params import CompilerParams
+from jtile.compiler.rewrite import map_pallas_calls
+from jtile.compiler.target import Target
+
+
+def lower_pallas_call(ctx, *operands, compiler_params: CompilerParams, **params):
+    """The lowering rule of a `pallas_call` for GPUs."""
+    [platform] = ctx.platforms or ctx.module_context.platforms
+    kernel = kernel_of(params)
+    if platform != "cuda":
+        raise UnsupportedKernel(f"jtile compiles for CUDA; {kernel.name} ({kernel.where}) is lowered for {platform}.")
+    if params["mesh"] is not None:
+        raise UnsupportedKernel(
+            f"jtile cannot compile kernel {kernel.name} ({kernel.where}): it is given a mesh of cores, which GPUs "
+            "programmed through Triton don't have. Use the grid instead."
+        )
+    aliases = dict(kernel.input_output_aliases)
+    if 0 in kernel.grid:
+        return launch.no_programs(ctx, operands, aliases)
+    source = emit(kernel, compiler_params)
+    if params["debug"]:
+        print(f"The Triton source of pallas_call {kernel.name} ({kernel.where}):\n{source.text}")
+    compiled = build(source, compiler_params, Target.of_lowering(ctx))
+    parameters = [launch.array() for _ in source.arguments]
+    return launch.launch(ctx, operands, compiled, source.grid, parameters, aliases, params["metadata"])
+
+
+register_lowering_rule(CompilerParams, lower_pallas_call, "gpu")
+
+
+def retarget_pallas(fn: Callable) -> Callable:
+    """`fn` with every `pallas_call` in it compiled by jtile on NVIDIA GPUs.
+
+    Kernels written for JAX's own Triton backend keep their `num_warps` and `num_stages`; calls with `interpret=True`
+    stay interpreted.
+
+    Args:
+      fn: a function of any arguments; those that are not arrays stay as they are.
+
+    Returns:
+      A function with the same arguments and results, to be transformed and compiled like any other.
+
+    Raises:
+      TypeError: when it is called, if a kernel in it was written for a TPU or for Mosaic GPU.
+
+    Example:
+      >>> def double(x_ref, y_ref):
+      ...     y_ref[...] = x_ref[...] * 2
+      >>> def f(x):
+      ...     return pl.pallas_call(double, out_shape=x)(x)
+      >>> [eqn] = jax.make_jaxpr(retarget_pallas(f))(jnp.ones(8)).eqns
+      >>> eqn.params["compiler_params"].num_warps
+      4
+    """
+    return map_pallas_calls(fn, _retarget)
+
+
+def _retarget(params, *operands):
+    if params["interpret"]:
+        return pl.pallas_call_p.bind(*operands, **params)
+    return pl.pallas_call_p.bind(*operands, **{**params, "compiler_params": _translated(params)})
+
+
+def _translated(params) -> CompilerParams:
+    given = params["compiler_params"]
+    if given is None or isinstance(given, CompilerParams):
+        return given or CompilerParams()
+    fields = vars(given)
+    if fields.keys() - {"num_warps", "num_stages"}:
+        raise TypeError(
+            f"retarget_pallas: kernel {kernel_of(params).name} has compiler_params={given}, which are not Triton's: "
+            "it is written for another kind of machine. Write it with plain jax.numpy operations on refs, without them."
+        )
+    return CompilerParams(**{name: value for name, value in fields.items() if value is not None})
