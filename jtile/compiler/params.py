@@ -8,11 +8,12 @@ class CompilerParams:
     """Parameters for compiling a Pallas kernel with Triton.
 
     Attributes:
-      num_warps: warps of 32 threads that share one program of the grid: 1, 2, 4, ..., 32.
+      num_warps: warps of 32 threads that run one program of the grid: 1, 2, 4, 8, 16 or 32.
       num_stages: depth of software pipelining in loops: loads run this many iterations ahead, less one.
       num_ctas: thread blocks in a cluster that share one program (Hopper and later): 1, 2, 4, 8 or 16.
-      warp_specialize: give loads and products in the kernel's loop warps of their own (Hopper and later, `num_warps=4`).
-      max_registers: most registers a thread may use, a multiple of 8 up to 255 (255 itself included); None for no limit.
+      warp_specialize: give the loads and products of the kernel's one loop warps of their own (Hopper and later, with
+        `num_warps=4`).
+      max_registers: most registers a thread may use: 24, 32, ..., 248, or 255; None for no limit.
       tma: True moves blocks with the Tensor Memory Accelerator (Hopper and later) wherever a block allows it: a kept
         block of two dimensions, both powers of two up to 256, rows a multiple of 16 bytes apart. None and False use
         pointers.
@@ -43,5 +44,7 @@ class CompilerParams:
 
 def _check(field, value, allowed):
     if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
-        listed = f"{allowed.start} to {allowed.stop - 1}" if isinstance(allowed, range) else ", ".join(map(str, allowed))
+        listed = (
+            f"{allowed.start} to {allowed.stop - 1}" if isinstance(allowed, range) else ", ".join(map(str, allowed))
+        )
         raise ValueError(f"CompilerParams: {field} must be one of {listed}; got {value!r}.")

@@ -1,0 +1,253 @@
+"""A kernel's jaxpr becomes the text of a `@triton.jit` function, one line for each equation."""
+
+import collections
+import contextlib
+import math
+import os.path
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jax.extend import source_info_util
+from jax.extend.core import Literal
+
+from jtile.compiler.kernel import Kernel, Source, UnsupportedKernel
+from jtile.compiler.params import CompilerParams
+from jtile.compiler.rules import CURES, RULES, dot
+from jtile.compiler.value import Affine, Block, Value, constant, tile, triton_type
+
+# Most programs along each axis of a CUDA grid.
+GRID_LIMITS = (2**31 - 1, 65535, 65535)
+
+
+def emit(kernel: Kernel, params: CompilerParams) -> Source:
+    """The kernel as Triton source.
+
+    Raises:
+      UnsupportedKernel: the kernel uses what jtile cannot write in Triton.
+      ValueError: `params` ask for what this kernel cannot have.
+    """
+    emitter = Emitter(kernel, params)
+    grid = emitter.program_ids()
+    blocks = [
+        Block(ref, tuple(Affine.of(i) * d.step for i, d in zip(starts, ref.block, strict=True)))
+        for ref in kernel.refs
+        for starts in [emitter.run(ref.index_map, emitter.ids)]
+    ]
+    emitter.run(kernel.jaxpr, blocks)
+    if params.warp_specialize and emitter.loops != 1:
+        raise ValueError(
+            f"CompilerParams: warp_specialize=True needs a kernel with exactly one loop; {kernel.name} "
+            f"({kernel.where}) has {emitter.loops}. Merge its loops, or leave warp_specialize out."
+        )
+    return Source(kernel.name, emitter.text(), tuple(ref.dtype for ref in kernel.refs), grid)
+
+
+class Emitter:
+    """Writes the body of one kernel. Rules call `let` and `line`; the rest gives them the pieces they share.
+
+    Every name is assigned once, except for the values that loops and branches carry.
+    """
+
+    def __init__(self, kernel: Kernel, params: CompilerParams):
+        self.kernel = kernel
+        self.params = params
+        self.ids: list[Value] = []  # this program's position along each axis of the grid
+        self.loops = 0
+        self.one_way = _one_way(kernel)
+        self.helpers: dict[str, None] = {}  # functions to define ahead of the kernel, in order
+        self.prelude: list[str] = []
+        self.lines: list[str] = []
+        self._depth = 1
+        self._counts = collections.Counter()
+        self._uses = collections.Counter()
+        self._where = kernel.where
+
+    # Writing
+
+    def line(self, text: str) -> None:
+        self.lines.append("    " * self._depth + text)
+
+    @contextlib.contextmanager
+    def block(self, head: str) -> Iterator[None]:
+        self.line(head)
+        self._depth += 1
+        start = len(self.lines)
+        yield
+        if len(self.lines) == start:
+            self.line("pass")
+        self._depth -= 1
+
+    def name(self, hint: str) -> str:
+        self._counts[hint] += 1
+        name = f"{hint}_{self._counts[hint]}"
+        return name if name not in (ref.name for ref in self.kernel.refs) else self.name(hint)
+
+    def let(self, text: str, shape: tuple[int, ...], dtype, hint: str, **facts) -> Value:
+        """Gives the expression `text` a name."""
+        name = self.name(hint)
+        self.line(f"{name} = {text}")
+        return Value(name, shape, np.dtype(dtype), **facts)
+
+    def once(self, name: str, text: str) -> str:
+        """A name assigned at the top of the kernel."""
+        line = f"    {name} = {text}"
+        if line not in self.prelude:
+            self.prelude.append(line)
+        return name
+
+    def helper(self, name: str, text: str) -> str:
+        """A function defined ahead of the kernel."""
+        self.helpers[text.strip()] = None
+        return name
+
+    def text(self) -> str:
+        parameters = ", ".join(ref.name for ref in self.kernel.refs)
+        body = "\n".join([*self.prelude, *self.lines]) or "    pass"
+        functions = [*self.helpers, f"@triton.jit\ndef {self.kernel.name}({parameters}):\n{body}"]
+        imports = "import triton\nimport triton.language as tl"
+        if any("libdevice." in f for f in functions):
+            imports += "\nfrom triton.language.extra import libdevice"
+        return "\n\n\n".join([imports, *functions]) + "\n"
+
+    # Walking
+
+    def run(self, jaxpr, operands: Sequence[Value | Block], results: Sequence | None = None) -> list[Value]:
+        """Emits the equations on which `results` depend, by default all of the jaxpr's, and returns them."""
+        results = jaxpr.outvars if results is None else results
+        values = dict(zip(jaxpr.invars, operands, strict=True))
+        values.update((v, self.constant(c, v.aval)) for v, c in zip(jaxpr.constvars, jaxpr.consts, strict=True))
+
+        def read(atom):
+            return self.constant(atom.val, atom.aval) if isinstance(atom, Literal) else values[atom]
+
+        equations = _needed(jaxpr.eqns, results)
+        uses = collections.Counter(v for eqn in equations for v in eqn.invars if not isinstance(v, Literal))
+        uses.update(v for v in results if not isinstance(v, Literal))
+        self._uses.update(uses)
+        sums = dot.accumulations(equations, uses)
+        for eqn in equations:
+            if any(eqn is product for product, _ in sums.values()):
+                continue  # emitted with its sum
+            outer, self._where = self._where, source_info_util.summarize(eqn.source_info) or self._where
+            if eqn.outvars and eqn.outvars[0] in sums:
+                product, accumulator = sums[eqn.outvars[0]]
+                result = dot.dot_general(self, product, *map(read, product.invars), accumulator=read(accumulator))
+            elif eqn.primitive.name in RULES:
+                result = RULES[eqn.primitive.name](self, eqn, *map(read, eqn.invars))
+            else:
+                raise self.unsupported(
+                    f"`{eqn.primitive.name}` has no form in Triton",
+                    CURES.get(eqn.primitive.name, "Compute it outside of the kernel, or from simpler operations."),
+                )
+            values.update(zip(eqn.outvars, result if eqn.primitive.multiple_results else [result], strict=True))
+            self._where = outer
+        return [read(atom) for atom in results]
+
+    def is_used(self, variable) -> bool:
+        """Whether an equation or result so far entered depends on a variable."""
+        return self._uses[variable] > 0
+
+    def constant(self, number, aval) -> Value:
+        if np.size(number) != 1:
+            raise self.unsupported(
+                f"it uses an array of shape {np.shape(number)} that is not an operand", "Pass the array as an operand."
+            )
+        return constant(number, aval.shape, aval.dtype)
+
+    def unsupported(self, what: str, cure: str) -> UnsupportedKernel:
+        """The error to raise for the current equation."""
+        return UnsupportedKernel(f"jtile cannot compile kernel {self.kernel.name}, at {self._where}: {what}. {cure}")
+
+    @property
+    def comment(self) -> str:
+        """The user's line, without folders: the same on every machine."""
+        found = re.match(r"(.*?):(\d+)", self._where)
+        return f"  # {os.path.basename(found[1])}:{found[2]}" if found else ""
+
+    # Pieces
+
+    def program_ids(self) -> tuple[int, int, int]:
+        """Names this program's position along each axis of the grid; returns the grid to launch.
+
+        Axes that `jax.vmap` added run slowest. Where CUDA's three axes do not suffice, one axis counts all programs.
+        """
+        grid, mapped = self.kernel.grid, self.kernel.mapped
+        order = [a for a in range(len(grid)) if a not in mapped] + list(reversed(mapped))
+        order = [a for a in order if grid[a] != 1]
+        sizes = [grid[a] for a in order]
+        programs = math.prod(sizes)
+        if not 0 < programs <= GRID_LIMITS[0]:
+            raise self.unsupported(f"its grid {grid} has {programs} programs", f"Launch 1 to {GRID_LIMITS[0]}.")
+        self.ids = [constant(0, (), np.int32) for _ in grid]
+        flat = len(sizes) > 3 or any(n > limit for n, limit in zip(sizes, GRID_LIMITS, strict=False))
+        if flat:
+            self.once("pid", "tl.program_id(0)")
+        stride = 1
+        for i, (axis, size) in enumerate(zip(order, sizes, strict=True)):
+            whole = f"pid // {stride}" if stride > 1 else "pid"
+            text = f"{whole} % {size}" if i + 1 < len(order) else whole
+            name = self.once(f"pid_{axis}", text if flat else f"tl.program_id({i})")
+            self.ids[axis] = Value(name, (), np.dtype(np.int32), bounds=(0, size - 1))
+            stride *= size
+        launch = [programs] if flat else sizes
+        return tuple(launch + [1] * (3 - len(launch)))
+
+    def lanes(self, size: int, axis: int = 0, rank: int = 1) -> str:
+        """0, 1, ... along `axis` of a tile of this rank, at least up to `size`."""
+        (size,) = tile((size,))
+        name = self.once(f"lanes_{size}", f"tl.arange(0, {size})")
+        return name if rank == 1 else f"{name}[{', '.join(':' if a == axis else 'None' for a in range(rank))}]"
+
+    def tensor(self, value: Value) -> str:
+        """The value as a tile (or typed scalar) of its own."""
+        if value.constant is None:
+            return value.text
+        return f"tl.full({list(value.tile)}, {value.text}, {triton_type(value.dtype)})"
+
+    def operands(self, *values: Value) -> list[str]:
+        """The values as operands of one operation: constants stay literals where another operand gives the type."""
+        if all(v.constant is not None for v in values):
+            return [self.tensor(v) for v in values]
+        return [v.text for v in values]
+
+    def inside(self, shape: tuple[int, ...], axes: Sequence[int]) -> str:
+        """Which lanes of a tile lie inside `shape` along `axes`."""
+        tests = [f"{self.lanes(shape[a], a, len(shape))} < {shape[a]}" for a in axes]
+        return tests[0] if len(tests) == 1 else " & ".join(f"({t})" for t in tests)
+
+    def filled(self, value: Value, axes: Sequence[int], filler: bool | int | float) -> Value:
+        """`value`, with `filler` in the lanes outside its shape along `axes`."""
+        axes = [a for a in value.padded_axes if a in axes]
+        if value.constant is not None:
+            value = self.let(self.tensor(value), value.shape, value.dtype, "full")
+        if not axes or (value.zero_padded and filler == 0):
+            return value
+        text = constant(filler, (), value.dtype).text
+        return self.let(
+            f"tl.where({self.inside(value.shape, axes)}, {value.text}, {text})", value.shape, value.dtype, "fill"
+        )
+
+
+def _needed(equations: Sequence, results: Sequence) -> list:
+    """The equations that have effects or on which `results` depend."""
+    needed = {v for v in results if not isinstance(v, Literal)}
+    kept = []
+    for eqn in reversed(equations):
+        if eqn.effects or not needed.isdisjoint(eqn.outvars):
+            kept.append(eqn)
+            needed.update(v for v in eqn.invars if not isinstance(v, Literal))
+    return kept[::-1]
+
+
+def _one_way(kernel: Kernel) -> set[str]:
+    """Refs that are only read or only written: what the Tensor Memory Accelerator wrote cannot be read back at once."""
+    directions = collections.defaultdict(set)
+    for effect in kernel.jaxpr.effects:
+        directions[getattr(effect, "input", None)].add(type(effect))
+    aliased = {j for i, o in kernel.input_output_aliases for j in (i, kernel.num_inputs + o)}
+    return {
+        ref.name
+        for i, (ref, var) in enumerate(zip(kernel.refs, kernel.jaxpr.invars, strict=True))
+        if len(directions[var]) == 1 and i not in aliased
+    }

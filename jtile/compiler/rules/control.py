@@ -1,0 +1,150 @@
+"""Loops, branches and calls."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jax.extend.core import Literal
+
+from jtile.compiler.rules import arithmetic, rule
+from jtile.compiler.value import Affine, Block, Value, constant
+
+
+@rule(
+    *("jit", "pjit", "closed_call", "core_call", "eval_jaxpr", "remat", "remat2", "checkpoint"),
+    *("custom_jvp_call", "custom_vjp_call"),
+)
+def call(e, eqn, *operands):
+    name, outs = eqn.params.get("name"), eqn.outvars
+    if name in ROUNDED_DOWN and all(_is_natural(v, outs[0].aval.dtype) for v in operands):
+        return [arithmetic.apply(e, ROUNDED_DOWN[name], outs[0].aval.shape, outs[0].aval.dtype, *operands)]
+    return e.run(eqn.params["call_jaxpr"] if "call_jaxpr" in eqn.params else eqn.params["jaxpr"], operands)
+
+
+# `a // b` and `a % b` of jax.numpy: of numbers that are not negative, the hardware's own operations.
+ROUNDED_DOWN = {"floor_divide": "div", "remainder": "rem"}
+
+
+def _is_natural(value: Value | Block, dtype) -> bool:
+    if not isinstance(value, Value) or value.bounds is None or value.bounds[0] < 0:
+        return False
+    return value.dtype == dtype or value.constant is not None
+
+
+@rule("scan")
+def scan(e, eqn, *operands):
+    params, body = eqn.params, eqn.params["jaxpr"]
+    num_consts, num_carry, num_xs = (len(group) for group in params["ft_in"].unpack())
+    if num_xs or len(body.outvars) != num_carry:
+        raise e.unsupported(
+            "`scan` over arrays has no form in Triton", "Use `jax.lax.fori_loop` and index refs with its counter."
+        )
+    consts, carry = operands[:num_consts], operands[num_consts:]
+    counter = _counter(body, num_consts)
+    low = constant(0, (), np.int32) if counter is None else carry[counter]
+    high = _plus(e, low, params["length"])
+    return _for(e, body, consts, carry, counter, low, high, unroll=params["unroll"])
+
+
+@rule("while")
+def while_(e, eqn, *operands):
+    params = eqn.params
+    cond, body, m, n = params["cond_jaxpr"], params["body_jaxpr"], params["cond_nconsts"], params["body_nconsts"]
+    cond_consts, body_consts, carry = operands[:m], operands[m : m + n], operands[m + n :]
+    counter = _counter(body, n)
+    limit = None if counter is None else _limit(cond, m, body, n, counter, [*cond_consts, *carry])
+    if limit is not None:
+        return _for(e, body, body_consts, carry, counter, carry[counter], limit)
+    values = [e.let(e.tensor(v), v.shape, v.dtype, "carry") for v in carry]
+    (test,) = e.run(cond, [*cond_consts, *values])
+    proceed = e.let(e.tensor(test), (), test.dtype, "proceed")
+    with e.block(f"while {proceed.text}:"):
+        _assign(e, values, e.run(body, [*body_consts, *values]))
+        _assign(e, [proceed], e.run(cond, [*cond_consts, *values]))
+    return values
+
+
+@rule("cond")
+def cond(e, eqn, which: Value, *operands):
+    branches = eqn.params["branches"]
+    if which.constant is not None:
+        return e.run(branches[min(max(int(which.constant), 0), len(branches) - 1)], operands)
+    results = [Value(e.name("either"), v.aval.shape, np.dtype(v.aval.dtype)) for v in eqn.outvars]
+    for i, branch in enumerate(branches):
+        # As in JAX, an index out of range takes the nearest branch.
+        head = "else:" if i == len(branches) - 1 else f"{'el' if i else ''}if {which.text} <= {i}:"
+        if head == "else:" and not results and not branch.eqns:
+            break
+        with e.block(head):
+            _assign(e, results, e.run(branch, operands))
+    return results
+
+
+def _for(e, body, consts, carry, counter: int | None, low: Value, high: Value, unroll: int = 1) -> list[Value]:
+    """A loop with a counter. What no turn changes is not carried."""
+    changing = [
+        i
+        for i, (before, after) in enumerate(zip(body.invars[len(consts) :], body.outvars, strict=True))
+        if before is not after and i != counter
+    ]
+    values = list(carry)
+    for i in changing:
+        values[i] = e.let(e.tensor(carry[i]), carry[i].shape, carry[i].dtype, "carry")
+    options = f", loop_unroll_factor={unroll}" if unroll > 1 else ""
+    options += ", warp_specialize=True" if e.params.warp_specialize else ""
+    e.loops += 1
+    index, ends = e.name("i"), [" + ".join(Affine.of(v).summands()) or "0" for v in (low, high)]
+    with e.block(f"for {index} in tl.range({ends[0]}, {ends[1]}{options}):"):
+        if counter is not None:
+            bounds = low.bounds and high.bounds and (low.bounds[0], max(low.bounds[0], high.bounds[1] - 1))
+            values[counter] = Value(index, (), np.dtype(np.int32), bounds=bounds)
+            if low.dtype != np.int32:
+                values[counter] = e.let(f"tl.cast({index}, tl.int64)", (), low.dtype, "i", bounds=bounds)
+        _assign(e, [values[i] for i in changing], e.run(body, [*consts, *values], [body.outvars[i] for i in changing]))
+    if counter is not None:
+        values[counter] = high
+    return values
+
+
+def _assign(e, targets: Sequence[Value], values: Sequence[Value]) -> None:
+    """Assigns all at once: a value that is a target assigned before it is copied first."""
+    texts = [e.tensor(v) for v in values]
+    for i, text in enumerate(texts):
+        if any(text == t.text for t in targets[:i]):
+            texts[i] = e.let(text, values[i].shape, values[i].dtype, "old").text
+    for target, text in zip(targets, texts, strict=True):
+        if target.text != text:
+            e.line(f"{target.text} = {text}")
+
+
+def _counter(body, num_consts: int) -> int | None:
+    """Which carried value is an integer that the body increases by one."""
+    sums = {eqn.outvars[0]: eqn for eqn in body.eqns if eqn.primitive.name == "add"}
+    for i, (before, after) in enumerate(zip(body.invars[num_consts:], body.outvars, strict=False)):
+        eqn = None if isinstance(after, Literal) else sums.get(after)
+        if eqn is not None and eqn.invars[0] is before and before.aval.dtype in (np.int32, np.int64):
+            if isinstance(eqn.invars[1], Literal) and eqn.invars[1].val == 1:
+                return i
+    return None
+
+
+def _limit(cond, num_cond_consts: int, body, num_body_consts: int, counter: int, operands) -> Value | None:
+    """The value that the counter must stay below, if that is all that the loop's condition says."""
+    if len(cond.eqns) != 1 or cond.eqns[0].primitive.name != "lt" or cond.outvars != cond.eqns[0].outvars:
+        return None
+    left, right = cond.eqns[0].invars
+    if left is not cond.invars[num_cond_consts + counter]:
+        return None
+    if isinstance(right, Literal):
+        return constant(right.val, (), right.aval.dtype)
+    position = cond.invars.index(right)
+    carried = position - num_cond_consts
+    if carried >= 0 and body.invars[num_body_consts + carried] is not body.outvars[carried]:
+        return None
+    return operands[position]
+
+
+def _plus(e, value: Value, number: int) -> Value:
+    total = Affine.of(value) + number
+    if not total.terms:
+        return constant(total.constant, (), value.dtype)
+    return e.let(f"{value.text} + {number}", (), value.dtype, "end", bounds=total.bounds)

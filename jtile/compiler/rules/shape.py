@@ -1,0 +1,263 @@
+"""Operations that move values without changing them."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from jtile.compiler.rules import rule
+from jtile.compiler.value import Value, constant, tile, triton_type
+
+
+@rule("broadcast_in_dim", "broadcast_to")
+def broadcast_in_dim(e, eqn, x: Value, *_):
+    shape = tuple(eqn.params["shape"])
+    axes = eqn.params.get("broadcast_dimensions", range(len(shape) - len(x.shape), len(shape)))
+    if x.constant is not None:
+        return constant(x.constant, shape, x.dtype)
+    if x.shape == shape:
+        return x
+    text, here = x.text, [1] * len(shape)
+    for axis, n in zip(axes, x.shape, strict=True):
+        here[axis] = n
+    if x.shape and len(x.shape) < len(shape):
+        text += f"[{', '.join(':' if a in axes else 'None' for a in range(len(shape)))}]"
+    if tuple(here) != shape or not x.shape:
+        text = f"tl.broadcast_to({text}, {list(tile(shape))})"
+    repeated = any(n != m and n != p for n, m, p in zip(shape, here, tile(shape), strict=True))
+    return e.let(text, shape, x.dtype, "spread", bounds=x.bounds, zero_padded=x.zero_padded and not repeated)
+
+
+@rule("reshape", "squeeze", "expand_dims")
+def reshape(e, eqn, x: Value):
+    return reshaped(e, x, tuple(eqn.outvars[0].aval.shape))
+
+
+def reshaped(e, x: Value, shape: tuple[int, ...]) -> Value:
+    """`x` in another shape, which the padded tile must be able to follow.
+
+    Dimensions may be merged, or split, as long as only the first of each group is padded: then the padding stays at the
+    end. (3, 64) -> (192,) is 4 x 64 -> 256; (64, 3) -> (192,) would leave holes.
+    """
+    if x.constant is not None:
+        return constant(x.constant, shape, x.dtype)
+    if x.shape == shape:
+        return x
+    if not shape:
+        return e.let(f"tl.sum({x.text}, dtype={triton_type(x.dtype)})", shape, x.dtype, "scalar", bounds=x.bounds)
+    if not x.shape:
+        return e.let(f"tl.broadcast_to({x.text}, {list(shape)})", shape, x.dtype, "spread", bounds=x.bounds)
+    if not _follows(x.shape, shape):
+        raise e.unsupported(
+            f"reshaping {x.shape} to {shape} would leave holes, as Triton pads sides to powers of two",
+            "Use powers of two in all but the first of the dimensions that are merged or split.",
+        )
+    text = f"tl.reshape({x.text}, {list(tile(shape))})"
+    return e.let(text, shape, x.dtype, "reshape", bounds=x.bounds, zero_padded=x.zero_padded)
+
+
+def _follows(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
+    """Whether reshaping the tiles reshapes what is inside them."""
+    old, new = [n for n in old if n > 1], [n for n in new if n > 1]
+    while old and new:
+        sides = [old.pop()], [new.pop()]
+        while math.prod(sides[0]) != math.prod(sides[1]):
+            smaller = min((0, 1), key=lambda s: math.prod(sides[s]))
+            sides[smaller].append((old, new)[smaller].pop())
+        # `sides` lists each group's dimensions from the last to the first.
+        if any(len(s) > 1 and tile(tuple(s[:-1])) != tuple(s[:-1]) for s in sides):
+            return False
+    return True
+
+
+@rule("transpose")
+def transpose(e, eqn, x: Value):
+    order = eqn.params["permutation"]
+    shape = tuple(x.shape[a] for a in order)
+    if x.constant is not None:
+        return constant(x.constant, shape, x.dtype)
+    text = f"tl.trans({x.text})" if tuple(order) == (1, 0) else f"tl.permute({x.text}, {list(order)})"
+    return e.let(text, shape, x.dtype, "trans", bounds=x.bounds, zero_padded=x.zero_padded)
+
+
+@rule("iota")
+def iota(e, eqn, *_):
+    shape, axis = tuple(eqn.params["shape"]), eqn.params["dimension"]
+    dtype = np.dtype(eqn.params["dtype"])
+    text = e.lanes(shape[axis], axis, len(shape))
+    if len(shape) > 1:
+        text = f"tl.broadcast_to({text}, {list(tile(shape))})"
+    if dtype != np.int32:
+        text = f"tl.cast({text}, {triton_type(dtype)})"
+    bounds = (0, shape[axis] - 1) if np.issubdtype(dtype, np.integer) else None
+    return e.let(text, shape, dtype, "iota", bounds=bounds)
+
+
+@rule("slice")
+def slice_(e, eqn, x: Value):
+    starts, strides = eqn.params["start_indices"], eqn.params["strides"] or (1,) * len(x.shape)
+    shape = eqn.outvars[0].aval.shape
+    for axis, (start, size, stride) in enumerate(zip(starts, shape, strides, strict=True)):
+        x = _sliced(e, x, axis, start, size, stride)
+    return x
+
+
+@rule("split")
+def split(e, eqn, x: Value):
+    return _split(e, x, eqn.params["axis"], [int(n) for n in eqn.params["sizes"]])
+
+
+@rule("unstack")
+def unstack(e, eqn, x: Value):
+    axis = eqn.params["axis"]
+    shape = (*x.shape[:axis], *x.shape[axis + 1 :])
+    return [reshaped(e, part, shape) for part in _split(e, x, axis, [1] * x.shape[axis])]
+
+
+def _split(e, x: Value, axis: int, sizes: list[int]) -> list[Value]:
+    values, start = [], 0
+    for size in sizes:
+        values.append(_sliced(e, x, axis, start, size))
+        start += size
+    return values
+
+
+def _sliced(e, x: Value, axis: int, start: int, size: int, stride: int = 1) -> Value:
+    if size == x.shape[axis]:
+        return x
+    steps = _halvings(x.shape[axis], start, size, stride)
+    if steps is not None:
+        return _halve(e, x, axis, steps)
+    return take(e, x, axis, size, lambda lanes: f"{start} + {lanes} * {stride}")
+
+
+@rule("dynamic_slice")
+def dynamic_slice(e, eqn, x: Value, *starts: Value):
+    for axis, (start, size) in enumerate(zip(starts, eqn.params["slice_sizes"], strict=True)):
+        n = x.shape[axis]
+        if size == n:
+            continue
+        # As in JAX, a slice that would run out is moved back inside.
+        if start.bounds is None or start.bounds[0] < 0 or start.bounds[1] > n - size:
+            start = e.let(f"tl.minimum(tl.maximum({e.tensor(start)}, 0), {n - size})", (), start.dtype, "start")
+        x = take(e, x, axis, size, lambda lanes, start=start: f"{start.text} + {lanes}")
+    return x
+
+
+@rule("rev")
+def rev(e, eqn, x: Value):
+    for axis in eqn.params["dimensions"]:
+        last = x.shape[axis] - 1
+        x = take(e, x, axis, x.shape[axis], lambda lanes, last=last: f"{last} - {lanes}")
+    return x
+
+
+@rule("concatenate")
+def concatenate(e, eqn, *parts: Value):
+    return _concatenated(e, parts, eqn.params["dimension"])
+
+
+@rule("stack")
+def stack(e, eqn, *parts: Value):
+    axis = eqn.params["axis"]
+    shape = (*parts[0].shape[:axis], 1, *parts[0].shape[axis:])
+    return _concatenated(e, [reshaped(e, part, shape) for part in parts], axis)
+
+
+@rule("tile")
+def tile_(e, eqn, x: Value):
+    for axis, repeats in enumerate(eqn.params["reps"]):
+        n = x.shape[axis]
+        if repeats != 1:
+            x = take(e, x, axis, n * repeats, lambda lanes, n=n: f"{lanes} % {n}")
+    return x
+
+
+@rule("pad")
+def pad(e, eqn, x: Value, filler: Value):
+    for axis, (low, high, interior) in enumerate(eqn.params["padding_config"]):
+        if interior or low < 0 or high < 0:
+            raise e.unsupported(f"`pad` with {(low, high, interior)} has no form in Triton", "Pad at the ends only.")
+        if low or high:
+            n = x.shape[axis]
+            wide = take(e, x, axis, int(low + n + high), lambda lanes, low=low: f"{lanes} - {low}")
+            lanes = e.lanes(wide.shape[axis], axis, len(wide.shape))
+            text = f"tl.where(({lanes} >= {low}) & ({lanes} < {low + n}), {wide.text}, {filler.text})"
+            x = e.let(text, wide.shape, x.dtype, "pad")
+    return x
+
+
+def _halvings(n: int, start: int, size: int, stride: int) -> list[tuple[bool, int]] | None:
+    """Steps that halve an axis down to a slice: (True, evens 0 or odds 1) or (False, first 0 or second 1)."""
+    if n != tile((n,))[0] or size != tile((size,))[0]:
+        return None
+    steps = []
+    while stride > 1 and n > size:
+        if stride % 2 or start >= n:
+            return None
+        steps.append((True, start % 2))
+        n, start, stride = n // 2, start // 2, stride // 2
+    if stride > 1 or start % size or start + size > n:
+        return None
+    while n > size:
+        n //= 2
+        steps.append((False, start // n))
+        start %= n
+    return steps
+
+
+def _halve(e, x: Value, axis: int, steps: list[tuple[bool, int]]) -> Value:
+    """Halves of `x` along an axis, by `tl.split`, which takes a last axis of two apart."""
+    for interleaved, half in steps:
+        if x.constant is not None:
+            x = constant(x.constant, (*x.shape[:axis], x.shape[axis] // 2, *x.shape[axis + 1 :]), x.dtype)
+            continue
+        n = x.shape[axis] // 2
+        sides = list(x.tile)
+        rank = len(sides)
+        sides[axis : axis + 1] = [n, 2] if interleaved else [2, n]
+        two = axis + 1 if interleaved else axis
+        order = [a for a in range(rank + 1) if a != two] + [two]
+        pairs = f"tl.reshape({x.text}, {sides})"
+        pairs = pairs if order == sorted(order) else f"tl.permute({pairs}, {order})"
+        names = e.name("half"), e.name("half")
+        e.line(f"{names[0]}, {names[1]} = tl.split({pairs})")
+        shape = (*x.shape[:axis], n, *x.shape[axis + 1 :])
+        x = Value(names[half], shape, x.dtype, bounds=x.bounds, zero_padded=x.zero_padded)
+    return x
+
+
+def take(e, x: Value, axis: int, size: int, index: Callable[[str], str]) -> Value:
+    """The elements of `x` along an axis that `index` picks for lanes 0, 1, ...; arbitrary where it points outside."""
+    shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
+    if x.constant is not None:
+        return constant(x.constant, shape, x.dtype)
+    text = f"tl.minimum(tl.maximum({index(e.lanes(size, axis, len(shape)))}, 0), {x.tile[axis] - 1})"
+    text = f"tl.gather({x.text}, tl.broadcast_to({text}, {list(tile(shape))}), {axis})"
+    return e.let(text, shape, x.dtype, "take", bounds=x.bounds)
+
+
+def _concatenated(e, parts, axis: int) -> Value:
+    """Joins neighbours, then neighbours of those: equal halves are the cheap case."""
+    parts = list(parts)
+    while len(parts) > 1:
+        pairs = zip(parts[::2], parts[1::2], strict=False)
+        parts = [_joined(e, a, b, axis) for a, b in pairs] + parts[len(parts) // 2 * 2 :]
+    return parts[0]
+
+
+def _joined(e, a: Value, b: Value, axis: int) -> Value:
+    """Two values, one after the other along an axis."""
+    n, m = a.shape[axis], b.shape[axis]
+    shape = (*a.shape[:axis], n + m, *a.shape[axis + 1 :])
+    if n == m == tile((n,))[0]:
+        rank = len(shape)
+        order = [*range(axis), rank, *range(axis, rank)]
+        text = f"tl.join({e.tensor(a)}, {e.tensor(b)})"
+        text = f"tl.reshape(tl.permute({text}, {order}), {list(tile(shape))})"
+        return e.let(text, shape, a.dtype, "concat", zero_padded=a.zero_padded and b.zero_padded)
+    first = take(e, a, axis, n + m, lambda lanes: lanes)
+    second = take(e, b, axis, n + m, lambda lanes: f"{lanes} - {n}")
+    lanes = e.lanes(n + m, axis, len(shape))
+    texts = e.operands(first, second)
+    return e.let(f"tl.where({lanes} < {n}, {texts[0]}, {texts[1]})", shape, a.dtype, "concat")

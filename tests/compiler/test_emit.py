@@ -1,0 +1,414 @@
+"""The source that kernels become: what it computes, what it says, and that it is the same everywhere."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jtile.compiler.emit import emit
+from jtile.compiler.kernel import UnsupportedKernel, kernel_of
+from jtile.compiler.params import CompilerParams
+from jtile.compiler.rewrite import map_pallas_calls
+from tests.compiler.kernels import CASES
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parent.parent
+
+
+def sources(function, *operands, **params):
+    """The source of each kernel that `function` calls."""
+    found = []
+
+    def keep(call, *_):
+        found.append(emit(kernel_of(call), CompilerParams(**params)))
+        return [jnp.zeros(a.shape, a.dtype) for a in call["out_avals"]]
+
+    jax.eval_shape(map_pallas_calls(function, keep), *operands)
+    return found
+
+
+def source(function, *operands, **params):
+    (only,) = sources(function, *operands, **params)
+    return only.text
+
+
+def call(kernel, shape=(16,), dtype=jnp.float32, **options):
+    """A function of one operand that runs `kernel` on it."""
+    return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(shape, dtype), **options)
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    path = tmp_path_factory.mktemp("interpreted") / "failures.json"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{HERE}"}
+    subprocess.run([sys.executable, HERE / "run_interpreted.py", path], env=environment, check=True)
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_source_computes_what_pallas_does(failures, name):
+    assert not failures[name], failures[name]
+
+
+def test_source_is_the_same_in_every_process():
+    program = (
+        "import hashlib; from tests.compiler.test_emit import sources, CASES;"
+        "print([hashlib.sha256(s.text.encode()).hexdigest() for f, x in CASES.values() for s in sources(f, *x)])"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed, "JAX_PLATFORMS": "cpu"},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        for seed in ("1", "2")
+    ]
+    assert runs[0].stdout == runs[1].stdout
+
+
+def test_source_reads_well():
+    def softmax_kernel(x_ref, y_ref):
+        x = x_ref[...]
+        e = jnp.exp(x - jnp.max(x, axis=1, keepdims=True))
+        y_ref[...] = e / jnp.sum(e, axis=1, keepdims=True)
+
+    spec = pl.BlockSpec((4, 64), lambda i: (i, 0))
+    text = source(call(softmax_kernel, (8, 64), grid=(2,), in_specs=[spec], out_specs=spec), np.ones((8, 64), "f"))
+    line = softmax_kernel.__code__.co_firstlineno
+    assert (
+        text
+        == f"""\
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _maximum(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def softmax_kernel(x_ref, y_ref):
+    pid_0 = tl.program_id(0)
+    lanes_4 = tl.arange(0, 4)
+    lanes_64 = tl.arange(0, 64)
+    x_1 = tl.load(x_ref + pid_0 * 256 + lanes_4[:, None] * 64 + lanes_64[None, :])  # test_emit.py:{line + 1}
+    max_1 = tl.reduce(x_1, axis=1, combine_fn=_maximum)
+    spread_1 = max_1[:, None]
+    sub_1 = x_1 - spread_1
+    exp_1 = tl.exp(sub_1)
+    sum_1 = tl.sum(exp_1, axis=1, dtype=tl.float32)
+    spread_2 = sum_1[:, None]
+    div_1 = exp_1 / spread_2
+    tl.store(y_ref + pid_0 * 256 + lanes_4[:, None] * 64 + lanes_64[None, :], div_1)  # test_emit.py:{line + 3}
+"""
+    )
+
+
+# Masks
+
+
+def copy(block, shape, index_map=lambda i: (i, 0), grid=None):
+    spec = pl.BlockSpec(block, index_map)
+
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+
+    grid = (pl.cdiv(shape[0], block[0]),) if grid is None else grid
+    return source(call(kernel, shape, grid=grid, in_specs=[spec], out_specs=spec), np.zeros(shape, "f"))
+
+
+def test_blocks_that_divide_need_no_mask():
+    assert "mask" not in copy((8, 64), (32, 64))
+
+
+def test_ragged_blocks_are_masked_on_that_axis_alone():
+    text = copy((8, 64), (33, 64))
+    assert text.count("mask=pid_0 * 8 + lanes_8[:, None] < 33") == 2
+
+
+def test_padding_is_masked():
+    assert copy((8, 48), (32, 48)).count("mask=lanes_64[None, :] < 48") == 2
+
+
+def test_one_test_masks_padding_and_edge():
+    # Lanes 48 to 63 pad the block, and 40 to 63 lie outside of the array.
+    assert copy((8, 48), (32, 40)).count("mask=lanes_64[None, :] < 40") == 2
+
+
+def test_blocks_before_the_array_are_masked():
+    text = copy((8, 64), (32, 64), lambda i: (i - 1, 0), grid=(4,))
+    assert ">= 0" in text and "< 32" not in text
+
+
+def test_loop_counters_prove_bounds():
+    def kernel(x_ref, y_ref):
+        last = pl.cdiv((pl.program_id(0) + 1) * 32, 16)
+        step = lambda j, total: total + x_ref[pl.ds(j * 16, 16)]  # noqa: E731
+        y_ref[...] = lax.fori_loop(pl.program_id(0) * 32 // 16, last, step, jnp.zeros(16))
+
+    options = dict(
+        grid=(2,), in_specs=[pl.BlockSpec((64,), lambda i: (0,))], out_specs=pl.BlockSpec((16,), lambda i: (i,))
+    )
+    assert "mask" not in source(call(kernel, (32,), **options), np.zeros(64, "f"))
+
+
+def test_indices_read_from_memory_are_masked():
+    def kernel(x_ref, i_ref, y_ref):
+        y_ref[...] = x_ref[pl.ds(i_ref[0], 16)]
+
+    text = source(call(kernel), np.zeros(64, "f"), np.zeros(1, "i"))
+    assert "mask=(i_1 + lanes_16 >= 0) & (i_1 + lanes_16 < 64)" in text
+
+
+# Integers
+
+
+def test_large_arrays_have_wide_offsets():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+
+    spec = pl.BlockSpec((None, 1024), lambda i: (i, 0))
+    function = call(kernel, (2**21, 1024), grid=(2**21,), in_specs=[spec], out_specs=spec)
+    assert "x_ref + tl.cast(pid_0, tl.int64) * 1024 + lanes_1024" in source(
+        function, jax.ShapeDtypeStruct((2**21, 1024), "f")
+    )
+    function = call(kernel, (2**20, 1024), grid=(2**20,), in_specs=[spec], out_specs=spec)
+    assert "int64" not in source(function, jax.ShapeDtypeStruct((2**20, 1024), "f"))
+
+
+def test_python_numbers_do_not_widen_in_x64_mode():
+    def kernel(x_ref, y_ref):
+        step = lambda j, total: total + x_ref[pl.ds(j * 16, 16)] * 0.5 + j * 2  # noqa: E731
+        y_ref[...] = lax.fori_loop(0, 4, step, jnp.zeros(16, y_ref.dtype))
+
+    for dtype in (jnp.float32, jnp.bfloat16):
+        with jax.enable_x64(True):
+            text = source(call(kernel, dtype=dtype), jax.ShapeDtypeStruct((64,), dtype))
+        assert "float64" not in text
+        # Offsets are 32-bit however wide the loop's counter is.
+        assert "x_ref + tl.cast(mul_1, tl.int32) + lanes_16" in text
+
+
+# Grids
+
+
+def test_axes_of_one_program_cost_nothing():
+    spec = pl.BlockSpec((8, 64), lambda a, i, b: (i + a, b))
+
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...] + pl.program_id(2)
+
+    function = call(kernel, (32, 64), grid=(1, 4, 1), in_specs=[spec], out_specs=spec)
+    (only,) = sources(function, np.zeros((32, 64), "f"))
+    assert only.grid == (4, 1, 1)
+    assert "pid_1 = tl.program_id(0)" in only.text and "pid_0" not in only.text and "pid_2" not in only.text
+
+
+@pytest.mark.parametrize(
+    "grid, launch",
+    [
+        ((2, 3, 4), (2, 3, 4)),
+        ((2, 1, 3, 4), (2, 3, 4)),
+        ((2, 3, 4, 5), (120, 1, 1)),
+        ((2, 70_000), (140_000, 1, 1)),
+        ((70_000, 2), (70_000, 2, 1)),
+        ((), (1, 1, 1)),
+    ],
+)
+def test_grids_fit_cuda(grid, launch):
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+
+    spec = pl.BlockSpec((16,), lambda *_: (0,))
+    (only,) = sources(call(kernel, grid=grid, in_specs=[spec], out_specs=spec), np.zeros(16, "f"))
+    assert only.grid == launch
+
+
+def test_mapped_axes_run_slowest():
+    spec = pl.BlockSpec((16,), lambda i: (i,))
+
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+
+    (only,) = sources(jax.vmap(call(kernel, (64,), grid=(4,), in_specs=[spec], out_specs=spec)), np.zeros((3, 64), "f"))
+    assert only.grid == (4, 3, 1)
+    assert "x_ref + pid_0 * 64 + pid_1 * 16" in only.text
+
+
+# Products
+
+
+def test_products_add_into_the_accumulator():
+    function, operands = CASES["matmul_ragged"]
+    text = source(function, *operands)
+    assert 'tl.dot(a_1, b_1, acc=carry_1, input_precision="tf32")' in text
+
+
+def test_head_dimensions_are_padded_without_masking_products():
+    # Loads put zeros in the padding, so the product over it needs no mask of its own.
+    function, operands = CASES["attention"]
+    text = source(function, *operands)
+    assert "trans_1 = tl.trans(k_1)" in text and "tl.dot(q_1, trans_1" in text
+
+
+@pytest.mark.parametrize(
+    "precision, expected",
+    [
+        (None, "tf32"),
+        ("default", "tf32"),
+        ("high", "tf32x3"),
+        ("highest", "ieee"),
+        (("default", "highest"), "ieee"),
+        ("TF32_TF32_F32", "tf32"),
+        ("F32_F32_F32", "ieee"),
+        ("BF16_BF16_F32_X3", "bf16x3"),
+    ],
+)
+def test_precision_of_products(precision, expected):
+    def kernel(a_ref, b_ref, o_ref):
+        o_ref[...] = jnp.dot(a_ref[...], b_ref[...], precision=precision)
+
+    a = np.zeros((16, 16), "f")
+    assert f'input_precision="{expected}"' in source(call(kernel, (16, 16)), a, a)
+
+
+# Tensor Memory Accelerator, warp specialisation
+
+
+def test_tma_where_a_block_allows():
+    function, operands = CASES["matmul_ragged"]
+    text = source(function, *operands, tma=True)
+    assert (
+        "a_ref_16x16 = tl.make_tensor_descriptor(a_ref, shape=[40, 48], strides=[48, 1], block_shape=[16, 16])" in text
+    )
+    assert "a_1 = a_ref_16x16.load([pid_0 * 16, mul_1])" in text
+    assert "o_ref_16x32.store([pid_0 * 16, pid_1 * 32], carry_1)" in text
+    assert "tl.load" not in text and "tl.store" not in text
+
+
+def test_pointers_where_rows_of_the_next_matrix_would_be_read():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+
+    for rows, found in ((32, True), (24, False)):
+        shape = (2, rows, 64)
+        spec = pl.BlockSpec((None, 16, 64), lambda b, i: (b, i, 0))
+        function = call(kernel, shape, grid=(2, pl.cdiv(rows, 16)), in_specs=[spec], out_specs=spec)
+        assert ("make_tensor_descriptor" in source(function, np.zeros(shape, "f"), tma=True)) == found
+
+
+def test_what_is_written_and_read_back_needs_pointers():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+        y_ref[...] = y_ref[...] * 2
+
+    text = source(call(kernel, (16, 64)), np.zeros((16, 64), "f"), tma=True)
+    assert "y_ref_16x64" not in text and "x_ref_16x64" in text
+
+
+def test_warp_specialization_needs_one_loop():
+    function, operands = CASES["matmul_ragged"]
+    assert "tl.range(0, 3, warp_specialize=True)" in source(function, *operands, warp_specialize=True)
+    with pytest.raises(ValueError, match="exactly one loop; kernel .* has 2"):
+        source(*[CASES["loop_nested"][0], *CASES["loop_nested"][1]], warp_specialize=True)
+
+
+# What cannot be compiled
+
+
+def refuse(kernel, *operands, match, **options):
+    with pytest.raises(UnsupportedKernel, match=match):
+        source(call(kernel, **options), *operands)
+
+
+def test_unknown_primitives_are_named_with_the_line_and_a_cure():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = jnp.sort(x_ref[...])
+
+    line = kernel.__code__.co_firstlineno + 1
+    refuse(
+        kernel,
+        np.zeros(16, "f"),
+        match=rf"kernel kernel, at .*test_emit.py:{line}:.*`sort` .*Sort outside of the kernel",
+    )
+
+
+def test_reshapes_that_padding_breaks():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...].reshape(-1)
+
+    refuse(
+        kernel,
+        np.zeros((4, 3), "f"),
+        shape=(12,),
+        match=r"reshaping \(4, 3\) to \(12,\) would leave holes.*powers of two",
+    )
+
+
+def test_captured_arrays():
+    table = np.arange(16.0, dtype="f")
+
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...] + lax.optimization_barrier(table)
+
+    with pytest.raises(ValueError, match="captures constants"):  # Pallas itself says so
+        source(call(kernel), table)
+
+
+def test_small_products():
+    def kernel(a_ref, y_ref):
+        y_ref[...] = a_ref[...] @ a_ref[...].T
+
+    a = jax.ShapeDtypeStruct((16, 8), jnp.bfloat16)
+    refuse(kernel, a, shape=(16, 16), dtype=jnp.bfloat16, match="bfloat16 over 8 terms .* Widen the block to 16")
+
+
+def test_scratch_and_traced_grids():
+    def kernel(x_ref, y_ref, scratch_ref):
+        y_ref[...] = x_ref[...]
+
+    refuse(kernel, np.zeros(16, "f"), scratch_shapes=[pl.ANY((16,), jnp.float32)], match="scratch memory.*fori_loop")
+
+    def copy_kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+
+    def traced(x, n):
+        return call(copy_kernel, grid=(n,))(x)
+
+    with pytest.raises(UnsupportedKernel, match="traced size.*pl.when"):
+        source(traced, np.zeros(16, "f"), np.int32(2))
+
+
+def test_scan_over_arrays():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = lax.scan(lambda c, x: (c + x, None), jnp.zeros(16), x_ref[...])[0]
+
+    refuse(kernel, np.zeros((4, 16), "f"), match="`scan` over arrays.*fori_loop")
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("num_warps", 3),
+        ("num_warps", True),
+        ("num_stages", 0),
+        ("num_ctas", 3),
+        ("warp_specialize", 1),
+        ("max_registers", 100),
+        ("tma", "yes"),
+    ],
+)
+def test_params_are_checked(field, value):
+    with pytest.raises(ValueError, match=rf"CompilerParams: {field} must be one of .*; got {value!r}"):
+        CompilerParams(**{field: value})
