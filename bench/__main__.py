@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import math
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -79,8 +80,14 @@ def measure(case: Case) -> list[dict]:
 
 
 def pulled(function, operands: tuple) -> tuple:
-    """The function's pullback at the operands, and a random cotangent for it."""
-    out, pull = jax.jit(lambda *a: jax.vjp(function, *a))(*operands)
+    """The function's pullback at the operands, to its floating ones, and a random cotangent for it."""
+    integers = {i: x for i, x in enumerate(operands) if jnp.issubdtype(x.dtype, jnp.integer)}
+
+    def of_floating(*floating):
+        rest = iter(floating)
+        return function(*(integers[i] if i in integers else next(rest) for i in range(len(operands))))
+
+    out, pull = jax.jit(lambda *a: jax.vjp(of_floating, *a))(*(x for i, x in enumerate(operands) if i not in integers))
     return pull, jax.tree.map(
         lambda o: jax.random.normal(jax.random.key(7), o.shape, jnp.bfloat16).astype(o.dtype), out
     )
@@ -123,7 +130,7 @@ def relative_error(got, reference):
 def error(got, reference) -> float:
     """The largest relative error of the arrays."""
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(reference), strict=True)
-    return float(np.max([relative_error(a, b) for a, b in pairs if a.dtype != jax.dtypes.float0]))
+    return float(np.max([relative_error(a, b) for a, b in pairs]))
 
 
 def show(row: dict) -> str:
@@ -161,8 +168,10 @@ def triton_version() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit measured, for whoever wants to measure it again."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS)
+    """The commit measured, for whoever wants to measure it again; "unknown" where git or the history is missing."""
+    if shutil.which("git") is None:
+        return "unknown"
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return done.stdout.strip() or "unknown"
 
 
