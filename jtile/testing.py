@@ -307,7 +307,7 @@ _COLLECTIVE = re.compile(r" (all-gather|all-reduce|all-to-all|collective-permute
 
 def collectives(compiled: jax.stages.Compiled) -> Counter[str]:
     """How often a compiled program exchanges data between devices, by kind."""
-    return Counter(_COLLECTIVE.findall(compiled.as_text()))
+    return Counter(_COLLECTIVE.findall(compiled.as_text() or ""))
 
 
 # Derived functions: each takes the kernel or the reference.
@@ -434,7 +434,12 @@ def shapes(trial: Trial) -> None:
 
 def stacked(samples: Sequence[Arrays], axes: Mapping[str, int | None]) -> Arrays:
     """The samples of every operand that has an axis stacked along it; the first sample of the others."""
-    return {n: x if axes[n] is None else jnp.stack([s[n] for s in samples], axes[n]) for n, x in samples[0].items()}
+
+    def stack(name: str, first: jax.Array) -> jax.Array:
+        axis = axes[name]
+        return first if axis is None else jnp.stack([s[name] for s in samples], axis)
+
+    return {name: stack(name, first) for name, first in samples[0].items()}
 
 
 def _stacked_cotangents(trial: Trial, count: int) -> Arrays:

@@ -128,7 +128,7 @@ class TileOp:
                 f"{self.name}: `implementation` must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
                 f"got {implementation!r}"
             )
-        self._check_static(static)
+        static = self._check_static(static)
         arrays = self._check_operands(operands)
         given = [a for a in arrays if a is not None]
         call = Call(
@@ -162,11 +162,12 @@ class TileOp:
         )
 
     @property
-    def static_names(self) -> list[str]:
+    def static_parameters(self) -> dict[str, inspect.Parameter]:
+        """The reference's keyword-only parameters. What it has as a default, the kernel gets as well."""
         if self.parent:
-            return self.parent.static_names
-        parameters = inspect.signature(self.reference_function).parameters.values()
-        return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+            return self.parent.static_parameters
+        parameters = inspect.signature(self.reference_function).parameters
+        return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
 
     def _check_operands(self, operands: tuple) -> list:
         terms = self.signature.operands
@@ -181,16 +182,22 @@ class TileOp:
         self.signature.check(self.name, [None if a is None else a.shape for a in arrays])
         return arrays
 
-    def _check_static(self, static: dict[str, Any]) -> None:
-        known = self.static_names
-        if unknown := sorted(set(static) - set(known)):
+    def _check_static(self, given: dict[str, Any]) -> dict[str, Hashable]:
+        known = self.static_parameters
+        if unknown := sorted(set(given) - set(known)):
             raise TypeError(f"{self.name} has no argument `{unknown[0]}`; it takes {', '.join(known) or 'none'}")
+        static = {name: p.default for name, p in known.items() if p.default is not p.empty} | given
+        if missing := [name for name in known if name not in static]:
+            raise TypeError(f"{self.name} needs the argument `{missing[0]}`")
         for name, value in static.items():
-            if isinstance(value, jax.core.Tracer | jax.Array) or not isinstance(value, Hashable):
+            is_array = isinstance(value, jax.Array)
+            if is_array or not isinstance(value, Hashable):
                 raise TypeError(
-                    f"{self.name}: `{name}` must be a static, hashable Python value, got {type(value).__name__}; "
+                    f"{self.name}: `{name}` must be a static, hashable Python value, got "
+                    f"{'an array' if is_array else type(value).__name__}; "
                     "under jit, mark it with static_argnames or close over it"
                 )
+        return static
 
 
 class TilePrimitive(Primitive):

@@ -62,10 +62,9 @@ def _result_shapes(op: TileOp, shapes: tuple, call: Call, x64: bool) -> tuple:
         results = jax.eval_shape(lambda *a: op.reference_function(*call.expand(a), **dict(call.static)), *shapes)
     terms = op.signature.results
     if not isinstance(results, tuple) or len(results) != len(terms):
-        raise TypeError(
-            f"{op.name}: the reference must return a tuple of {len(terms)} ({', '.join(t.name for t in terms)}), got "
-            f"{len(results) if isinstance(results, tuple) else type(results).__name__}"
-        )
+        got = f"a tuple of {len(results)}" if isinstance(results, tuple) else "no tuple"
+        names = ", ".join(t.name for t in terms)
+        raise TypeError(f"{op.name}: the reference must return a tuple of {len(terms)} ({names}), got {got}")
     sizes, leading = op.signature.check(op.name, [None if s is None else s.shape for s in call.expand(shapes)])
     for term, result in zip(terms, results, strict=True):
         if result is None and not term.optional:

@@ -33,6 +33,10 @@ class Term:
         names = [d[0] if len(d) == 1 else f"({' '.join(d)})" for d in self.dims]
         return " ".join([*["..."] * self.leading, *names]) or "scalar"
 
+    @property
+    def factors(self) -> list[str]:
+        return [factor for dim in self.dims for factor in dim]
+
     def renamed(self, name: str, **changes) -> "Term":
         return dataclasses.replace(self, name=name, **changes)
 
@@ -55,10 +59,27 @@ class Signature:
             tuple(_terms(public, text)) + tuple(t.renamed(t.name, saved=True) for t in _terms(saved, text)),
             frozenset(whole.split()),
         )
-        known = {name for term in signature.operands for dim in term.dims for name in dim}
-        for name in sorted(signature.whole - known):
-            raise ValueError(f"whole dimension {name!r} is not one of the operands' in {text!r}")
+        signature._validate(text)
         return signature
+
+    def _validate(self, text: str) -> None:
+        if not self.operands or not self.results:
+            raise ValueError(f"there are no {'results' if self.operands else 'operands'} in {text!r}")
+        known = {factor for term in self.operands for factor in term.factors}
+        for name in sorted(self.whole - known):
+            raise ValueError(f"whole dimension {name!r} is not one of the operands' in {text!r}")
+        seen: set[str] = set()
+        for term in (*self.operands, *self.results):
+            if term.name in seen:
+                raise ValueError(f"`{term.name}` stands twice in {text!r}; every name must differ")
+            seen.add(term.name)
+            for factor in term.factors:
+                if term.factors.count(factor) > 1:
+                    raise ValueError(f"`{term.name}` has dimension {factor!r} twice in {text!r}; rename one of them")
+                if factor not in known:
+                    raise ValueError(f"dimension {factor!r} of `{term.name}` is not one of the operands' in {text!r}")
+            if term.leading and not any(operand.leading for operand in self.operands):
+                raise ValueError(f"`{term.name}` has leading dimensions, and no operand has, in {text!r}")
 
     def check(self, op: str, shapes: Sequence[Shape | None]) -> tuple[dict[str, int], Shape]:
         """The size of every named dimension and the shape that `...` stands for.
