@@ -1,14 +1,18 @@
-"""What a function's kernels became: `inspect` compiles them for a chip, present or not, and reports."""
+"""What a function's kernels became, by `inspect`, and which of its ops run as kernels and why, by `explain`."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.extend.core import jaxprs_in_params
 
 from jtile.compiler import launch
 from jtile.compiler.build import Compiled
 from jtile.compiler.target import Target
+from jtile.op.lowering import choose
+from jtile.op.primitive import TilePrimitive
+from jtile.op.rules import ungrouped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +40,14 @@ class KernelReport:
     tensor_core_instructions: int
 
     def __str__(self) -> str:
-        return _table([self])
+        return _kernel_table([self])
 
 
 class KernelReports(list[KernelReport]):
     """Reports of several kernels; printed, a table."""
 
     def __str__(self) -> str:
-        return _table(self) if self else "no kernels"
+        return _kernel_table(self) if self else "no kernels"
 
 
 def inspect(fn: Callable, *args: Any, target: str | Target | None = "NVIDIA H200") -> list[KernelReport]:
@@ -66,6 +70,8 @@ def inspect(fn: Callable, *args: Any, target: str | Target | None = "NVIDIA H200
       RuntimeError: `target=None` on a machine without a GPU.
 
     Example:
+      >>> import jax.numpy as jnp, jtile
+      >>> from jax.experimental import pallas as pl
       >>> def double(x_ref, y_ref):
       ...     y_ref[...] = x_ref[...] * 2
       >>> def f(x):
@@ -94,13 +100,89 @@ def _report(kernel: Compiled) -> KernelReport:
     return KernelReport(**{field.name: getattr(kernel, field.name) for field in dataclasses.fields(KernelReport)})
 
 
-def _table(reports) -> str:
+def _kernel_table(reports) -> str:
     columns = [field.name for field in dataclasses.fields(KernelReport) if field.repr]
-    values = [[getattr(report, column) for column in columns] for report in reports]
-    rows = [columns, *([f"{v:,}" if isinstance(v, int) else v for v in row] for row in values)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    values = ([getattr(report, column) for column in columns] for report in reports)
+    return _table(columns, [[f"{v:,}" if isinstance(v, int) else v for v in row] for row in values], right=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpReport:
+    """What one op in a function runs, and why."""
+
+    name: str
+    operands: str
+    runs: str
+    why: str
+    count: int = 1
+
+
+class Explanation(tuple[OpReport, ...]):
+    """The ops of a function in order of appearance; prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [(f"{r.name} ×{r.count}" if r.count > 1 else r.name, r.operands, r.runs, r.why) for r in self]
+        return "no ops" if not self else _table(("op", "operands", "runs", "why"), rows)
+
+
+def explain(fn: Callable, *args, target: str | None = None) -> Explanation:
+    """Which implementation runs for each jtile op in a function, and why.
+
+    Nothing is compiled or run.
+
+    Args:
+        fn: any function of JAX arrays, differentiated and transformed as you like.
+        args: its arguments, arrays or `jax.ShapeDtypeStruct`s.
+        target: the GPU to explain for, such as `"NVIDIA H200"`; `None` is where `fn` would run here.
+
+    Returns:
+        One report for each op, equal calls counted together. It prints as a table.
+
+    Raises:
+        NotImplementedError: an op was asked for an implementation that cannot serve it.
+        ValueError: an unknown target.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jtile
+        >>> x, scale = jnp.ones((4, 8)), jnp.ones(8)
+        >>> [r.runs for r in jtile.explain(jtile.rms_norm, x, scale)]
+        ['reference']
+        >>> [r.runs for r in jtile.explain(jtile.rms_norm, x, scale, target="NVIDIA H200")]
+        ['kernel']
+    """
+    if target is not None:
+        Target.named(target)
+    platform = "cuda" if target is not None else _platform_here()
+    counts: dict[OpReport, int] = {}
+    for primitive, avals, call in _ops_in(jax.make_jaxpr(fn)(*args).jaxpr):
+        op = primitive.op
+        choice = choose(op, ungrouped(avals, call), call, platform)
+        operands = ", ".join(f"{a.dtype.name}[{','.join(map(str, a.shape))}]" for a in avals)
+        report = OpReport(op.name, operands, choice.runs, choice.why)
+        counts[report] = counts.get(report, 0) + 1
+    return Explanation(dataclasses.replace(report, count=count) for report, count in counts.items())
+
+
+def _platform_here() -> str:
+    device = jax.devices()[0]
+    return "cuda" if device.platform == "gpu" and "NVIDIA" in device.device_kind else device.platform
+
+
+def _ops_in(jaxpr) -> Iterator[tuple]:
+    for eqn in jaxpr.eqns:
+        if isinstance(eqn.primitive, TilePrimitive):
+            yield eqn.primitive, [v.aval for v in eqn.invars], eqn.params["call"]
+        for inner in jaxprs_in_params(eqn.params):
+            yield from _ops_in(inner)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
+    """Rows under their header, the first column to the left and the others, if so asked, to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = (
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
+        "  ".join(
+            cell.rjust(w) if right and i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in (header, *rows)
     )
     return "\n".join(line.rstrip() for line in lines)

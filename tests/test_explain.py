@@ -1,0 +1,50 @@
+"""`jtile.explain`: what runs and why, without running anything."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jtile
+
+X, SCALE = jax.ShapeDtypeStruct((4, 8), jnp.bfloat16), jax.ShapeDtypeStruct((8,), jnp.float32)
+
+
+def loss(x, scale):
+    return jtile.rms_norm(x, scale).sum() + jtile.rms_norm(x, scale, implementation="xla").sum()
+
+
+def test_lists_each_op_with_its_implementation_and_the_reason():
+    on_gpu = jtile.explain(loss, X, SCALE, target="NVIDIA H200")
+    assert [(r.name, r.runs, r.why) for r in on_gpu] == [
+        ("rms_norm", "kernel", "lowered for an NVIDIA GPU"),
+        ("rms_norm", "reference", "implementation='xla'"),
+    ]
+    assert on_gpu[0].operands == "bfloat16[4,8], float32[8]"
+    assert all(r.runs == "reference" for r in jtile.explain(loss, X, SCALE))
+
+
+def test_looks_inside_control_flow_and_transformations():
+    def layers(x, scale):
+        return jax.lax.scan(lambda x, _: (jax.checkpoint(jtile.rms_norm)(x, scale), None), x, None, length=3)[0].sum()
+
+    names = {r.name for r in jtile.explain(jax.jit(jax.grad(layers)), X, SCALE, target="NVIDIA H200")}
+    assert names == {"rms_norm", "rms_norm_backward"}
+
+
+def test_counts_equal_calls_together():
+    [report] = jtile.explain(lambda x, s: jtile.rms_norm(jtile.rms_norm(x, s), s), X, SCALE)
+    assert report.count == 2 and "rms_norm ×2" in str(
+        jtile.explain(lambda x, s: jtile.rms_norm(jtile.rms_norm(x, s), s), X, SCALE)
+    )
+
+
+def test_says_why_a_kernel_cannot_serve():
+    with jax.enable_x64(True):
+        [report] = jtile.explain(jtile.rms_norm, X.update(dtype=jnp.float64), SCALE, target="NVIDIA H200")
+    assert report.runs == "reference" and "`x` is float64" in report.why
+
+
+def test_a_function_without_ops_and_an_unknown_target():
+    assert str(jtile.explain(jnp.sin, X)) == "no ops"
+    with pytest.raises(ValueError, match="NVIDIA H200"):
+        jtile.explain(loss, X, SCALE, target="NVIDIA H2000")
