@@ -71,16 +71,17 @@ class Layout:
         )
 
     def rule(self) -> SdyShardingRule:
-        """The same, in Shardy's words."""
-        used = [f for dims in (*self.operands, *self.results) for dim in dims for f in dim]
-        plain = {dim[0] for dims in (*self.operands, *self.results) for dim in dims if len(dim) == 1}
-        kept = {f for dims in self.results for dim in dims for f in dim}
-        factors = list(dict.fromkeys(used))
+        """The same, in Shardy's words, which have no factors of size 1 in a compound dimension."""
+        proper = lambda dim: tuple(f for f in dim if self.sizes[f] != 1) or dim[:1]  # noqa: E731
+        operands, results = ([tuple(map(proper, dims)) for dims in many] for many in (self.operands, self.results))
+        plain = {dim[0] for dims in (*operands, *results) for dim in dims if len(dim) == 1}
+        kept = {f for dims in results for dim in dims for f in dim}
+        factors = list(dict.fromkeys(f for dims in (*operands, *results) for dim in dims for f in dim))
         compound_only: dict[str, Any] = {f: self.sizes[f] for f in factors if f not in plain}
         mapping = lambda dims: ArrayMapping(*(dim[0] if len(dim) == 1 else CompoundFactor(*dim) for dim in dims))  # noqa: E731
         return SdyShardingRule(
-            tuple(map(mapping, self.operands)),
-            tuple(map(mapping, self.results)),
+            tuple(map(mapping, operands)),
+            tuple(map(mapping, results)),
             need_replication_factors=tuple(f for f in factors if f in self.whole),
             reduction_factors=tuple(f for f in factors if f not in kept and f not in self.whole),
             **compound_only,
@@ -101,7 +102,7 @@ class Layout:
                     continue
                 if strict and assigned.get(factor, axes) != axes:
                     raise ValueError(
-                        f"{self.op}: dimension `{factor}` is split over mesh axes {assigned[factor]} in "
+                        f"{self.op}: {_words(factor)} is split over mesh axes {assigned[factor]} in "
                         f"`{owner[factor]}` and over {axes} in `{name}`; bring them together with jax.sharding.reshard"
                     )
                 taken = {a for f, used in assigned.items() if f != factor for a in used}
@@ -127,6 +128,11 @@ class Layout:
         """The mesh axes over which a result with these dimensions is a partial sum."""
         mine = {f for dim in dims for f in dim}
         return tuple(a for f, axes in assigned.items() if f not in mine for a in axes)
+
+
+def _words(factor: str) -> str:
+    kinds = {"L": "leading dimension", "G": "vmapped dimension"}  # names in signatures are lowercase
+    return f"{kinds[factor[0]]} {factor[1:]}" if factor[0] in kinds else f"dimension `{factor}`"
 
 
 def axes_of(spec: PartitionSpec | None, ndim: int) -> Spec:

@@ -5,6 +5,9 @@
 Operands stand left of the arrow and results right of it, each a name and its dimensions. `...` is any leading shape,
 the same one wherever it occurs; `(k g)` is one dimension of size k·g; `?` marks what may be absent; results after `;`
 are there for the backward pass alone. Dimensions named in `whole` are never split over devices.
+
+A result that lacks a dimension of the operands must be a sum over it: where devices share that dimension out, each
+computes its part of the sum.
 """
 
 import dataclasses

@@ -1,0 +1,158 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jtile import TileOp
+from jtile.testing import collectives
+
+# Rows may be split; `d` is needed whole; `n` is summed over.
+op = TileOp("mix", "x: ... d, w: n d -> y: ... d, total: d", whole="d")
+
+
+@op.reference
+def reference(x, w):
+    y = x * jnp.sum(w, axis=0)
+    return y, jnp.sum(y, axis=range(x.ndim - 1))
+
+
+heads = TileOp("heads", "q: ... (k g) d, key: ... k d -> y: ... (k g) d", whole="d")
+
+
+@heads.reference
+def heads_reference(q, key):
+    group = q.shape[-2] // key.shape[-2]
+    return (q * jnp.repeat(key, group, axis=-2),)
+
+
+X = jax.random.normal(jax.random.key(0), (8, 4, 6))
+W = jax.random.normal(jax.random.key(1), (4, 6))
+Q, KEY = jax.random.normal(jax.random.key(2), (2, 8, 6)), jax.random.normal(jax.random.key(3), (2, 4, 6))
+
+
+def make_mesh(kind=AxisType.Auto, **axes):
+    count = int(np.prod(list(axes.values())))
+    return jax.make_mesh(
+        tuple(axes.values()), tuple(axes), axis_types=(kind,) * len(axes), devices=jax.devices()[:count]
+    )
+
+
+def run(function, mesh, *placed):
+    """Results and collectives of a function of arrays, each given with its spec."""
+    with jax.set_mesh(mesh):
+        operands = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in placed]
+        compiled = jax.jit(function).lower(*operands).compile()
+        return compiled(*operands), collectives(compiled)
+
+
+def split_as(x, spec):
+    return x.sharding.is_equivalent_to(NamedSharding(x.sharding.mesh, spec), x.ndim)
+
+
+def same(actual, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6), tuple(actual), tuple(expected))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_rows_over_two_axes(kind):
+    mesh = make_mesh(kind, a=2, b=4)
+    (y, total), sent = run(lambda x, w: op(x, w), mesh, (X, P("a", "b")), (W, P()))
+    same((y, total), reference(X, W))
+    assert sent == {"all-reduce": 1}
+    assert split_as(y, P("a", "b")) and total.sharding.is_fully_replicated
+
+
+def test_rows_over_both_axes_at_once():
+    mesh = make_mesh(a=2, b=4)
+    (y, _), _ = run(lambda x, w: op(x, w), mesh, (X, P(("a", "b"))), (W, P()))
+    same([y], reference(X, W)[:1])
+    assert split_as(y, P(("a", "b")))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_whole_dimensions_are_gathered(kind):
+    mesh = make_mesh(kind, a=2)
+    results, sent = run(lambda x, w: op(x, w), mesh, (X, P(None, None, "a")), (W, P(None, "a")))
+    same(results, reference(X, W))
+    assert sent["all-gather"] >= 2
+
+
+def test_sizes_that_devices_do_not_divide_are_gathered():
+    mesh = make_mesh(AxisType.Auto, a=8)  # 8 devices and 4 rows of w
+    with jax.set_mesh(mesh):
+        spread = lambda x, w: op(x, jax.lax.with_sharding_constraint(w, P("a")))  # noqa: E731
+        same(jax.jit(spread)(X, W), reference(X, W))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_compound_dimensions_are_split_by_their_outer_factor(kind):
+    mesh = make_mesh(kind, a=4)
+    (y,), sent = run(lambda q, key: heads(q, key), mesh, (Q, P(None, "a")), (KEY, P(None, "a")))
+    same([y], heads_reference(Q, KEY))
+    assert not sent and split_as(y, P(None, "a"))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_compound_dimension_with_a_factor_of_one(kind):
+    mesh = make_mesh(kind, a=4)
+    for key, spec in (KEY[:, :1], P()), (Q, P(None, "a")):  # one head for all, and one head for each
+        (y,), sent = run(lambda q, key: heads(q, key), mesh, (Q, P(None, "a")), (key, spec))
+        same([y], heads_reference(Q, key))
+        assert not sent and split_as(y, P(None, "a"))
+
+
+def test_compound_dimension_split_finer_than_its_outer_factor():
+    mesh = make_mesh(a=8)
+    (y,), _ = run(lambda q, key: heads(q, key), mesh, (Q, P(None, "a")), (KEY, P()))
+    same([y], heads_reference(Q, KEY))
+
+
+def test_operands_split_differently_follow_the_first_under_auto():
+    mesh = make_mesh(a=2, b=2)
+    (y,), _ = run(lambda q, key: heads(q, key), mesh, (Q, P("a")), (KEY, P("b")))
+    same([y], heads_reference(Q, KEY))
+
+
+def test_operands_split_differently_are_refused_under_an_explicit_mesh():
+    mesh = make_mesh(AxisType.Explicit, a=2, b=2)
+    message = (
+        "heads: leading dimension 0 is split over mesh axes ('a',) in `q` and over ('b',) in `key`; bring them "
+        "together with jax.sharding.reshard"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        run(lambda q, key: heads(q, key), mesh, (Q, P("a")), (KEY, P("b")))
+
+
+def test_a_group_axis_may_be_split():
+    mesh = make_mesh(AxisType.Explicit, a=2)
+    stacked = jnp.stack([W, 2 * W])
+    mapped = jax.vmap(lambda x, w: op(x, w), in_axes=(None, 0))
+    (y, total), sent = run(mapped, mesh, (X, P()), (stacked, P("a")))
+    same((y, total), jax.vmap(reference, in_axes=(None, 0))(X, stacked))
+    assert not sent and split_as(y, P("a"))
+
+
+def test_partial_gradients_of_a_narrow_weight_are_summed_in_float32():
+    """In bfloat16 256 + 1 is 256: a sum of partial sums must not be rounded before it is complete."""
+    x = jnp.ones((8, 6), jnp.bfloat16).at[0].set(256)
+    w = jnp.ones((1, 6), jnp.bfloat16)
+
+    def loss(w, x):
+        return op(x, w)[0].astype(jnp.float32).sum()
+
+    mapped = jax.shard_map(
+        lambda w, x: jax.lax.psum(loss(w, x), "a"), mesh=make_mesh(a=8), in_specs=(P(), P("a")), out_specs=P()
+    )
+    np.testing.assert_array_equal(jax.grad(mapped)(w, x), 264)  # 256 + 7 to the nearest bfloat16
+
+
+def test_cotangents_are_split_as_their_operands_are():
+    mesh = make_mesh(AxisType.Explicit, a=2)
+    grad = jax.grad(lambda x, w: op(x, w)[0].sum(), argnums=(0, 1))
+    (dx, dw), _ = run(grad, mesh, (X, P("a")), (W, P()))
+    same((dx, dw), jax.grad(lambda x, w: reference(x, w)[0].sum(), argnums=(0, 1))(X, W))
+    assert split_as(dx, P("a")) and split_as(dw, P())
