@@ -84,7 +84,6 @@ def build(source: Source, params: CompilerParams, target: Target) -> Compiled:
         num_stages=params.num_stages,
         num_ctas=params.num_ctas,
         maxnreg=params.max_registers,
-        ptx_version=_ptx_version(),
     )
     signature = [f"*{triton_type(dtype)}" for dtype in source.arguments]
 
@@ -94,7 +93,7 @@ def build(source: Source, params: CompilerParams, target: Target) -> Compiled:
         aligned = {(i,): [["tt.divisibility", ALIGNMENT]] for i in range(len(names))}
         return _compile(function, dict(zip(names, signature, strict=True)), {}, aligned, options, target, source.text)
 
-    key = cache.key_of(_triton_version(), source.name, source.text, signature, options, target.compute_capability)
+    key = _key(target, options, source.name, source.text, signature)
     return _fitting(cache.fetch(key, make, _encode, _decode), source.name, params.num_stages, target)
 
 
@@ -117,12 +116,10 @@ def build_function(
     Raises: as `build` does.
     """
     name = function.fn.__name__
-    options = {"ptx_version": _ptx_version(), **options}
     _check_target(name, options.get("num_ctas", 1), target)
     # Triton's own hash of the function: its source, and that of every function and global it uses.
-    parts = function.cache_key, dict(signature), {name: _spelt(value) for name, value in constants.items()}
-    facts = sorted(attributes.items()), dict(options), target.compute_capability
-    key = cache.key_of(_triton_version(), *parts, *facts)
+    spelt = {name: _spelt(value) for name, value in constants.items()}
+    key = _key(target, options, function.cache_key, dict(signature), spelt, sorted(attributes.items()))
 
     def make():
         return _compile(function, signature, constants, attributes, options, target, function.src)
@@ -166,6 +163,7 @@ def _compile(function, signature, constants, attributes, options, target, text) 
     # What `triton.compile` does, less its own cache on disk, which would hold everything a second time.
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptx_version_from_options
     from triton.compiler import ASTSource, make_backend
     from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
@@ -175,16 +173,18 @@ def _compile(function, signature, constants, attributes, options, target, text) 
     backend = make_backend(gpu)
     try:
         # Triton 3.10 changes this option's default.
-        options = backend.parse_options({"enable_fp_fusion": True, **options})
+        options = {"enable_fp_fusion": True, **options}
+        parsed = backend.parse_options(dict(options))
+        if not borrowed.custom_call_takes_cubin() and get_ptx_version_from_options(parsed, gpu.arch) > _READABLE_PTX:
+            parsed = backend.parse_options({"ptx_version": _READABLE_PTX, **options})
         context = ir.context()
         ir.load_dialects(context)
         backend.load_dialects(context)
         stages: dict[str, Any] = {}
-        assembly, metadata = {}, {"target": gpu, **vars(options)}
-        backend.add_stages(stages, options, source.language)
-        module = source.make_ir(
-            gpu, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
-        )
+        assembly, metadata = {}, {"target": gpu, **vars(parsed)}
+        backend.add_stages(stages, parsed, source.language)
+        codegen = backend.get_codegen_implementation(parsed)
+        module = source.make_ir(gpu, parsed, codegen, backend.get_module_map(), context)
         for stage, run in stages.items():
             module = assembly[stage] = run(module, metadata)
     except Exception as error:
@@ -281,9 +281,12 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return found[0x2F], found[0x11]
 
 
-def _ptx_version() -> int | None:
-    """None: as new as Triton's assembler. Where JAX assembles the kernel: 9.0, which CUDA 13.0's assembler reads."""
-    return None if borrowed.custom_call_takes_cubin() else 90
+# Where JAX, not Triton, assembles the kernel, its assembler may be as old as CUDA 13.0's, which reads PTX 9.0.
+_READABLE_PTX = 90
+
+
+def _key(target: Target, *parts) -> str:
+    return cache.key_of(_triton_version(), borrowed.custom_call_takes_cubin(), target.compute_capability, *parts)
 
 
 @functools.cache

@@ -55,6 +55,7 @@ def retarget_pallas(fn: Callable) -> Callable:
       TypeError: when it is called, if a kernel in it was written for a TPU or for Mosaic GPU.
 
     Example:
+      >>> import jax, jax.numpy as jnp
       >>> def double(x_ref, y_ref):
       ...     y_ref[...] = x_ref[...] * 2
       >>> def f(x):

@@ -72,7 +72,9 @@ def triton_call(
 
     Example: `tests/compiler/test_triton_call.py`.
     """
-    if not hasattr(kernel, "params") or not hasattr(kernel, "cache_key"):
+    from triton.runtime import JITFunction
+
+    if not isinstance(kernel, JITFunction):
         raise TypeError(
             f"triton_call: kernel must be a function decorated with @triton.jit or @gluon.jit, not {kernel!r}. Of an "
             "autotuned or heuristic one, pass its `.fn` and the values chosen."

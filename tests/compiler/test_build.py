@@ -102,7 +102,8 @@ def test_no_assembler(monkeypatch):
 
 def test_assembly_that_jax_can_assemble_where_it_takes_no_machine_code(monkeypatch):
     monkeypatch.setattr(borrowed, "custom_call_takes_cubin", lambda: False)
-    assert ".version 9.0\n" in build(sources.double, CompilerParams(), H200).ptx
+    major, minor = re.search(r"\.version (\d+)\.(\d+)\n", build(sources.double, CompilerParams(), H200).ptx).groups()
+    assert (int(major), int(minor)) <= (9, 0)
 
 
 def test_kernels_of_one_name_are_kept_apart():

@@ -9,6 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
+from jtile import TileOp
 from jtile.compiler import launch
 from jtile.compiler.target import Target
 from jtile.compiler.triton_call import triton_call
@@ -286,3 +287,37 @@ def test_arguments_that_do_not_fit(arguments, options, message):
 def test_grids_outside_the_limits(grid):
     with pytest.raises(ValueError, match="2147483647, 65535, 65535"):
         jax.eval_shape(lambda x: triton_call(x, x, 1, 1.0, kernel=add, out_shape=x, grid=grid), X)
+
+
+def test_as_the_kernel_of_an_op():
+    """Differentiated, mapped and split over devices like any other op; elsewhere its reference runs."""
+    forward = TileOp("scaled_sum", "x: ..., y: ... -> z: ...")
+
+    @forward.reference
+    def forward_reference(x, y):
+        return (x + 2.5 * y,)
+
+    @forward.kernel
+    def forward_kernel(x, y):
+        return (scaled_sum(x, y),)
+
+    @forward.transpose
+    def forward_transpose(operands, results, cotangents, **static):
+        return cotangents[0], 2.5 * cotangents[0]
+
+    def loss(x, y):
+        return jnp.sum(forward(x, y)[0] ** 2)
+
+    gradient = jax.grad(loss, (0, 1))
+    x, y = jnp.arange(8.0), jnp.ones(8)
+    assert gradient(x, y)[1].tolist() == [5 * (i + 2.5) for i in range(8)]
+    kernels, _ = lower(gradient, X, X)
+    assert [k.name for k in kernels] == ["add"]
+    kernels, _ = lower(jax.vmap(lambda x, y: forward(x, y)[0]), *[jax.ShapeDtypeStruct((3, 1000), jnp.float32)] * 2)
+    assert [k.name for k in kernels] == ["add"]
+
+    mesh = H200.make_mesh((2,), ("x",), (AxisType.Auto,))
+    split = jax.ShapeDtypeStruct(X.shape, X.dtype, sharding=NamedSharding(mesh, P("x")))
+    text = jax.jit(gradient).lower(split, split).compile().as_text()
+    assert text.count('custom_call_target="triton_kernel_call_ffi"') == 1
+    assert "all-gather" not in text
