@@ -121,11 +121,13 @@ def test_processes_share_entries_and_agree_on_every_byte(folder):
         "from jtile.compiler.build import build\n"
         "from jtile.compiler.params import CompilerParams\n"
         "from jtile.compiler.target import Target\n"
-        "from tests.compiler import sources\n"
+        "from tests.compiler import sources, test_pallas\n"
         "for source in sources.double, sources.product, sources.scratch:\n"
         "    kernel = build(source, CompilerParams(), Target.named('NVIDIA H200'))\n"
         "    buffers = [launch.array() for _ in source.arguments]\n"
         "    print(hashlib.sha256(launch.payload(kernel, source.grid, buffers)).hexdigest())\n"
+        "_, program = test_pallas.lower(test_pallas.call, test_pallas.X)\n"
+        "print(hashlib.sha256(program.encode()).hexdigest())\n"
         "print('triton' in sys.modules, file=sys.stderr)\n"
     )
 
@@ -137,9 +139,9 @@ def test_processes_share_entries_and_agree_on_every_byte(folder):
 
     together = [start(seed) for seed in (1, 2)]
     (first, errors), (second, _) = (process.communicate(timeout=120) for process in together)
-    assert len(first.split()) == 3, errors
+    assert len(first.split()) == 4, errors
     assert first == second
-    assert sorted(map(len, os.listdir(folder))) == [64, 64, 64]  # three entries, no temporary files
+    assert sorted(map(len, os.listdir(folder))) == [64] * 4  # four entries, no temporary files
     third, errors = start(3).communicate(timeout=120)
     assert third == first
     assert errors.endswith("False\n")  # Triton is not even imported

@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import jax_triton
 import pytest
 import triton
 import triton.language as tl
@@ -161,17 +162,16 @@ def product(a, b, c, layout: gl.constexpr):
     gl.store(c + i[:, None] * 64 + j[None, :], total)
 
 
+def call_product(a, b):
+    layout = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
+    a = jax_triton.TensorDescriptor.from_array(a, [64, 64], layout)
+    c = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    return triton_call(a, b, kernel=product, out_shape=c, grid=(1,), layout=layout)
+
+
 def test_gluon_kernel_with_a_tensor_descriptor(messages):
-    import jax_triton
-
-    def call(a, b):
-        layout = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
-        a = jax_triton.TensorDescriptor.from_array(a, [64, 64], layout)
-        c = jax.ShapeDtypeStruct((64, 64), jnp.float32)
-        return triton_call(a, b, kernel=product, out_shape=c, grid=(1,), layout=layout)
-
     matrix = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
-    [kernel], _ = lower(call, matrix, matrix)
+    [kernel], _ = lower(call_product, matrix, matrix)
     assert kernel.tensor_core_instructions == 64 // 16
     assert kernel.shared_bytes >= 2 * 64 * 64 * 2
     kinds, values = zip(*parameters(messages[0]), strict=True)
@@ -193,11 +193,12 @@ def copy(x, y, SIZE: gl.constexpr):
     gl.store(y + i, gl.load(x + i))
 
 
-def test_warp_specialised_kernels_are_launched_with_all_their_warps(messages):
-    def call(x):
-        return triton_call(x, kernel=two_roles, out_shape=x, grid=(1,), SIZE=128)
+def call_two_roles(x):
+    return triton_call(x, kernel=two_roles, out_shape=x, grid=(1,), SIZE=128)
 
-    [kernel], _ = lower(call, jax.ShapeDtypeStruct((256,), jnp.float32))
+
+def test_warp_specialised_kernels_are_launched_with_all_their_warps(messages):
+    [kernel], _ = lower(call_two_roles, jax.ShapeDtypeStruct((256,), jnp.float32))
     assert kernel.threads == 256
     assert kernel_fields(messages[0])[2] == 8
 
