@@ -40,6 +40,7 @@ class Compiled:
       num_ctas: thread blocks in a cluster.
       shared_bytes: shared memory of a thread block.
       scratch_bytes, scratch_align: global memory that each program needs for its own (descriptors made on the device).
+      tensor_memory_columns: tensor memory of a thread block (Blackwell), in columns.
       registers: of a thread, at most.
       spill_bytes: of a thread's values that found no register, and live in its stack frame in local memory.
       descriptors: how each tensor descriptor among the arguments is to be encoded, as Triton's launcher needs it.
@@ -117,9 +118,10 @@ def build_function(
     """
     name = function.fn.__name__
     _check_target(name, options.get("num_ctas", 1), target)
-    # Triton's own hash of the function: its source, and that of every function and global it uses.
     spelt = {name: _spelt(value) for name, value in constants.items()}
-    key = _key(target, options, function.cache_key, dict(signature), spelt, sorted(attributes.items()))
+    # Triton's own hash of the function covers its source, less the decorator, and every function and global it uses.
+    what = type(function).__name__, function.cache_key
+    key = _key(target, options, *what, dict(signature), spelt, sorted(attributes.items()))
 
     def make():
         return _compile(function, signature, constants, attributes, options, target, function.src)
