@@ -22,7 +22,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_par
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jtile.compiler.target import Target
-from jtile.op import TileOp
+from jtile.op import Implementation, TileOp
 from jtile.op.lowering import execute
 from jtile.op.primitive import TilePrimitive
 from jtile.op.signature import Signature, Term
@@ -102,7 +102,7 @@ def check_op(
     cases: Iterable[Case],
     *,
     laws: Iterable[str] | None = None,
-    implementation: str | None = None,
+    implementation: Implementation = None,
     report: Callable[[str], Any] | None = None,
 ) -> None:
     """Check that an op keeps the laws: right under every transformation of JAX, on every kind of mesh, in every dtype.
@@ -147,8 +147,10 @@ class Trial:
     `kernel` and `reference` take a dictionary of operands and return one of results.
     """
 
-    def __init__(self, op: TileOp | Callable, case: Case, implementation: str | None = None):
+    def __init__(self, op: TileOp | Callable, case: Case, implementation: Implementation = None):
         self.op, self.case = op, case
+        if isinstance(op, TileOp):
+            self._check_names(op)
         self.implementation = implementation or ("triton" if jax.default_backend() == "gpu" else "interpret")
         self.name = op.name if isinstance(op, TileOp) else op.__name__
         self.kernel = self.function(self.implementation)
@@ -173,19 +175,34 @@ class Trial:
         """The same op on a changed case."""
         return Trial(self.op, dataclasses.replace(self.case, **changes), self.implementation)
 
-    def function(self, implementation: str | None) -> Callable[[Arrays], Arrays]:
-        options = dict(self.case.options, implementation=implementation)
+    def _check_names(self, op: TileOp) -> None:
+        for mine, its in (
+            (self.case.parsed.operands, op.signature.operands),
+            (self.case.parsed.results, op.signature.results),
+        ):
+            names = [t.name for t in its]
+            for term in mine:
+                if term.name not in names:
+                    raise ValueError(f"{op.name} has no `{term.name}`, which the case names; it has {', '.join(names)}")
+
+    def function(self, implementation: Implementation) -> Callable[[Arrays], Arrays]:
+        options: dict[str, Any] = {**self.case.options, "implementation": implementation}
         wanted = [t.name for t in self.case.parsed.results]
 
-        def call(operands: Arrays) -> Arrays:
-            if isinstance(self.op, TileOp):
-                signature = self.op.signature
-                results = self.op(*(operands.get(t.name) for t in signature.operands), **options)
-                named = dict(zip((t.name for t in signature.results), results, strict=True))
-                return {name: named[name] for name in wanted}
-            return dict(zip(wanted, jax.tree.leaves(self.op(**operands, **options)), strict=True))
+        def call_op(op: TileOp, operands: Arrays) -> Arrays:
+            results = op(*(operands.get(t.name) for t in op.signature.operands), **options)
+            named = dict(zip((t.name for t in op.signature.results), results, strict=True))
+            return {name: named[name] for name in wanted}
 
-        return call
+        def call_function(function: Callable, operands: Arrays) -> Arrays:
+            results = jax.tree.leaves(function(**operands, **options))
+            if len(results) != len(wanted):
+                raise ValueError(f"{self.name} returns {len(results)} arrays, and the case names {', '.join(wanted)}")
+            return dict(zip(wanted, results, strict=True))
+
+        if isinstance(self.op, TileOp):
+            return functools.partial(call_op, self.op)
+        return functools.partial(call_function, self.op)
 
     def operands(self, seed: int = 0) -> Arrays:
         return self.case.operands(seed)
@@ -222,28 +239,34 @@ class Trial:
           reference loses by intermediate rounding, a kernel may lose too.
         """
         own, truth = expected
-        terms = max(math.prod(s.shape) for s in self.case.shapes().values())
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(own)]
-        for path, got, low, high in zip(paths, *map(jax.tree.leaves, (actual, own, truth)), strict=True):
-            name = jax.tree_util.keystr(path, simple=True, separator=" of ")
-            assert got.shape == low.shape, f"{name} has shape {got.shape}, the reference's {low.shape}"
-            assert got.dtype == low.dtype, f"{name} has dtype {got.dtype}, the reference's {low.dtype}"
-            units = float(jnp.finfo(low.dtype).eps) if is_floating(low) else 0
-            got, low, high = (np.asarray(x, np.float64) for x in (got, low, high))
-            finite = np.isfinite(high)
-            size, lost = np.where(finite, np.abs(high), 0), np.where(finite, np.abs(low - high), 0)
-            allowed = units * size + 2 * lost.max(initial=0)
-            if units:
-                allowed += 4 * np.finfo(np.float32).eps * (1 + math.sqrt(terms) * size.max(initial=0))
-            error = np.where(got == high, 0, np.abs(got - high))
-            wrong = ~(error <= self.case.tolerance * allowed)
-            if wrong.any():
-                worst = np.unravel_index(np.argmax(np.where(wrong, np.nan_to_num(error, nan=np.inf), -1)), wrong.shape)
-                raise AssertionError(
-                    f"{name}, shape {got.shape}: {wrong.sum()} of {wrong.size} values are wrong. The worst, at "
-                    f"{tuple(map(int, worst))}, is {got[worst]:.7g} instead of {high[worst]:.7g}: "
-                    f"the error is {error[worst]:.2g}, and {self.case.tolerance * allowed[worst]:.2g} is allowed"
-                )
+        names = [jax.tree_util.keystr(path, simple=True, separator=" of ") for path in paths]
+        problems = map(self._difference, names, *map(jax.tree.leaves, (actual, own, truth)))
+        if found := [problem for problem in problems if problem]:
+            raise AssertionError("\n".join(found))
+
+    def _difference(self, name: str, got, low, high) -> str | None:
+        if got.shape != low.shape or got.dtype != low.dtype:
+            return f"{name} is {got.dtype}{list(got.shape)}, and the reference's is {low.dtype}{list(low.shape)}"
+        units = float(jnp.finfo(low.dtype).eps) if is_floating(low) else 0
+        terms = max(math.prod(s.shape) for s in self.case.shapes().values())
+        got, low, high = (np.asarray(x, np.float64) for x in (got, low, high))
+        finite = np.isfinite(high)
+        size, lost = np.where(finite, np.abs(high), 0), np.where(finite, np.abs(low - high), 0)
+        allowed = units * size + 2 * lost.max(initial=0)
+        if units:
+            allowed += 4 * np.finfo(np.float32).eps * (1 + math.sqrt(terms) * size.max(initial=0))
+        allowed *= self.case.tolerance
+        error = np.where(got == high, 0, np.abs(got - high))
+        wrong = ~(error <= allowed)
+        if not wrong.any():
+            return None
+        worst = np.unravel_index(np.argmax(np.where(wrong, np.nan_to_num(error, nan=np.inf), -1)), wrong.shape)
+        return (
+            f"{name}, shape {got.shape}: {wrong.sum()} of {wrong.size} values are wrong. The worst, at "
+            f"{tuple(map(int, worst))}, is {got[worst]:.7g} instead of {high[worst]:.7g}: the error is "
+            f"{error[worst]:.2g}, and {allowed[worst]:.2g} is allowed"
+        )
 
 
 def is_floating(x) -> bool:
@@ -272,7 +295,8 @@ def only_references(function: Callable) -> Callable:
         for equation in jaxpr.eqns:
             primitive, inputs = equation.primitive, [read(atom) for atom in equation.invars]
             if isinstance(primitive, TilePrimitive):
-                outputs = execute(primitive.op, equation.params["call"], "cpu", *inputs)
+                call = dataclasses.replace(equation.params["call"], implementation="xla")
+                outputs = execute(primitive.op, call, "cpu", *inputs)
             elif primitive.name == "jit":
                 outputs = evaluate(equation.params["jaxpr"], *inputs)
             else:
@@ -413,9 +437,10 @@ def dtypes(trial: Trial) -> None:
 def x64(trial: Trial) -> None:
     """JAX's 64-bit mode changes neither values nor dtypes."""
     inputs = trial.operands(), trial.cotangents()
-    expected = trial.expected(value_and_pullback, *inputs)
-    with jax.enable_x64(True):
-        trial.agree(jax.jit(value_and_pullback(trial.kernel))(*inputs), expected)
+    for derive, given in (value, inputs[:1]), (value_and_pullback, inputs):
+        expected = trial.expected(derive, *given)
+        with jax.enable_x64(True):
+            trial.agree(jax.jit(derive(trial.kernel))(*given), expected)
 
 
 @law
@@ -572,18 +597,30 @@ class Split:
     AXIS = "i"
 
     @classmethod
-    def every(cls, trial: Trial, *, spare: int = 1) -> "Iterator[Split]":
-        """Each dimension named in `Case.split`, over as many devices as can share it of one in `spare`."""
+    def of(cls, trial: Trial, dim: str, *, spare: int = 1) -> "Split":
+        """Over as many devices as can share the dimension, of one in `spare`."""
         devices = jax.device_count() // spare
-        for dim in trial.case.split.split():
-            count = math.gcd(trial.case.sizes[dim], devices)
-            if count == 1:
+        return cls(trial, dim, math.gcd(trial.case.sizes[dim], devices))
+
+    @classmethod
+    def every(cls, trial: Trial, *, spare: int = 1) -> "list[Split]":
+        """Each dimension named in `Case.split`."""
+        splits = [cls.of(trial, dim, spare=spare) for dim in trial.case.split.split()]
+        for split in splits:
+            if split.count == 1:
                 raise ValueError(
-                    f"the size of `{dim}`, {trial.case.sizes[dim]}, and the number of devices, {devices}, need a "
-                    "common divisor; choose another size, or simulate devices by "
-                    'jax.config.update("jax_num_cpu_devices", 8)'
+                    f"the size of `{split.dim}`, {trial.case.sizes[split.dim]}, and the number of devices, "
+                    f"{jax.device_count() // spare}, need a common divisor; choose another size, or simulate devices "
+                    'by jax.config.update("jax_num_cpu_devices", 8)'
                 )
-            yield cls(trial, dim, count)
+        return splits
+
+    @classmethod
+    def others(cls, trial: Trial) -> "list[Split]":
+        """The dimensions that are not named there, but that arrays have and devices can share."""
+        dims = {dim[0]: None for term in trial.case.parsed.operands for dim in term.dims}
+        splits = [cls.of(trial, dim) for dim in dims if dim not in trial.case.split.split()]
+        return [split for split in splits if split.count > 1]
 
     def mesh(self, kind: AxisType) -> jax.sharding.Mesh:
         return jax.make_mesh((self.count,), (self.AXIS,), axis_types=(kind,), devices=jax.devices()[: self.count])
@@ -614,7 +651,7 @@ class Split:
         return sum(self.axis(t) is None and t.name not in self.trial.case.integers for t in terms)
 
 
-def _on_mesh(split: Split, kind: AxisType):
+def _on_mesh(split: Split, kind: AxisType) -> dict[str, Arrays]:
     """Run on a mesh, checking values, gradients and what is sent between devices. Returns values and gradients."""
     trial, signature = split.trial, split.trial.case.parsed
     with jax.set_mesh(mesh := split.mesh(kind)):
@@ -623,16 +660,15 @@ def _on_mesh(split: Split, kind: AxisType):
         backward = jax.jit(pullback(trial.kernel)).lower(operands, cotangents).compile()
         actual = value(forward)(operands) | backward(operands, cotangents)
     trial.agree(actual, trial.expected(value_and_pullback, trial.operands(), trial.cotangents()))
-    sums = split.sums(signature.results)
     for name, program, most in (
-        ("forward", forward, sums),
+        ("forward", forward, split.sums(signature.results)),
         ("backward", backward, split.sums(signature.operands)),
     ):
         found = collectives(program)
         few = range(min(most, 1), most + 1)  # XLA may join several sums in one
         assert set(found) <= {"all-reduce"} and found["all-reduce"] in few, (
-            f"{name} with `{split.dim}` split over {split.count} devices has the collectives {dict(found)}, "
-            f"where {'one sum is' if most else 'none are'} needed"
+            f"the {name} pass with `{split.dim}` split over {split.count} devices has the collectives {dict(found)}, "
+            f"and {'a sum is all it needs' if most else 'it needs none'}"
         )
     return actual
 
@@ -656,6 +692,17 @@ def explicit_sharding(trial: Trial) -> None:
             for name, x in found.items():
                 spec = jax.typeof(x).sharding.spec
                 assert spec == specs[name], f"`{name}` is split as {spec} instead of {specs[name]}"
+
+
+@law
+def gathering(trial: Trial) -> None:
+    """Operands sharded along other dimensions are gathered, and results are right."""
+    cotangents = trial.cotangents()
+    for split, kind in itertools.product(Split.others(trial), (AxisType.Auto, AxisType.Explicit)):
+        with jax.set_mesh(mesh := split.mesh(kind)):
+            operands, _ = split.inputs(mesh)
+            actual = jax.jit(value_and_pullback(trial.kernel))(operands, cotangents)
+        trial.agree(actual, trial.expected(value_and_pullback, trial.operands(), cotangents))
 
 
 def _summing(split: Split) -> Callable[[Arrays], Arrays]:
