@@ -10,7 +10,7 @@ class CompilerParams:
     Attributes:
       num_warps: warps of 32 threads that run one program of the grid: 1, 2, 4, 8, 16 or 32.
       num_stages: depth of software pipelining in loops: loads run this many iterations ahead, less one.
-      num_ctas: thread blocks in a cluster that share one program (Hopper and later): 1, 2, 4, 8 or 16.
+      num_ctas: thread blocks in a cluster that share one program (Hopper and later): 1, 2, 4 or 8.
       warp_specialize: give the loads and products of the kernel's one loop warps of their own (Hopper and later, with
         `num_warps=4`).
       max_registers: most registers a thread may use: 24, 32, ..., 248, or 255; None for no limit.
@@ -36,7 +36,7 @@ class CompilerParams:
     def __post_init__(self):
         _check("num_warps", self.num_warps, (1, 2, 4, 8, 16, 32))
         _check("num_stages", self.num_stages, range(1, 17))
-        _check("num_ctas", self.num_ctas, (1, 2, 4, 8, 16))
+        _check("num_ctas", self.num_ctas, (1, 2, 4, 8))
         _check("warp_specialize", self.warp_specialize, (False, True))
         _check("max_registers", self.max_registers, (None, *range(24, 256, 8), 255))
         _check("tma", self.tma, (None, False, True))
