@@ -14,7 +14,7 @@ from jax.extend.core import Literal
 from jtile.compiler.kernel import Kernel, Source, UnsupportedKernel
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.rules import CURES, RULES, dot
-from jtile.compiler.value import Affine, Block, Value, constant, tile, triton_type
+from jtile.compiler.value import TRITON_TYPES, Affine, Block, Value, constant, tile, triton_type
 
 # Most programs along each axis of a CUDA grid.
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
@@ -28,6 +28,8 @@ def emit(kernel: Kernel, params: CompilerParams) -> Source:
       ValueError: `params` ask for what this kernel cannot have.
     """
     emitter = Emitter(kernel, params)
+    for ref in kernel.refs:
+        emitter.check_type(ref.dtype)
     grid = emitter.program_ids()
     blocks = [
         Block(ref, tuple(Affine.of(i) * d.step for i, d in zip(starts, ref.block, strict=True)))
@@ -59,8 +61,8 @@ class Emitter:
         self.prelude: list[str] = []
         self.lines: list[str] = []
         self._depth = 1
-        self._counts = collections.Counter()
-        self._uses = collections.Counter()
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._uses: collections.Counter = collections.Counter()
         self._where = kernel.where
 
     # Writing
@@ -127,6 +129,8 @@ class Emitter:
         self._uses.update(uses)
         sums = dot.accumulations(equations, uses)
         for eqn in equations:
+            for dtype in {v.aval.dtype for v in eqn.outvars if hasattr(v.aval, "dtype")}:
+                self.check_type(dtype)
             if any(eqn is product for product, _ in sums.values()):
                 continue  # emitted with its sum
             outer, self._where = self._where, source_info_util.summarize(eqn.source_info) or self._where
@@ -159,6 +163,10 @@ class Emitter:
         """The error to raise for the current equation."""
         return UnsupportedKernel(f"jtile cannot compile kernel {self.kernel.name}, at {self._where}: {what}. {cure}")
 
+    def check_type(self, dtype) -> None:
+        if dtype.name not in TRITON_TYPES:
+            raise self.unsupported(f"Triton has no {dtype.name}", f"It has {', '.join(TRITON_TYPES)}.")
+
     @property
     def comment(self) -> str:
         """The user's line, without folders: the same on every machine."""
@@ -190,8 +198,8 @@ class Emitter:
             name = self.once(f"pid_{axis}", text if flat else f"tl.program_id({i})")
             self.ids[axis] = Value(name, (), np.dtype(np.int32), bounds=(0, size - 1))
             stride *= size
-        launch = [programs] if flat else sizes
-        return tuple(launch + [1] * (3 - len(launch)))
+        x, y, z = (programs, 1, 1) if flat else (*sizes, 1, 1, 1)[:3]
+        return x, y, z
 
     def lanes(self, size: int, axis: int = 0, rank: int = 1) -> str:
         """0, 1, ... along `axis` of a tile of this rank, at least up to `size`."""

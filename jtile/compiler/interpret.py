@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.extend.core import Literal
+from jax.extend.core import Literal, jaxpr_as_fun
 
 from jtile.compiler.rewrite import map_pallas_calls
 
@@ -36,44 +36,67 @@ def interpret_pallas(fn: Callable) -> Callable:
 
 
 def _interpret(params, *operands):
-    mapping, aliases = params["grid_mapping"], params["input_output_aliases"]
+    mapping, outs = params["grid_mapping"], params["out_avals"]
     blocks = list(mapping.block_mappings)
-    shapes = [_whole_blocks(block, mapping.grid) for block in blocks]
-    for i, o in aliases:  # one buffer, and so one shape
-        j = len(operands) + o
-        shapes[i] = shapes[j] = tuple(map(max, shapes[i], shapes[j]))
-    padded = [
-        jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, shape, strict=True)])
-        for x, shape in zip(operands, shapes, strict=False)
-    ]
-    avals = [b.array_aval.update(shape=s) for b, s in zip(blocks, shapes, strict=True)]
-    blocks = tuple(b.replace(array_aval=a) for b, a in zip(blocks, avals, strict=True))
-    out_shapes = shapes[len(operands) :]
+    pads = [_padding(block, mapping.grid) for block in blocks]
+    for i, o in params["input_output_aliases"]:  # one buffer, and so one shape
+        pads[i] = pads[len(operands) + o] = list(map(max, pads[i], pads[len(operands) + o]))
+    padded = [jnp.pad(x, pad) for x, pad in zip(operands, pads, strict=False)]
+    blocks = [_padded(block, pad) for block, pad in zip(blocks, pads, strict=True)]
+    out_shapes = [b.array_aval.shape for b in blocks[len(operands) :]]
     results = pl.pallas_call_p.bind(
         *padded,
         **{
             **params,
-            "grid_mapping": mapping.replace(block_mappings=blocks),
-            "out_avals": tuple(a.update(shape=s) for a, s in zip(params["out_avals"], out_shapes, strict=True)),
+            "grid_mapping": mapping.replace(block_mappings=tuple(blocks)),
+            "out_avals": tuple(a.update(shape=s) for a, s in zip(outs, out_shapes, strict=True)),
             "interpret": True,
         },
     )
     return [
-        y if y.shape == a.shape else jax.lax.slice(y, (0,) * y.ndim, a.shape)
-        for y, a in zip(results, params["out_avals"], strict=True)
+        y[tuple(slice(low, low + n) for (low, _), n in zip(pad, a.shape, strict=True))]
+        for y, a, pad in zip(results, outs, pads[len(operands) :], strict=True)
     ]
 
 
-def _whole_blocks(block, grid) -> tuple[int, ...]:
-    """The array's shape, extended to hold whole blocks, and a spare one where the index map may point past the last."""
-    grid_axes = dict(zip(block.index_map_jaxpr.invars, grid, strict=True))
-    shape = []
+def _padding(block, grid) -> list[tuple[int, int]]:
+    """Zeros to put before and after an array, in each dimension, so that every block that is asked for exists.
+
+    The last block is made whole. Where the index map may point outside, a spare block at either end stands for all that
+    lies there: the interpreter clamps indices.
+    """
+    programs = dict(zip(block.index_map_jaxpr.invars, grid, strict=True))
+    pads = []
     for dimension, index, n in zip(
         block.block_shape, block.index_map_jaxpr.outvars, block.array_aval.shape, strict=True
     ):
-        size = 1 if isinstance(dimension, pl.Squeezed) else dimension.block_size
-        step = 1 if isinstance(dimension, pl.Element) else size
-        count = index.val + 1 if isinstance(index, Literal) else grid_axes.get(index, math.inf)
-        inside = (count - 1) * step + size <= pl.cdiv(n, size) * size
-        shape.append(pl.cdiv(n, size) * size + (0 if inside else size))
-    return tuple(shape)
+        size, step = _size(dimension), _step(dimension)
+        count = index.val + 1 if isinstance(index, Literal) else programs.get(index, math.inf)
+        whole = pl.cdiv(n, size) * size
+        inside = 1 <= count and (count - 1) * step + size <= whole
+        pads.append((0, whole - n) if inside else (size, whole - n + size))
+    return pads
+
+
+def _padded(block, pads):
+    """The block of an array so padded."""
+
+    def index_map(*ids):
+        indices = jaxpr_as_fun(block.index_map_jaxpr)(*ids)
+        shifts = (low // _step(d) for d, (low, _) in zip(block.block_shape, pads, strict=True))
+        return [i + shift for i, shift in zip(indices, shifts, strict=True)]
+
+    shape = tuple(low + n + high for n, (low, high) in zip(block.array_aval.shape, pads, strict=True))
+    jaxpr = block.index_map_jaxpr
+    if any(low for low, _ in pads):
+        jaxpr = jax.make_jaxpr(index_map)(*(v.aval for v in jaxpr.invars))
+    return block.replace(array_aval=block.array_aval.update(shape=shape), index_map_jaxpr=jaxpr)
+
+
+def _size(dimension) -> int:
+    return 1 if isinstance(dimension, pl.Squeezed) else dimension.block_size
+
+
+def _step(dimension) -> int:
+    """Elements from one index to the next."""
+    return 1 if isinstance(dimension, pl.Element) else _size(dimension)

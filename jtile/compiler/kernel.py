@@ -160,8 +160,7 @@ def _parameter_names(argument_names, num_inputs: int, num_outputs: int) -> Itera
 
 
 def _identifier(text: str | None, spare: str) -> str:
-    """`text` as a Python identifier: `refs[0]` becomes `refs_0`."""
+    """`text` as a Python identifier that the emitter does not use itself: `refs[0]` becomes `refs_0`."""
     name = re.sub(r"\W+", "_", text or "").strip("_")
-    if not name or name[0].isdigit() or keyword.iskeyword(name) or name in ("tl", "triton", "libdevice"):
-        return spare
-    return name
+    taken = re.fullmatch(r"tl|triton|libdevice|float|pid|(pid|lanes)_\d+", name)
+    return spare if not name or name[0].isdigit() or keyword.iskeyword(name) or taken else name

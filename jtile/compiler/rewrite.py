@@ -1,7 +1,7 @@
 """Replace every `pallas_call` in a function."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -22,24 +22,29 @@ def map_pallas_calls(fn: Callable, replace: Replace) -> Callable:
     @functools.wraps(fn)
     def mapped(*args, **kwargs):
         leaves, tree = jax.tree.flatten((args, kwargs))
-        results = []
+        results: list[Any] = []
 
         def on_arrays(*arrays):
-            arrays = iter(arrays)
-            args, kwargs = tree.unflatten([next(arrays) if _is_array(x) else x for x in leaves])
+            args, kwargs = jax.tree.unflatten(tree, _with_arrays(leaves, arrays))
             results[:] = jax.tree.flatten(fn(*args, **kwargs))
-            return [x for x in results[0] if _is_array(x)]
+            return list(filter(_is_array, results[0]))
 
-        arrays = [x for x in leaves if _is_array(x)]
-        replaced = iter(_evaluate(jax.make_jaxpr(on_arrays)(*arrays), replace, *arrays))
+        arrays = list(filter(_is_array, leaves))
+        replaced = _evaluate(jax.make_jaxpr(on_arrays)(*arrays), replace, *arrays)
         out_leaves, out_tree = results
-        return out_tree.unflatten([next(replaced) if _is_array(x) else x for x in out_leaves])
+        return jax.tree.unflatten(out_tree, _with_arrays(out_leaves, replaced))
 
     return mapped
 
 
 def _is_array(x: Any) -> bool:
     return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _with_arrays(leaves: Sequence, arrays: Iterable) -> list:
+    """`leaves`, the arrays among them replaced in order."""
+    arrays = iter(arrays)
+    return [next(arrays) if _is_array(x) else x for x in leaves]
 
 
 def _evaluate(jaxpr, replace: Replace, *operands):

@@ -10,6 +10,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jtile.compiler.emit import emit
+from jtile.compiler.kernel import kernel_of
+from jtile.compiler.params import CompilerParams
+from jtile.compiler.rewrite import map_pallas_calls
+
 CASES: dict[str, tuple[Callable, tuple]] = {}
 
 
@@ -29,6 +34,18 @@ def normal(*shape, dtype=np.float32, seed=0):
 
 def integers(*shape, low=-100, high=100, dtype=np.int32, seed=0):
     return np.random.default_rng(seed).integers(low, high, shape).astype(dtype)
+
+
+def sources(function, *operands, **params):
+    """The source of each kernel that `function` calls."""
+    found = []
+
+    def keep(call, *_):
+        found.append(emit(kernel_of(call), CompilerParams(**params)))
+        return [jnp.zeros(a.shape, a.dtype) for a in call["out_avals"]]
+
+    jax.eval_shape(map_pallas_calls(function, keep), *operands)
+    return found
 
 
 def rowwise(body, rows, *operands, out=None):
@@ -329,9 +346,11 @@ def dot_of_bytes(a, b):
 def matmul_ragged(a, b, bm=16, bn=32, bk=16):
     def kernel(a_ref, b_ref, o_ref):
         def step(k, acc):
-            return acc + jnp.dot(a_ref[:, pl.ds(k * bk, bk)], b_ref[pl.ds(k * bk, bk), :])
+            here = pl.ds(k * bk, bk)
+            return acc + jnp.dot(a_ref[:, here], b_ref[here, :], preferred_element_type=jnp.float32)
 
-        o_ref[...] = lax.fori_loop(0, a.shape[1] // bk, step, jnp.zeros(o_ref.shape, jnp.float32))
+        acc = lax.fori_loop(0, a.shape[1] // bk, step, jnp.zeros(o_ref.shape, jnp.float32))
+        o_ref[...] = acc.astype(o_ref.dtype)
 
     return pl.pallas_call(
         kernel,
@@ -358,17 +377,18 @@ def attention(q, k, v, bq=16, bk=32):
         def step(j, carry):
             acc, top, total = carry
             here = pl.ds(j * bk, bk)
-            scores = q @ k_ref[here, :].T * d**-0.5
+            scores = jnp.dot(q, k_ref[here, :].T, preferred_element_type=jnp.float32) * d**-0.5
             columns = j * bk + lax.broadcasted_iota(jnp.int32, (bq, bk), 1)
             scores = jnp.where((columns <= rows) & (columns < length), scores, -1e30)
             new_top = jnp.maximum(top, jnp.max(scores, axis=1))
             p = jnp.exp(scores - new_top[:, None])
             shrink = jnp.exp(top - new_top)
-            return acc * shrink[:, None] + p @ v_ref[here, :], new_top, total * shrink + jnp.sum(p, axis=1)
+            values = jnp.dot(p.astype(v.dtype), v_ref[here, :], preferred_element_type=jnp.float32)
+            return acc * shrink[:, None] + values, new_top, total * shrink + jnp.sum(p, axis=1)
 
         start = jnp.zeros((bq, d), jnp.float32), jnp.full((bq,), -1e30, jnp.float32), jnp.zeros((bq,), jnp.float32)
-        acc, top, total = lax.fori_loop(0, pl.cdiv((i + 1) * bq, bk), step, start)
-        o_ref[...] = acc / total[:, None]
+        acc, top, total = lax.fori_loop(0, ((i + 1) * bq + bk - 1) // bk, step, start)
+        o_ref[...] = (acc / total[:, None]).astype(o_ref.dtype)
         l_ref[...] = top + jnp.log(total)
 
     whole = pl.BlockSpec((None, pl.cdiv(length, bk) * bk, d), lambda b, i: (b, 0, 0))
@@ -378,7 +398,7 @@ def attention(q, k, v, bq=16, bk=32):
         grid=(q.shape[0], pl.cdiv(length, bq)),
         in_specs=[rows, whole, whole],
         out_specs=[rows, pl.BlockSpec((None, bq), lambda b, i: (b, i))],
-        out_shape=[like(q), like(q, shape=q.shape[:2])],
+        out_shape=[like(q), like(q, jnp.float32, q.shape[:2])],
     )(q, k, v)
 
 
@@ -457,6 +477,39 @@ def ref_element_blocks(x):
         in_specs=[pl.BlockSpec((pl.Element(8),), lambda i: (i * 3,))],
         out_specs=pl.BlockSpec((1,), lambda i: (i,)),
         out_shape=like(x, shape=(6,)),
+    )(x)
+
+
+@case(normal(4, 16))
+def ref_outside_of_the_array(x):
+    """Blocks before, after and beyond the array read as 0; what is written there is dropped."""
+
+    def kernel(before_ref, after_ref, o_ref):
+        o_ref[...] = before_ref[...] + 10 * after_ref[...]
+
+    return pl.pallas_call(
+        kernel,
+        grid=(6, 2),
+        in_specs=[
+            pl.BlockSpec((None, 8), lambda i, j: (i - 1, j)),
+            pl.BlockSpec((None, 8), lambda i, j: (i, j * 3 - 1)),
+        ],
+        out_specs=pl.BlockSpec((None, 8), lambda i, j: (i, j)),
+        out_shape=like(x),
+    )(x, x)
+
+
+@case(normal(20))
+def ref_windows_before_the_array(x):
+    def kernel(x_ref, o_ref):
+        o_ref[0] = jnp.sum(x_ref[...])
+
+    return pl.pallas_call(
+        kernel,
+        grid=(8,),
+        in_specs=[pl.BlockSpec((pl.Element(6),), lambda i: (i * 4 - 5,))],
+        out_specs=pl.BlockSpec((1,), lambda i: (i,)),
+        out_shape=like(x, shape=(8,)),
     )(x)
 
 

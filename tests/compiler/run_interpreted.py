@@ -15,6 +15,7 @@ import warnings
 
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # the kernels are small: compiling is what takes time
 warnings.simplefilter("ignore")
 
 import jax  # noqa: E402
@@ -22,7 +23,7 @@ import numpy as np  # noqa: E402
 import triton.language as tl  # noqa: E402
 from kernels import CASES  # noqa: E402
 from triton.language.extra import libdevice  # noqa: E402
-from triton.runtime.interpreter import TensorHandle  # noqa: E402
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
 from jtile.compiler.emit import emit  # noqa: E402
 from jtile.compiler.interpret import interpret_pallas  # noqa: E402
@@ -55,6 +56,14 @@ def stand_in(function):
 
 for name, function in LIBDEVICE.items():
     setattr(libdevice, name, stand_in(function))
+
+
+def splat(self, kind, value):
+    return TensorHandle(np.full(kind.shape, value.data, value.data.dtype), value.dtype.scalar)
+
+
+# The interpreter's own takes the type of a comparison of scalars to be its operands', and then refuses it as a mask.
+InterpreterBuilder.create_splat = splat
 
 
 class Memory:

@@ -13,26 +13,12 @@ import pytest
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jtile.compiler.emit import emit
-from jtile.compiler.kernel import UnsupportedKernel, kernel_of
+from jtile.compiler.kernel import UnsupportedKernel
 from jtile.compiler.params import CompilerParams
-from jtile.compiler.rewrite import map_pallas_calls
-from tests.compiler.kernels import CASES
+from tests.compiler.kernels import CASES, sources
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
-
-
-def sources(function, *operands, **params):
-    """The source of each kernel that `function` calls."""
-    found = []
-
-    def keep(call, *_):
-        found.append(emit(kernel_of(call), CompilerParams(**params)))
-        return [jnp.zeros(a.shape, a.dtype) for a in call["out_avals"]]
-
-    jax.eval_shape(map_pallas_calls(function, keep), *operands)
-    return found
 
 
 def source(function, *operands, **params):
@@ -60,7 +46,7 @@ def test_source_computes_what_pallas_does(failures, name):
 
 def test_source_is_the_same_in_every_process():
     program = (
-        "import hashlib; from tests.compiler.test_emit import sources, CASES;"
+        "import hashlib; from tests.compiler.kernels import sources, CASES;"
         "print([hashlib.sha256(s.text.encode()).hexdigest() for f, x in CASES.values() for s in sources(f, *x)])"
     )
     runs = [
@@ -388,6 +374,18 @@ def test_scratch_and_traced_grids():
 
     with pytest.raises(UnsupportedKernel, match="traced size.*pl.when"):
         source(traced, np.zeros(16, "f"), np.int32(2))
+
+
+def test_types_that_triton_lacks():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+
+    refuse(
+        kernel,
+        jax.ShapeDtypeStruct((16,), "complex64"),
+        dtype="complex64",
+        match="Triton has no complex64. It has bool",
+    )
 
 
 def test_scan_over_arrays():

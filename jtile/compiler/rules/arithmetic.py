@@ -1,6 +1,7 @@
 """Elementwise operations."""
 
-import functools
+import itertools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -169,8 +170,9 @@ def integer_pow(e, eqn, x: Value):
         result = e.let(f"tl.cast({result}, {triton_type(x.dtype)})", x.shape, x.dtype, "pow").text
     if result is None:
         return constant(1, x.shape, x.dtype)
-    natural = x.bounds is not None and x.bounds[0] >= 0
-    bounds = inner(tuple(end**exponent for end in x.bounds), x.dtype) if natural else None
+    bounds = None
+    if x.bounds is not None and x.bounds[0] >= 0:
+        bounds = inner((x.bounds[0] ** exponent, x.bounds[1] ** exponent), x.dtype)
     return Value(result, x.shape, x.dtype, bounds=bounds, zero_padded=x.zero_padded and exponent > 0)
 
 
@@ -210,9 +212,8 @@ def select_n(e, eqn, which: Value, *cases: Value):
         index = e.tensor(which)
         for i in reversed(range(len(cases) - 1)):
             text = f"tl.where({index} == {i}, {texts[i]}, {text})"
-    bounds = None
-    if all(c.bounds for c in cases):
-        bounds = min(c.bounds[0] for c in cases), max(c.bounds[1] for c in cases)
+    ends = [c.bounds for c in cases if c.bounds is not None]
+    bounds = (min(low for low, _ in ends), max(high for _, high in ends)) if len(ends) == len(cases) else None
     return e.let(text, out.shape, out.dtype, "where", bounds=bounds, zero_padded=all(c.zero_padded for c in cases))
 
 
@@ -282,14 +283,12 @@ def interval(name: str, operands: tuple[Value, ...], dtype) -> Interval | None:
     """The least and greatest value of an integer operation, where they follow from its operands'."""
     if name not in INTERVALS or not jnp.issubdtype(dtype, np.integer) or any(v.bounds is None for v in operands):
         return None
-    bounds = INTERVALS[name](*(v.bounds for v in operands))
-    return inner(bounds, dtype)
+    return inner(INTERVALS[name](*(v.bounds for v in operands)), dtype)
 
 
 def _corners(function, *operands: Interval) -> Interval:
     """The bounds of a function that is monotonic in each operand: it takes its extremes at their ends."""
-    ends = functools.reduce(lambda combos, ab: [(*c, x) for c in combos for x in ab], operands, [()])
-    values = [function(*c) for c in ends]
+    values = [function(*ends) for ends in itertools.product(*operands)]
     return min(values), max(values)
 
 
@@ -305,7 +304,7 @@ def _rem(a: Interval, b: Interval) -> Interval | None:
     return max(a[0], -most) if a[0] < 0 else 0, min(a[1], most) if a[1] > 0 else 0
 
 
-INTERVALS = {
+INTERVALS: dict[str, Callable[..., Interval | None]] = {
     "add": lambda a, b: (a[0] + b[0], a[1] + b[1]),
     "sub": lambda a, b: (a[0] - b[1], a[1] - b[0]),
     "mul": lambda a, b: _corners(lambda x, y: x * y, a, b),

@@ -51,9 +51,10 @@ def while_(e, eqn, *operands):
     cond, body, m, n = params["cond_jaxpr"], params["body_jaxpr"], params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts, carry = operands[:m], operands[m : m + n], operands[m + n :]
     counter = _counter(body, n)
-    limit = None if counter is None else _limit(cond, m, body, n, counter, [*cond_consts, *carry])
-    if limit is not None:
-        return _for(e, body, body_consts, carry, counter, carry[counter], limit)
+    if counter is not None:
+        limit = _limit(cond, m, body, n, counter, [*cond_consts, *carry])
+        if limit is not None:
+            return _for(e, body, body_consts, carry, counter, carry[counter], limit)
     values = [e.let(e.tensor(v), v.shape, v.dtype, "carry") for v in carry]
     (test,) = e.run(cond, [*cond_consts, *values])
     proceed = e.let(e.tensor(test), (), test.dtype, "proceed")
@@ -135,7 +136,7 @@ def _limit(cond, num_cond_consts: int, body, num_body_consts: int, counter: int,
     if left is not cond.invars[num_cond_consts + counter]:
         return None
     if isinstance(right, Literal):
-        return constant(right.val, (), right.aval.dtype)
+        return constant(right.val, (), operands[num_cond_consts + counter].dtype)
     position = cond.invars.index(right)
     carried = position - num_cond_consts
     if carried >= 0 and body.invars[num_body_consts + carried] is not body.outvars[carried]:

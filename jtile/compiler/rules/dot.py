@@ -31,7 +31,9 @@ def dot_general(e, eqn, a: Value, b: Value, accumulator: Value | None = None):
     """a @ b, plus the accumulator if given. Terms are summed in float32 (integers in int32), then rounded."""
     (contract_a, contract_b), (batch_a, batch_b) = eqn.params["dimension_numbers"]
     out = eqn.outvars[0].aval
-    a, b = _promoted(e, a, b)
+    if {a.dtype.name, b.dtype.name} != {"float8_e4m3fn", "float8_e5m2"}:  # the one mixture that the hardware takes
+        common = np.dtype(jnp.promote_types(a.dtype, b.dtype))
+        a, b = _cast(e, a, common), _cast(e, b, common)
     a = e.filled(a, contract_a, 0)
     b = e.filled(b, contract_b, 0)
     free_a = [i for i in range(len(a.shape)) if i not in (*contract_a, *batch_a)]
@@ -41,7 +43,7 @@ def dot_general(e, eqn, a: Value, b: Value, accumulator: Value | None = None):
             f"a product of shapes {a.shape} and {b.shape} over {contract_a} and {contract_b} has no form in Triton",
             "Multiply matrices, with at most one batch dimension, over one dimension; reshape the others together.",
         )
-    summed = jnp.issubdtype(a.dtype, np.integer) and np.int32 or (a.dtype if a.dtype == np.float64 else np.float32)
+    summed = _sums_in(a.dtype)
     if not free_a or not free_b:
         text = _weighted_sum(a, b, (*batch_a, *contract_a, *free_a), (*batch_b, *contract_b, *free_b), summed)
     else:
@@ -69,18 +71,11 @@ def dot_general(e, eqn, a: Value, b: Value, accumulator: Value | None = None):
     return e.let(text, out.shape, out.dtype, "dot")
 
 
-def _promoted(e, a: Value, b: Value) -> tuple[Value, Value]:
-    if a.dtype == b.dtype or (a.dtype.itemsize == b.dtype.itemsize == 1 and "float8" in a.dtype.name):
-        return a, b
-    dtype = jnp.promote_types(a.dtype, b.dtype)
-    return tuple(
-        v
-        if v.dtype == dtype
-        else e.let(
-            f"tl.cast({e.tensor(v)}, {triton_type(dtype)})", v.shape, dtype, dtype.name, zero_padded=v.zero_padded
-        )
-        for v in (a, b)
-    )
+def _cast(e, x: Value, dtype: np.dtype) -> Value:
+    if x.dtype == dtype:
+        return x
+    text = f"tl.cast({e.tensor(x)}, {triton_type(dtype)})"
+    return e.let(text, x.shape, dtype, dtype.name, zero_padded=x.zero_padded)
 
 
 def _oriented(x: Value, order: tuple[int, ...]) -> str:
@@ -130,7 +125,7 @@ def accumulations(equations, uses) -> dict:
                 product is not None
                 and uses[term] == 1
                 and other is not term
-                and _sums_in(product) == term.aval.dtype
+                and _sums_in(product.invars[0].aval.dtype) == term.aval.dtype
                 and other.aval.shape == term.aval.shape
             ):
                 sums[eqn.outvars[0]] = product, other
@@ -138,9 +133,8 @@ def accumulations(equations, uses) -> dict:
     return sums
 
 
-def _sums_in(product) -> np.dtype:
-    """The type in which a product's terms are summed."""
-    dtype = product.invars[0].aval.dtype
+def _sums_in(dtype) -> np.dtype:
+    """The type in which products of this type are summed."""
     if jnp.issubdtype(dtype, np.integer):
         return np.dtype(np.int32)
     return np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jtile.compiler.rules import rule
-from jtile.compiler.value import Affine, Block, Interval, Value, tile
+from jtile.compiler.value import Affine, Block, Value, tile
 
 # Most elements along a side of a block that the Tensor Memory Accelerator moves.
 TMA_LIMIT = 256
@@ -138,108 +138,129 @@ def locate(e, block: Block, transforms: Sequence) -> Access:
         if index.lanes:
             term = f"tl.cast({index.lanes}, tl.int64)" if wide and index.reach * stride > 2**31 - 1 else index.lanes
             lanes.append(term if stride == 1 else f"{term} * {stride}")
-        text = " + ".join([*index.start.summands(), *([index.lanes] if index.lanes else [])])
-        low, high = index.bounds or (-math.inf, math.inf)
+        summands = index.start.summands(wide=n > 2**30)  # past the end, by up to as much again, is still in 32 bits
+        text = " + ".join([*summands, *([index.lanes] if index.lanes else [])])
+        low, high = index.bounds
         if low < 0:
             tests.append(f"{text} >= 0")
         if high >= n:
             tests.append(f"{text} < {n}")
-            if low + index.size * index.step >= n:  # lanes that pad this axis fail this test as well
-                padded.discard(index.axis)
+            if index.span and low + index.span.size * index.span.step >= n:
+                padded.discard(index.axis)  # lanes that pad this axis fail the same test
     if padded:
         tests.append(e.inside(shape, sorted(padded)))
     return Access(" + ".join([ref.name, *offset.summands(wide), *lanes]), tuple(tests))
 
 
 @dataclasses.dataclass(frozen=True)
+class Span:
+    """Evenly spaced elements along a dimension of an array, which make an axis of the value."""
+
+    start: Affine
+    size: int
+    step: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Picks:
+    """The elements start + array * step along a dimension."""
+
+    start: Affine
+    array: Value
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Index:
-    """How one dimension of an array is indexed: a scalar, plus one number per lane if it is an axis of the value.
+    """How one dimension of an array is indexed: by a scalar, and for all but single elements a number for each lane.
 
     Attributes:
-      lanes: the number per lane, as source that broadcasts against the value's tile.
-      reach: the greatest of them, where known.
-      axis, size, step: the axis of the value on which lanes count 0, step, ..., (size - 1) * step, for slices.
-      bounds: of the whole index, in lanes inside the value's shape.
+      lanes: the numbers, as source that broadcasts against the value's tile.
+      reach: the greatest of them inside the value's shape; infinite where unknown. The least is 0, or unknown too.
+      span, axis: the slice that they come from, and its axis of the value.
     """
 
     start: Affine
     lanes: str = ""
     reach: float = 0
+    span: Span | None = None
     axis: int | None = None
-    size: int = 0
-    step: int = 0
 
     @property
-    def bounds(self) -> Interval | None:
-        bounds = self.start.bounds
-        return bounds and math.isfinite(self.reach) and (bounds[0], bounds[1] + self.reach) or None
+    def bounds(self) -> tuple[float, float]:
+        if self.start.bounds is None or self.reach == math.inf:
+            return -math.inf, math.inf
+        low, high = self.start.bounds
+        return low, high + self.reach
 
 
 def indices_of(e, block: Block, transforms: Sequence) -> tuple[list[Index], tuple[int, ...]]:
     """Each dimension's index, and the shape that they select together."""
-    # Slices of a slice are a slice: start + start' * step, step * step'.
-    slices = [
-        Index(start, axis=None if d.squeezed else 0, size=d.size, step=1)
-        for start, d in zip(block.starts, block.ref.block, strict=True)
+    selection = _select(e, block, transforms)
+    kept = [s for s in selection if not isinstance(s, Affine)]
+    picks = [i for i, s in enumerate(kept) if isinstance(s, Picks)]
+    # As in NumPy, arrays that stand together put their axes there, else in front.
+    together = bool(picks) and picks[-1] - picks[0] + 1 == len(picks)
+    first = picks[0] if together else 0
+    array_shape = next((s.array.shape for s in kept if isinstance(s, Picks)), ())
+    sizes = [s.size for s in kept if isinstance(s, Span)]
+    shape = (*sizes[:first], *array_shape, *sizes[first:])
+    array_axes = range(first, first + len(array_shape))
+    span_axes = (axis for axis in range(len(shape)) if axis not in array_axes)
+    indices = []
+    for s in selection:
+        match s:
+            case Affine():
+                indices.append(Index(s))
+            case Picks():
+                indices.append(_picked(e, s, array_axes, len(shape)))
+            case Span():
+                axis = next(span_axes)
+                lanes = e.lanes(s.size, axis, len(shape))
+                lanes = lanes if s.step == 1 else f"{lanes} * {s.step}"
+                # Axes of one element need no lanes, but a tile of one element needs its rank from somewhere.
+                if s.size == 1 and (max(shape) > 1 or axis > 0):
+                    lanes = ""
+                indices.append(Index(s.start, lanes, (s.size - 1) * s.step, s, axis))
+    return indices, shape
+
+
+def _picked(e, picks: Picks, axes: range, rank: int) -> Index:
+    array = picks.array
+    lanes = e.tensor(array) if array.constant is None else e.let(e.tensor(array), array.shape, array.dtype, "full").text
+    if rank > len(axes):
+        lanes += f"[{', '.join(':' if a in axes else 'None' for a in range(rank))}]"
+    if picks.step > 1:
+        lanes += f" * {picks.step}"
+    low, high = array.bounds or (-1, -1)
+    return Index(picks.start, lanes, high * picks.step if low >= 0 else math.inf)
+
+
+def _select(e, block: Block, transforms: Sequence) -> list[Affine | Span | Picks]:
+    """What `transforms`, one applied to the result of the other, select in each dimension of the array."""
+    selection: list[Affine | Span | Picks] = [
+        start if d.squeezed else Span(start, d.size) for start, d in zip(block.starts, block.ref.block, strict=True)
     ]
-    arrays: dict[int, Value] = {}
-    array_axis = 0
     for transform in transforms:
-        if not hasattr(transform, "indices") or arrays:
+        if not hasattr(transform, "indices") or any(isinstance(s, Picks) for s in selection):
             raise e.unsupported(
                 f"a ref is transformed by {type(transform).__name__} before it is read or written",
                 "Index the ref once, `ref[...]`, and reshape the value.",
             )
-        kept = [i for i, s in enumerate(slices) if s.axis is not None]
-        kinds = []
-        for i, index in zip(kept, transform.indices, strict=True):
-            whole = slices[i]
-            if hasattr(index, "size") and hasattr(index, "stride"):
-                if not isinstance(index.size, int):
-                    raise e.unsupported("a slice has a traced size", "Load a fixed size and mask it with `jnp.where`.")
-                start = whole.start + Affine.of(index.start) * whole.step
-                slices[i] = dataclasses.replace(whole, start=start, size=index.size, step=whole.step * index.stride)
-                kinds.append("slice")
-            elif getattr(index, "shape", ()):
-                arrays[i] = index
-                kinds.append("array")
-            else:
-                slices[i] = Index(whole.start + Affine.of(index) * whole.step)
-        # As in NumPy, arrays that stand together put their axes there, else in front.
-        first, last = (kinds.index("array"), len(kinds) - kinds[::-1].index("array")) if arrays else (0, 0)
-        array_axis = first if "slice" not in kinds[first:last] else 0
-    array_shape = next((a.shape for a in arrays.values()), ())
-    sizes = [s.size for i, s in enumerate(slices) if s.axis is not None and i not in arrays]
-    shape = (*sizes[:array_axis], *array_shape, *sizes[array_axis:])
-    free = iter([a for a in range(len(shape)) if not array_axis <= a < array_axis + len(array_shape)])
-    # A tile of one element still needs lanes of its rank.
-    single = all(n == 1 for n in shape)
-    indices = []
-    for i, whole in enumerate(slices):
-        if i in arrays:
-            indices.append(_array_index(whole, arrays[i], array_axis, len(shape)))
-        elif whole.axis is None:
-            indices.append(whole)
-        else:
-            axis = next(free)
-            lanes = ""
-            if whole.size > 1 or (single and axis == len(shape) - 1):
-                lanes = e.lanes(whole.size, axis, len(shape))
-                lanes = f"{lanes} * {whole.step}" if whole.step > 1 else lanes
-            indices.append(dataclasses.replace(whole, lanes=lanes, axis=axis, reach=(whole.size - 1) * whole.step))
-    return indices, shape
+        spans = [(i, s) for i, s in enumerate(selection) if isinstance(s, Span)]
+        for (i, span), index in zip(spans, transform.indices, strict=True):
+            selection[i] = _narrowed(e, span, index)
+    return selection
 
 
-def _array_index(whole: Index, array: Value, first: int, rank: int) -> Index:
-    axes = range(first, first + len(array.shape))
-    lanes = array.text
-    if rank > len(axes):
-        lanes += f"[{', '.join(':' if a in axes else 'None' for a in range(rank))}]"
-    if whole.step > 1:
-        lanes += f" * {whole.step}"
-    if array.bounds is None or array.bounds[0] < 0:
-        return Index(whole.start, lanes, reach=math.inf)
-    return Index(whole.start, lanes, reach=array.bounds[1] * whole.step)
+def _narrowed(e, span: Span, index) -> Affine | Span | Picks:
+    if hasattr(index, "size") and hasattr(index, "stride"):
+        if not isinstance(index.size, int):
+            raise e.unsupported("a slice has a traced size", "Load a fixed size and mask it with `jnp.where`.")
+        return Span(span.start + Affine.of(index.start) * span.step, index.size, span.step * index.stride)
+    if getattr(index, "shape", ()):
+        return Picks(span.start, index, span.step)
+    return span.start + Affine.of(index) * span.step
 
 
 def descriptor(e, block: Block, transforms: Sequence) -> tuple[str, str] | None:
@@ -252,31 +273,28 @@ def descriptor(e, block: Block, transforms: Sequence) -> tuple[str, str] | None:
     if not e.params.tma or ref.name not in e.one_way:
         return None
     indices, shape = indices_of(e, block, transforms)
-    *leading, row, column = indices if len(indices) >= 2 else (None, None)
-    itemsize = ref.dtype.itemsize
+    rows = math.prod(ref.shape[:-1])
     if (
-        column is None
-        or [i.axis for i in indices] != [None] * len(leading) + [0, 1]
-        or (row.step, column.step) != (1, 1)
+        [i.axis for i in indices] != [None] * (len(indices) - 2) + [0, 1]
+        or any(i.span is None or i.span.step > 1 for i in indices[-2:])
         or shape != tile(shape)
         or max(shape) > TMA_LIMIT
-        or shape[1] * itemsize < 16
-        or ref.shape[-1] * itemsize % 16
+        or shape[1] * ref.dtype.itemsize < 16
+        or ref.shape[-1] * ref.dtype.itemsize % 16
         or ref.dtype == np.bool_
-        or math.prod(ref.shape[:-1]) > 2**31 - 1
+        or rows > 2**31 - 1
     ):
         return None
-    if leading and not all(
-        i.bounds and 0 <= i.bounds[0] and i.bounds[1] < n for i, n in zip(indices[:-1], ref.shape[:-1], strict=True)
-    ):
+    inside = (0 <= i.bounds[0] and i.bounds[1] < n for i, n in zip(indices[:-1], ref.shape[:-1], strict=True))
+    if len(indices) > 2 and not all(inside):
         return None
     first_row = Affine()
     for index, stride in zip(indices[:-1], ref.strides[:-1], strict=True):
         first_row += index.start * (stride // ref.shape[-1])
     name = e.once(
         f"{ref.name}_{shape[0]}x{shape[1]}",
-        f"tl.make_tensor_descriptor({ref.name}, shape=[{math.prod(ref.shape[:-1])}, {ref.shape[-1]}], "
+        f"tl.make_tensor_descriptor({ref.name}, shape=[{rows}, {ref.shape[-1]}], "
         f"strides=[{ref.shape[-1]}, 1], block_shape={list(shape)})",
     )
-    coordinates = (" + ".join(a.summands()) or "0" for a in (first_row, column.start))
+    coordinates = (" + ".join(a.summands()) or "0" for a in (first_row, indices[-1].start))
     return name, f"[{', '.join(coordinates)}]"

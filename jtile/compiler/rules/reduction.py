@@ -98,10 +98,10 @@ def argument(e, eqn, x: Value):
     best, where = e.name("best"), e.name(name)
     e.line(f"{best}, {where} = tl.reduce(({x.text}, {index}), axis={axis}, combine_fn={helper})")
     dtype, shape = np.dtype(eqn.params["index_dtype"]), eqn.outvars[0].aval.shape
-    facts = {"bounds": (0, x.shape[axis] - 1)}
+    bounds = (0, x.shape[axis] - 1)
     if dtype == np.int32:
-        return Value(where, shape, dtype, **facts)
-    return e.let(f"tl.cast({where}, {triton_type(dtype)})", shape, dtype, name, **facts)
+        return Value(where, shape, dtype, bounds=bounds)
+    return e.let(f"tl.cast({where}, {triton_type(dtype)})", shape, dtype, name, bounds=bounds)
 
 
 @rule("cumsum", "cumprod", "cummax", "cummin")
@@ -113,10 +113,10 @@ def cumulative(e, eqn, x: Value):
     dtype = np.dtype(np.float32) if wide else x.dtype
     text = f"tl.cast({x.text}, tl.float32)" if wide else x.text
     backwards = ", reverse=True" if reverse else ""
-    if name in ("cumsum", "cumprod"):
-        text = f"tl.{name}({text}, axis={axis}{backwards}, dtype={triton_type(dtype)})"
+    if name == "cumsum":
+        text = f"tl.cumsum({text}, axis={axis}{backwards}, dtype={triton_type(dtype)})"
     else:
-        combine = _combine(e, "maximum" if name == "cummax" else "minimum")
+        combine = _combine(e, {"cumprod": "product", "cummax": "maximum", "cummin": "minimum"}[name])
         text = f"tl.associative_scan({text}, axis={axis}, combine_fn={combine}{backwards})"
     text = f"tl.cast({text}, {triton_type(x.dtype)})" if wide else text
-    return e.let(text, x.shape, x.dtype, name, zero_padded=False)
+    return e.let(text, x.shape, x.dtype, name)

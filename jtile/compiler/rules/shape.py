@@ -1,7 +1,6 @@
 """Operations that move values without changing them."""
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 
@@ -58,14 +57,14 @@ def reshaped(e, x: Value, shape: tuple[int, ...]) -> Value:
 
 def _follows(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
     """Whether reshaping the tiles reshapes what is inside them."""
-    old, new = [n for n in old if n > 1], [n for n in new if n > 1]
-    while old and new:
-        sides = [old.pop()], [new.pop()]
-        while math.prod(sides[0]) != math.prod(sides[1]):
-            smaller = min((0, 1), key=lambda s: math.prod(sides[s]))
-            sides[smaller].append((old, new)[smaller].pop())
-        # `sides` lists each group's dimensions from the last to the first.
-        if any(len(s) > 1 and tile(tuple(s[:-1])) != tuple(s[:-1]) for s in sides):
+    shapes = [n for n in old if n > 1], [n for n in new if n > 1]
+    while all(shapes):
+        # A group of dimensions with equal products, from the last to the first.
+        group = [shapes[0].pop()], [shapes[1].pop()]
+        while (products := [math.prod(g) for g in group])[0] != products[1]:
+            smaller = products.index(min(products))
+            group[smaller].append(shapes[smaller].pop())
+        if any(n not in tile((n,)) for g in group for n in g[:-1]):
             return False
     return True
 
@@ -128,7 +127,7 @@ def _sliced(e, x: Value, axis: int, start: int, size: int, stride: int = 1) -> V
     steps = _halvings(x.shape[axis], start, size, stride)
     if steps is not None:
         return _halve(e, x, axis, steps)
-    return take(e, x, axis, size, lambda lanes: f"{start} + {lanes} * {stride}")
+    return take(e, x, axis, size, f"{start} + {{}} * {stride}")
 
 
 @rule("dynamic_slice")
@@ -140,15 +139,14 @@ def dynamic_slice(e, eqn, x: Value, *starts: Value):
         # As in JAX, a slice that would run out is moved back inside.
         if start.bounds is None or start.bounds[0] < 0 or start.bounds[1] > n - size:
             start = e.let(f"tl.minimum(tl.maximum({e.tensor(start)}, 0), {n - size})", (), start.dtype, "start")
-        x = take(e, x, axis, size, lambda lanes, start=start: f"{start.text} + {lanes}")
+        x = take(e, x, axis, size, f"{start.text} + {{}}")
     return x
 
 
 @rule("rev")
 def rev(e, eqn, x: Value):
     for axis in eqn.params["dimensions"]:
-        last = x.shape[axis] - 1
-        x = take(e, x, axis, x.shape[axis], lambda lanes, last=last: f"{last} - {lanes}")
+        x = take(e, x, axis, x.shape[axis], f"{x.shape[axis] - 1} - {{}}")
     return x
 
 
@@ -169,7 +167,7 @@ def tile_(e, eqn, x: Value):
     for axis, repeats in enumerate(eqn.params["reps"]):
         n = x.shape[axis]
         if repeats != 1:
-            x = take(e, x, axis, n * repeats, lambda lanes, n=n: f"{lanes} % {n}")
+            x = take(e, x, axis, n * repeats, f"{{}} % {n}")
     return x
 
 
@@ -180,7 +178,7 @@ def pad(e, eqn, x: Value, filler: Value):
             raise e.unsupported(f"`pad` with {(low, high, interior)} has no form in Triton", "Pad at the ends only.")
         if low or high:
             n = x.shape[axis]
-            wide = take(e, x, axis, int(low + n + high), lambda lanes, low=low: f"{lanes} - {low}")
+            wide = take(e, x, axis, int(low + n + high), f"{{}} - {low}")
             lanes = e.lanes(wide.shape[axis], axis, len(wide.shape))
             text = f"tl.where(({lanes} >= {low}) & ({lanes} < {low + n}), {wide.text}, {filler.text})"
             x = e.let(text, wide.shape, x.dtype, "pad")
@@ -227,12 +225,12 @@ def _halve(e, x: Value, axis: int, steps: list[tuple[bool, int]]) -> Value:
     return x
 
 
-def take(e, x: Value, axis: int, size: int, index: Callable[[str], str]) -> Value:
-    """The elements of `x` along an axis that `index` picks for lanes 0, 1, ...; arbitrary where it points outside."""
+def take(e, x: Value, axis: int, size: int, index: str) -> Value:
+    """The elements of `x` along an axis at `index`, a template of lanes 0, 1, ...; anything where it is outside."""
     shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
     if x.constant is not None:
         return constant(x.constant, shape, x.dtype)
-    text = f"tl.minimum(tl.maximum({index(e.lanes(size, axis, len(shape)))}, 0), {x.tile[axis] - 1})"
+    text = f"tl.minimum(tl.maximum({index.format(e.lanes(size, axis, len(shape)))}, 0), {x.tile[axis] - 1})"
     text = f"tl.gather({x.text}, tl.broadcast_to({text}, {list(tile(shape))}), {axis})"
     return e.let(text, shape, x.dtype, "take", bounds=x.bounds)
 
@@ -256,8 +254,7 @@ def _joined(e, a: Value, b: Value, axis: int) -> Value:
         text = f"tl.join({e.tensor(a)}, {e.tensor(b)})"
         text = f"tl.reshape(tl.permute({text}, {order}), {list(tile(shape))})"
         return e.let(text, shape, a.dtype, "concat", zero_padded=a.zero_padded and b.zero_padded)
-    first = take(e, a, axis, n + m, lambda lanes: lanes)
-    second = take(e, b, axis, n + m, lambda lanes: f"{lanes} - {n}")
+    first, second = take(e, a, axis, n + m, "{}"), take(e, b, axis, n + m, f"{{}} - {n}")
     lanes = e.lanes(n + m, axis, len(shape))
     texts = e.operands(first, second)
     return e.let(f"tl.where({lanes} < {n}, {texts[0]}, {texts[1]})", shape, a.dtype, "concat")

@@ -1,0 +1,79 @@
+"""Triton's compiler takes the generated source, for three generations of chips that need not be there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from jtile.compiler.build import build
+from jtile.compiler.params import CompilerParams
+from jtile.compiler.target import Target
+from tests.compiler.kernels import BINARY, CASES, UNARY, sources
+
+CHIPS = ("NVIDIA A100", "NVIDIA H200", "NVIDIA B200")
+
+
+def compiled(function, *operands, chip="NVIDIA H200", **params):
+    (source,) = sources(function, *operands, **params)
+    return build(source, CompilerParams(**params), Target.named(chip))
+
+
+# Of each family of rules, what asks most of the compiler; the interpreter has run them all.
+DEMANDING = """
+    shift_by_anything bytes bools argmax_of_padded reduce_everything cummax_reversed cross_entropy
+    shape_slice_unevenly shape_interleave shape_slice_quarter shape_one_element dot_padded dot_batched dot_vector
+    dot_highest dot_one_row dot_of_bytes matmul_ragged attention ref_strided_store ref_masked ref_gather_ragged
+    ref_outside_of_the_array grid_of_four_axes loop_with_several_carries while_loop branches
+""".split()
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("name", DEMANDING)
+def test_kernels_compile(name, chip):
+    function, operands = CASES[name]
+    assert compiled(function, *operands, chip=chip).spill_bytes == 0
+
+
+FLOAT32_ONLY = {"bits", "to_integer_and_back", "to_bool_and_back", "to_half_and_back", "constants_only", "nextafter"}
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_functions_compile_in_every_float(dtype, chip):
+    unary = [f for name, (f, _) in UNARY.items() if name not in FLOAT32_ONLY]
+    binary = [f for name, (f, _, _) in BINARY.items() if name not in FLOAT32_ONLY]
+
+    def kernel(x_ref, y_ref, out_ref):
+        results = [f(x_ref[...]) for f in unary] + [f(x_ref[...], y_ref[...]) for f in binary]
+        for i, result in enumerate(results):
+            out_ref[i] = result.astype(out_ref.dtype)
+
+    x = jax.ShapeDtypeStruct((64,), dtype)
+    with jax.enable_x64(dtype == "float64"):
+        out = jax.ShapeDtypeStruct((len(unary) + len(binary), 64), dtype)
+        compiled(pl.pallas_call(kernel, out_shape=out), x, x, chip=chip)
+
+
+@pytest.mark.parametrize("params", [{}, {"tma": True}, {"tma": True, "warp_specialize": True}])
+def test_products_use_hopper(params):
+    function, _ = CASES["matmul_ragged"]
+    a = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16)
+    kernel = compiled(lambda a, b: function(a, b, 128, 128, 64), a, a, num_stages=3, **params)
+    assert "wgmma.mma_async" in kernel.ptx and kernel.spill_bytes == 0
+    assert ("cp.async.bulk.tensor" in kernel.ptx) == bool(params)
+    assert kernel.num_warps == (12 if "warp_specialize" in params else 4)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_attention_uses_hopper(head_dim):
+    function, _ = CASES["attention"]
+    q = jax.ShapeDtypeStruct((2, 500, head_dim), jnp.bfloat16)
+    kernel = compiled(lambda q, k, v: function(q, k, v, 128, 64), q, q, q, num_warps=8)
+    assert "wgmma.mma_async" in kernel.ptx and kernel.spill_bytes == 0
+
+
+def test_x64_mode():
+    function, operands = CASES["attention"]
+    with jax.enable_x64(True):
+        compiled(function, *(np.asarray(x, jnp.bfloat16) for x in operands))
