@@ -173,8 +173,8 @@ def rms_norm(
     Example:
         >>> import jax.numpy as jnp
         >>> import jtile
-        >>> jtile.rms_norm(jnp.array([[3.0, 4.0]]), jnp.ones(2), epsilon=0.0)
-        Array([[0.8485281, 1.1313709]], dtype=float32)
+        >>> print(jtile.rms_norm(jnp.array([[3.0, 4.0]]), jnp.full(2, 100.0)).round())
+        [[ 85. 113.]]
     """
     if residual is not None and residual.dtype != x.dtype:
         raise ValueError(
