@@ -213,11 +213,15 @@ class Emitter:
             return value.text
         return f"tl.full({list(value.tile)}, {value.text}, {triton_type(value.dtype)})"
 
-    def operands(self, *values: Value) -> list[str]:
-        """The values as operands of one operation: constants stay literals where another operand gives the type."""
-        if all(v.constant is not None for v in values):
-            return [self.tensor(v) for v in values]
-        return [v.text for v in values]
+    def operands(self, *values: Value, shape: tuple[int, ...]) -> list[str]:
+        """The values as operands of one operation with a result of this shape.
+
+        Constants stay literals where other operands give the type and the shape.
+        """
+        given = [v.shape for v in values if v.constant is None]
+        if given and np.broadcast_shapes(*given) == shape:
+            return [v.text for v in values]
+        return [v.text if v.constant is None else self.tensor(constant(v.constant, shape, v.dtype)) for v in values]
 
     def inside(self, shape: tuple[int, ...], axes: Sequence[int]) -> str:
         """Which lanes of a tile lie inside `shape` along `axes`."""

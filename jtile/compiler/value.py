@@ -55,6 +55,15 @@ class Value:
     def tile(self) -> tuple[int, ...]:
         return tile(self.shape)
 
+    def zero_outside(self, shape: tuple[int, ...]) -> bool:
+        """Whether the value, broadcast to `shape`, holds 0 in the lanes outside of it."""
+        if self.constant is not None:
+            return self.constant == 0
+        kept = len(self.shape) == len(shape) and all(
+            n == m or m == p for n, m, p in zip(self.shape, shape, tile(shape), strict=True)
+        )
+        return kept and self.zero_padded
+
     @property
     def padded_axes(self) -> tuple[int, ...]:
         return tuple(axis for axis, (n, p) in enumerate(zip(self.shape, self.tile, strict=True)) if n != p)

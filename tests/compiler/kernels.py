@@ -334,6 +334,28 @@ for _name, (_function, _a, _b) in DOTS.items():
         return pl.pallas_call(kernel, out_shape=like(out))(a, b)
 
 
+@case(normal(12, 20), normal(20, 24, seed=1), normal(12, 1, seed=2), normal(1, seed=3))
+def dot_of_broadcasts(a, b, column, scalar):
+    """Padding that was 0 is so no more once a column or scalar is added to it."""
+
+    def kernel(a_ref, b_ref, column_ref, scalar_ref, o_ref):
+        o_ref[...] = lax.add(a_ref[...], column_ref[...]) @ (b_ref[...] + scalar_ref[0])
+
+    return pl.pallas_call(kernel, out_shape=like(a, shape=(12, 24)))(a, b, column, scalar)
+
+
+@case(normal(12, 1), normal(12, 20, seed=1))
+def constant_and_column(column, x):
+    """Operands of one column stand for all columns, and so a constant may be what gives the shape."""
+
+    def kernel(column_ref, x_ref, o_ref):
+        difference = lax.sub(jnp.zeros((12, 20)), column_ref[...])
+        chosen = lax.select_n(jnp.full((12, 20), True), x_ref[...], jnp.full((12, 20), 2.0))
+        o_ref[...] = difference + chosen + jnp.sum(difference * 1.5, axis=0)
+
+    return pl.pallas_call(kernel, out_shape=like(x))(column, x)
+
+
 @case(integers(16, 32, dtype=np.int8), integers(32, 16, dtype=np.int8, seed=1))
 def dot_of_bytes(a, b):
     def kernel(a_ref, b_ref, o_ref):
@@ -511,6 +533,24 @@ def ref_windows_before_the_array(x):
         out_specs=pl.BlockSpec((1,), lambda i: (i,)),
         out_shape=like(x, shape=(8,)),
     )(x)
+
+
+@case(normal(10, 12), np.zeros(12, np.float32))
+def ref_atomic_add(x, zeros):
+    """Every program adds to the same block."""
+
+    def kernel(x_ref, _, o_ref):
+        plgpu.atomic_add(o_ref, pl.ds(0, 12), jnp.sum(x_ref[...], axis=0))
+
+    whole = pl.BlockSpec((12,), lambda i: (0,))
+    return pl.pallas_call(
+        kernel,
+        grid=(3,),
+        in_specs=[pl.BlockSpec((4, 12), lambda i: (i, 0)), whole],
+        out_specs=whole,
+        out_shape=like(zeros),
+        input_output_aliases={1: 0},
+    )(x, zeros)
 
 
 @case(normal(6, 12), normal(6, 12, seed=1))

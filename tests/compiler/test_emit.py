@@ -388,6 +388,13 @@ def test_types_that_triton_lacks():
     )
 
 
+def test_accuracies():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = lax.exp(x_ref[...], accuracy=lax.AccuracyMode.HIGHEST)
+
+    refuse(kernel, np.zeros(16, "f"), match="`exp` with accuracy=.* Leave the argument out")
+
+
 def test_scan_over_arrays():
     def kernel(x_ref, y_ref):
         y_ref[...] = lax.scan(lambda c, x: (c + x, None), jnp.zeros(16), x_ref[...])[0]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
 from jtile.compiler.build import build
 from jtile.compiler.params import CompilerParams
@@ -71,6 +72,23 @@ def test_attention_uses_hopper(head_dim):
     q = jax.ShapeDtypeStruct((2, 500, head_dim), jnp.bfloat16)
     kernel = compiled(lambda q, k, v: function(q, k, v, 128, 64), q, q, q, num_warps=8)
     assert "wgmma.mma_async" in kernel.ptx and kernel.spill_bytes == 0
+
+
+def test_what_only_a_gpu_has():
+    """Pallas' interpreter runs none of these."""
+
+    def kernel(x_ref, counts_ref, lock_ref, y_ref):
+        y_ref[...] = plgpu.approx_tanh(x_ref[...])
+        plgpu.debug_barrier()
+        plgpu.atomic_max(counts_ref, pl.ds(0, 16), counts_ref[...] + 1, mask=x_ref[...] > 0)
+        plgpu.atomic_cas(lock_ref, 0, 1)
+        y_ref[...] += plgpu.load(x_ref, eviction_policy="evict_last") + plgpu.load(x_ref, volatile=True)
+
+    shapes = [((16,), "f"), ((16,), "i"), ((), "i")]
+    call = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((16,), jnp.float32))
+    ptx = compiled(call, *(np.zeros(*shape) for shape in shapes)).ptx
+    assert "tanh.approx.f32" in ptx and "atom.global" in ptx and "cas.b32" in ptx and "L1::evict_last" in ptx
+    assert "ld.volatile" in ptx
 
 
 def test_x64_mode():

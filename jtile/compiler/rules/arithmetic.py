@@ -91,6 +91,10 @@ KEEP_ZERO = {
 
 def elementwise(e, eqn, *operands: Value) -> Value:
     out = eqn.outvars[0].aval
+    for option in ("accuracy", "out_dtype"):
+        if eqn.params.get(option) is not None:
+            what = f"`{eqn.primitive.name}` with {option}={eqn.params[option]} has no form in Triton"
+            raise e.unsupported(what, "Leave the argument out; convert the operands to the type wanted.")
     return apply(e, eqn.primitive.name, out.shape, np.dtype(out.dtype), *operands)
 
 
@@ -107,7 +111,7 @@ def apply(e, name: str, shape: tuple[int, ...], dtype: np.dtype, *operands: Valu
     bounds = interval(name, operands, dtype)
     if bounds is not None and bounds[0] == bounds[1]:
         return constant(bounds[0], shape, dtype)
-    texts = e.operands(*operands)
+    texts = e.operands(*operands, shape=shape)
     if wide:
         bare = [v.text if v.constant is not None else None for v in operands]  # literals have no type to convert
         texts = [t if t == b else f"tl.cast({t}, tl.float32)" for t, b in zip(texts, bare, strict=True)]
@@ -115,8 +119,8 @@ def apply(e, name: str, shape: tuple[int, ...], dtype: np.dtype, *operands: Valu
     if wide and dtype == kind:
         text = f"tl.cast({text}, {triton_type(dtype)})"
     zero = name in KEEP_ZERO and (
-        all(v.zero_padded for v in operands)
-        or (name == "mul" and any(v.zero_padded for v in operands) and any(map(_finite_constant, operands)))
+        all(v.zero_outside(shape) for v in operands)
+        or (name == "mul" and any(v.zero_outside(shape) for v in operands) and any(map(_finite_constant, operands)))
     )
     return e.let(text, shape, dtype, name, bounds=bounds, zero_padded=zero)
 
@@ -150,8 +154,9 @@ def round_(e, eqn, x: Value):
 def nextafter(e, eqn, x: Value, y: Value):
     if narrow_float(x.dtype):
         raise e.unsupported(f"`nextafter` of {x.dtype} has no form in Triton", "Step through the bits of an integer.")
-    x_text, y_text = e.operands(x, y)
-    return e.let(f"libdevice.nextafter({x_text}, {y_text})", eqn.outvars[0].aval.shape, x.dtype, "nextafter")
+    shape = eqn.outvars[0].aval.shape
+    x_text, y_text = e.operands(x, y, shape=shape)
+    return e.let(f"libdevice.nextafter({x_text}, {y_text})", shape, x.dtype, "nextafter")
 
 
 @rule("integer_pow")
@@ -179,7 +184,7 @@ def integer_pow(e, eqn, x: Value):
 @rule("shift_left", "shift_right_arithmetic", "shift_right_logical")
 def shift(e, eqn, x: Value, amount: Value):
     name, out = eqn.primitive.name, eqn.outvars[0].aval
-    x_text, by = e.operands(x, amount)
+    x_text, by = e.operands(x, amount, shape=out.shape)
     bits = x.dtype.itemsize * 8
     as_type = triton_type(x.dtype.name if name == "shift_left" else _signedness(x.dtype, "logical" not in name))
     recast = as_type != triton_type(x.dtype)
@@ -204,7 +209,7 @@ def _signedness(dtype: np.dtype, signed: bool) -> str:
 @rule("select_n")
 def select_n(e, eqn, which: Value, *cases: Value):
     out = eqn.outvars[0].aval
-    texts = e.operands(*cases)
+    texts = e.operands(*cases, shape=out.shape)
     text = texts[-1]
     if which.dtype == np.bool_:
         text = f"tl.where({e.tensor(which)}, {texts[1]}, {texts[0]})"
@@ -214,7 +219,9 @@ def select_n(e, eqn, which: Value, *cases: Value):
             text = f"tl.where({index} == {i}, {texts[i]}, {text})"
     ends = [c.bounds for c in cases if c.bounds is not None]
     bounds = (min(low for low, _ in ends), max(high for _, high in ends)) if len(ends) == len(cases) else None
-    return e.let(text, out.shape, out.dtype, "where", bounds=bounds, zero_padded=all(c.zero_padded for c in cases))
+    return e.let(
+        text, out.shape, out.dtype, "where", bounds=bounds, zero_padded=all(c.zero_outside(out.shape) for c in cases)
+    )
 
 
 @rule("convert_element_type")

@@ -39,7 +39,8 @@ def addupdate(e, eqn, block: Block, value: Value, *indices: Value):
 @rule("masked_load")
 def masked_load(e, eqn, *operands):
     block, transforms, mask, other = eqn.params["args_tree"].unflatten(operands)
-    hints = {k: eqn.params[k] for k in ("cache_modifier", "eviction_policy", "volatile") if eqn.params.get(k)}
+    names = {"cache_modifier": "cache_modifier", "eviction_policy": "eviction_policy", "is_volatile": "volatile"}
+    hints = {names[key]: value for key, value in eqn.params.items() if key in names and value}
     return _load(e, eqn, block, transforms, mask, other, **hints)
 
 
@@ -47,7 +48,7 @@ def masked_load(e, eqn, *operands):
 def masked_swap(e, eqn, *operands):
     block, transforms, value, mask = eqn.params["args_tree"].unflatten(operands)
     old = _load(e, eqn, block, transforms, mask) if e.is_used(eqn.outvars[0]) else value
-    hints = {k: eqn.params[k] for k in ("eviction_policy",) if eqn.params.get(k)}
+    hints = {"eviction_policy": policy} if (policy := eqn.params["eviction_policy"]) else {}
     _store(e, block, transforms, value, mask, **hints)
     return old
 

@@ -256,5 +256,5 @@ def _joined(e, a: Value, b: Value, axis: int) -> Value:
         return e.let(text, shape, a.dtype, "concat", zero_padded=a.zero_padded and b.zero_padded)
     first, second = take(e, a, axis, n + m, "{}"), take(e, b, axis, n + m, f"{{}} - {n}")
     lanes = e.lanes(n + m, axis, len(shape))
-    texts = e.operands(first, second)
+    texts = e.operands(first, second, shape=shape)
     return e.let(f"tl.where({lanes} < {n}, {texts[0]}, {texts[1]})", shape, a.dtype, "concat")
