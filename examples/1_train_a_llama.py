@@ -38,7 +38,7 @@ from models import llama
 
 DEFAULTS = {
     "tiny": dict(steps=800, batch_size=16, sequence=128, learning_rate=5e-3),
-    "125m": dict(steps=200, batch_size=64, sequence=1024, learning_rate=6e-4),
+    "125m": dict(steps=200, batch_size=64, sequence=1024, learning_rate=3e-4),
 }
 VALIDATION_BYTES = 2**16
 STEPS_IN_FLIGHT = 10  # between two looks at the loss, each of which waits for the device
@@ -105,7 +105,7 @@ def make_optimizer(options: argparse.Namespace) -> optax.GradientTransformation:
     rate = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=options.learning_rate,
-        warmup_steps=max(1, options.steps // 20),
+        warmup_steps=max(1, options.steps // 10),
         decay_steps=options.steps,
         end_value=options.learning_rate / 10,
     )

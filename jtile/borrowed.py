@@ -81,7 +81,7 @@ def lowering_devices(ctx) -> Sequence[jax.Device]:
     axes = ctx.module_context.axis_context
     if isinstance(axes, _sharding_impls.ShardingContext):
         return axes.device_assignment or ()
-    return axes.mesh.devices.flatten() if isinstance(axes.mesh, jax.sharding.Mesh) else ()
+    return list(axes.mesh.devices.flat) if isinstance(axes.mesh, jax.sharding.Mesh) else ()
 
 
 def gpu_triton():

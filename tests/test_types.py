@@ -1,0 +1,37 @@
+"""The shapes and dtypes in the public signatures are true: every op is called with them checked at run time."""
+
+import subprocess
+import sys
+
+CALLS = """
+import jaxtyping
+
+with jaxtyping.install_import_hook(["jtile.ops", "models"], "beartype.beartype"):
+    import jtile
+    from models import llama
+
+import jax.numpy as jnp
+from flax import nnx
+
+x, scale, tokens = jnp.ones((2, 3, 4, 16)), jnp.ones(16), jnp.zeros((2, 3), jnp.int32)
+jtile.rms_norm(x, scale)
+jtile.rms_norm(x, scale, residual=x)
+jtile.rope(x, tokens, theta=500.0, rotary_dim=8)
+jtile.gated_activation(x, x, activation="gelu")
+jtile.softmax_cross_entropy(x[..., 0, :], tokens, ignore_index=0)
+jtile.dot_product_attention(x, x, x, is_causal=True)
+jtile.dot_product_attention(x, x, x, return_lse=True)
+llama.loss(llama.Llama(llama.SIZES["tiny"], rngs=nnx.Rngs(0)), tokens)
+
+for wrong in (lambda: jtile.rms_norm(x, scale[:3]), lambda: jtile.gated_activation(x, x[0])):
+    try:
+        wrong()
+    except jaxtyping.TypeCheckError:
+        continue
+    raise AssertionError("the annotations are not checked")
+"""
+
+
+def test_calls_agree_with_their_annotations():
+    done = subprocess.run([sys.executable, "-c", CALLS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
