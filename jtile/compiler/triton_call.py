@@ -70,7 +70,17 @@ def triton_call(
       ValueError: the grid is outside CUDA's limits.
       jtile.compiler.build.TileTooLarge: when it is lowered, if the kernel does not fit the chip.
 
-    Example: `tests/compiler/test_triton_call.py`.
+    Example:
+      >>> import triton
+      >>> import triton.language as tl
+      >>> @triton.jit
+      ... def double(x, y, size: tl.constexpr):
+      ...     lanes = tl.program_id(0) * size + tl.arange(0, size)
+      ...     tl.store(y + lanes, 2 * tl.load(x + lanes))
+      >>> def f(x):
+      ...     return jtile.triton_call(x, kernel=double, out_shape=x, grid=x.size // 128, size=128)
+      >>> jtile.inspect(f, jax.ShapeDtypeStruct((1024,), jnp.float32))[0].threads
+      128
     """
     from triton.runtime import JITFunction
 
