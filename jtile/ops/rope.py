@@ -8,6 +8,7 @@ and steps of 1 with a frequency each: at p = 131,072 the angle is off by less th
 
 import math
 import operator
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -85,8 +86,7 @@ def forward_kernel(x, positions, step, leap, *, interleaved):
 
         if interleaved:
             pairs = x_ref[:, :, pl.ds(0, 2 * f)].reshape(block, head_block, f, 2)
-            a, b = rotate(pairs[..., 0], pairs[..., 1])
-            pairs = jnp.concatenate([a[..., None], b[..., None]], axis=3)
+            pairs = jnp.stack(rotate(pairs[..., 0], pairs[..., 1]), axis=3)
             y_ref[:, :, pl.ds(0, 2 * f)] = pairs.reshape(block, head_block, 2 * f)
         else:
             a, b = pl.ds(0, f), pl.ds(f, f)
@@ -124,12 +124,12 @@ def forward_transpose(operands, results, cotangents, **options):
 
 def rope(
     x: Float[Array, "*leading sequence heads head_dim"],
-    positions: Int[Array, "*#leading sequence"],
+    positions: Int[Array | np.ndarray, "*#leading sequence"],
     *,
     theta: float = 10000.0,
     interleaved: bool = False,
     rotary_dim: int | None = None,
-    frequencies: Float[Array, " pairs"] | Float[np.ndarray, " pairs"] | None = None,
+    frequencies: Float[Array | np.ndarray, " pairs"] | Sequence[float] | None = None,
     implementation: Implementation = None,
 ) -> Float[Array, "*leading sequence heads head_dim"]:
     """Rotary position embedding of queries or keys.
