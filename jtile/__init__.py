@@ -1,9 +1,28 @@
 """jtile: tile kernels as first-class JAX operations."""
 
+from jtile.compiler.interpret import interpret_pallas
+from jtile.compiler.pallas import retarget_pallas
+from jtile.compiler.params import CompilerParams
+from jtile.compiler.triton_call import triton_call
 from jtile.op import TileOp
+from jtile.ops.attention import dot_product_attention
 from jtile.ops.gated_activation import gated_activation
 from jtile.ops.rms_norm import rms_norm
 from jtile.ops.rope import rope
 from jtile.ops.softmax_cross_entropy import softmax_cross_entropy
+from jtile.report import explain, inspect
 
-__all__ = ["TileOp", "gated_activation", "rms_norm", "rope", "softmax_cross_entropy"]
+__all__ = [
+    "CompilerParams",
+    "TileOp",
+    "dot_product_attention",
+    "explain",
+    "gated_activation",
+    "inspect",
+    "interpret_pallas",
+    "retarget_pallas",
+    "rms_norm",
+    "rope",
+    "softmax_cross_entropy",
+    "triton_call",
+]
