@@ -1,5 +1,6 @@
 """jtile: tile kernels as first-class JAX operations."""
 
+from jtile import testing
 from jtile.compiler.interpret import interpret_pallas
 from jtile.compiler.pallas import retarget_pallas
 from jtile.compiler.params import CompilerParams
@@ -24,5 +25,6 @@ __all__ = [
     "rms_norm",
     "rope",
     "softmax_cross_entropy",
+    "testing",
     "triton_call",
 ]
