@@ -8,6 +8,7 @@ for dquery, so that each gradient is summed in one place and one order: no atomi
 """
 
 import math
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,32 @@ def forward_transpose(operands, results, cotangents, **options):
 
 
 # Public name.
+
+
+@overload
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    return_lse: Literal[False] = False,
+    implementation: Implementation = None,
+) -> Array: ...
+
+
+@overload
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    return_lse: Literal[True],
+    implementation: Implementation = None,
+) -> tuple[Array, Array]: ...
 
 
 def dot_product_attention(
