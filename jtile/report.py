@@ -1,14 +1,14 @@
 """What a function's kernels became, by `inspect`, and which of its ops run as kernels and why, by `explain`."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import jaxprs_in_params
 
 from jtile.compiler import launch
 from jtile.compiler.build import Compiled
+from jtile.compiler.rewrite import equations
 from jtile.compiler.target import Target
 from jtile.op.lowering import choose
 from jtile.op.primitive import TilePrimitive
@@ -154,8 +154,11 @@ def explain(fn: Callable, *args, target: str | None = None) -> Explanation:
         Target.named(target)
     platform = "cuda" if target is not None else _platform_here()
     counts: dict[OpReport, int] = {}
-    for primitive, avals, call in _ops_in(jax.make_jaxpr(fn)(*args).jaxpr):
-        op = primitive.op
+    for eqn in equations(jax.make_jaxpr(fn)(*args).jaxpr):
+        if not isinstance(eqn.primitive, TilePrimitive):
+            continue
+        op, call = eqn.primitive.op, eqn.params["call"]
+        avals: list[Any] = [v.aval for v in eqn.invars]
         choice = choose(op, ungrouped(avals, call), call, platform)
         operands = ", ".join(f"{a.dtype.name}[{','.join(map(str, a.shape))}]" for a in avals)
         report = OpReport(op.name, operands, choice.runs, choice.why)
@@ -166,14 +169,6 @@ def explain(fn: Callable, *args, target: str | None = None) -> Explanation:
 def _platform_here() -> str:
     device = jax.devices()[0]
     return "cuda" if device.platform == "gpu" and "NVIDIA" in device.device_kind else device.platform
-
-
-def _ops_in(jaxpr) -> Iterator[tuple]:
-    for eqn in jaxpr.eqns:
-        if isinstance(eqn.primitive, TilePrimitive):
-            yield eqn.primitive, [v.aval for v in eqn.invars], eqn.params["call"]
-        for inner in jaxprs_in_params(eqn.params):
-            yield from _ops_in(inner)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool = False) -> str:

@@ -12,15 +12,16 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
+from jax.extend.core import JaxprEqn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jtile.compiler.rewrite import equations, map_equations
 from jtile.compiler.target import Target
 from jtile.op import Implementation, TileOp
 from jtile.op.lowering import execute
@@ -288,36 +289,13 @@ def _normal(shapes: Mapping[str, jax.ShapeDtypeStruct], seed: int) -> Arrays:
 def only_references(function: Callable) -> Callable:
     """`function` with each tile primitive replaced by its reference: an opinion that owes nothing to the op's rules."""
 
-    def evaluate(closed: ClosedJaxpr, *values):
-        jaxpr = closed.jaxpr
-        known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *values], strict=True))
-        read = lambda atom: atom.val if isinstance(atom, Literal) else known[atom]  # noqa: E731
-        for equation in jaxpr.eqns:
-            primitive, inputs = equation.primitive, [read(atom) for atom in equation.invars]
-            if isinstance(primitive, TilePrimitive):
-                call = dataclasses.replace(equation.params["call"], implementation="xla")
-                outputs = execute(primitive.op, call, "cpu", *inputs)
-            elif primitive.name == "jit":
-                outputs = evaluate(equation.params["jaxpr"], *inputs)
-            else:
-                outputs = primitive.bind(*inputs, **primitive.get_bind_params(equation.params))
-                outputs = outputs if primitive.multiple_results else [outputs]
-            known.update(zip(equation.outvars, outputs, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
+    def reference(equation: JaxprEqn):
+        if not isinstance(equation.primitive, TilePrimitive):
+            return None
+        call = dataclasses.replace(equation.params["call"], implementation="xla")
+        return functools.partial(execute, equation.primitive.op, call, "cpu")
 
-    def replaced(*inputs):
-        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*inputs)
-        return jax.tree.unflatten(jax.tree.structure(shapes), evaluate(closed, *jax.tree.leaves(inputs)))
-
-    return replaced
-
-
-def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
-    """Every equation, at any depth."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from equations(inner)
+    return map_equations(function, reference)
 
 
 def binds(function: Callable, *inputs) -> Counter[str]:

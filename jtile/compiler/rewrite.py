@@ -1,19 +1,36 @@
-"""Replace every `pallas_call` in a function."""
+"""Find the equations of a program, and replace some of them, such as every `pallas_call`."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 from jax.extend import linear_util, source_info_util
-from jax.extend.core import Literal
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 
-# What stands for a pallas_call: takes the equation's parameters and its operands, returns its results.
-type Replace = Callable[..., Sequence[jax.Array]]
+# Gives the function of its operands that is to stand for an equation, and None for an equation that is to stay.
+type Replace = Callable[[JaxprEqn], Callable[..., Sequence[jax.Array]] | None]
 
 
-def map_pallas_calls(fn: Callable, replace: Replace) -> Callable:
-    """`fn` with each `pallas_call` in it, however deeply nested, replaced by `replace(params, *operands)`.
+def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """Every equation, however deeply nested."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from equations(inner)
+
+
+def map_pallas_calls(fn: Callable, replace: Callable[..., Sequence[jax.Array]]) -> Callable:
+    """`fn` with each `pallas_call` in it replaced by `replace(params, *operands)`, as `map_equations` does."""
+
+    def replace_call(eqn: JaxprEqn):
+        return functools.partial(replace, eqn.params) if eqn.primitive.name == "pallas_call" else None
+
+    return map_equations(fn, replace_call)
+
+
+def map_equations(fn: Callable, replace: Replace) -> Callable:
+    """`fn` with the equations in it replaced, however deeply nested, that `replace` has something for.
 
     Loops, branches, `jit`, `checkpoint`, `shard_map` and functions with custom derivatives are entered, the derivatives
     too. Arguments that are not arrays stay as they are.
@@ -63,10 +80,10 @@ def _evaluate(jaxpr, replace: Replace, *operands):
 
 
 def _evaluate_equation(eqn, replace: Replace, *operands):
-    name, params = eqn.primitive.name, eqn.params
-    if name == "pallas_call":
-        return replace(params, *operands)
-    if name == "shard_map":
+    if replacement := replace(eqn):
+        return replacement(*operands)
+    params = eqn.params
+    if eqn.primitive.name == "shard_map":
         return jax.shard_map(
             functools.partial(_evaluate, params["jaxpr"], replace),
             mesh=params["mesh"],
@@ -78,7 +95,7 @@ def _evaluate_equation(eqn, replace: Replace, *operands):
     bound = eqn.primitive.get_bind_params(params)
     if "subfuns" in bound:  # a function and its custom derivatives
         functions = (
-            linear_util.wrap_init(map_pallas_calls(f.call_wrapped, replace), debug_info=f.debug_info)
+            linear_util.wrap_init(map_equations(f.call_wrapped, replace), debug_info=f.debug_info)
             for f in bound["subfuns"]
         )
         bound = {**bound, "subfuns": tuple(functions)}
@@ -88,18 +105,9 @@ def _evaluate_equation(eqn, replace: Replace, *operands):
 
 
 def _rewrite(param: Any, replace: Replace):
-    """A parameter of an equation, rewritten if it is a jaxpr, or holds jaxprs as `cond` does, with a `pallas_call`."""
-    if isinstance(param, tuple) and any(map(_has_pallas_call, param)):
-        return tuple(_rewrite(p, replace) for p in param)
-    if _has_pallas_call(param):
-        return jax.make_jaxpr(functools.partial(_evaluate, param, replace))(*(v.aval for v in param.invars))
-    return param
-
-
-def _has_pallas_call(param: Any) -> bool:
+    """A parameter of an equation, rewritten if it is a jaxpr, or holds jaxprs as `cond` does, with one to replace."""
+    if not any(replace(eqn) for jaxpr in jaxprs_in_params({"": param}) for eqn in equations(jaxpr)):
+        return param
     if isinstance(param, tuple):
-        return any(map(_has_pallas_call, param))
-    return any(
-        eqn.primitive.name == "pallas_call" or any(map(_has_pallas_call, eqn.params.values()))
-        for eqn in getattr(param, "eqns", ())
-    )
+        return tuple(_rewrite(p, replace) for p in param)
+    return jax.make_jaxpr(functools.partial(_evaluate, param, replace))(*(v.aval for v in param.invars))
