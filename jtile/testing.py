@@ -50,7 +50,7 @@ class Case:
         fixed: the dimensions that cannot take any size; the law of shapes leaves these alone.
         dtype: of the floating operands.
         dtypes: of operands that have another, which they keep whatever the law.
-        typical: sizes met in practice, for what compiles without being run. Default: `sizes`.
+        typical: sizes met in practice, at which the kernels must not spill registers. Default: `sizes`.
         tolerance: multiplies the allowed errors, which `Trial.agree` explains.
     """
 
@@ -64,6 +64,23 @@ class Case:
     dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     typical: Mapping[str, int] | None = None
     tolerance: float = 1.0
+
+    def __post_init__(self):
+        terms = self.parsed.operands
+        dims, names = {factor for t in terms for factor in t.factors}, {t.name for t in terms}
+        for what, given, known in (
+            ("sizes", self.sizes, dims),
+            ("split", self.split.split(), dims),
+            ("fixed", self.fixed.split(), dims),
+            ("typical", self.typical or (), dims),
+            ("integers", self.integers, names),
+            ("dtypes", self.dtypes, names),
+        ):
+            if unknown := sorted(set(given) - known):
+                raise ValueError(f"Case: `{what}` names {unknown[0]!r}, which is not in {self.signature!r}")
+        for what, sizes in ("sizes", self.sizes), ("typical", self.typical or self.sizes):
+            if missing := sorted(dims - set(sizes)):
+                raise ValueError(f"Case: `{what}` lacks dimension {missing[0]!r} of {self.signature!r}")
 
     def __str__(self) -> str:
         sizes = " ".join(f"{name}={size}" for name, size in self.sizes.items())
@@ -108,7 +125,8 @@ def check_op(
 ) -> None:
     """Check that an op keeps the laws: right under every transformation of JAX, on every kind of mesh, in every dtype.
 
-    The laws of sharding need several devices. `jax.config.update("jax_num_cpu_devices", 8)` simulates them.
+    The laws of sharding need several devices. `jax.config.update("jax_num_cpu_devices", 8)` simulates them, which serves
+    where there is one GPU, too.
 
     Args:
         op: a `TileOp`, or a function such as `jtile.rms_norm` that calls some. Its operands and options are passed to a
@@ -374,6 +392,7 @@ LAWS: dict[str, Callable[[Trial], None]] = {}
 
 
 def law(function: Callable[[Trial], None]) -> Callable[[Trial], None]:
+    """Add a law, under the function's name. It raises an exception where an op breaks it."""
     LAWS[function.__name__] = function
     return function
 
@@ -567,6 +586,11 @@ def repeats(trial: Trial) -> None:
 # Devices
 
 
+def devices() -> list[jax.Device]:
+    """Those that programs run on, or CPUs if that is only one."""
+    return jax.devices() if jax.device_count() > 1 else jax.devices("cpu")
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
     """One dimension of a case shared out among devices."""
@@ -578,21 +602,22 @@ class Split:
     AXIS = "i"
 
     @classmethod
-    def of(cls, trial: Trial, dim: str, *, spare: int = 1) -> "Split":
-        """Over as many devices as can share the dimension, of one in `spare`."""
-        devices = jax.device_count() // spare
-        return cls(trial, dim, math.gcd(trial.case.sizes[dim], devices))
+    def of(cls, trial: Trial, dim: str, *, times: int = 1) -> "Split":
+        """Over as many devices as can share the dimension and are there that many `times`."""
+        if devices()[0].platform == "cpu" and trial.implementation == "triton":
+            trial = Trial(trial.op, trial.case, "interpret")
+        return cls(trial, dim, math.gcd(trial.case.sizes[dim], len(devices()) // times))
 
     @classmethod
-    def every(cls, trial: Trial, *, spare: int = 1) -> "list[Split]":
+    def every(cls, trial: Trial, *, times: int = 1) -> "list[Split]":
         """Each dimension named in `Case.split`."""
-        splits = [cls.of(trial, dim, spare=spare) for dim in trial.case.split.split()]
+        splits = [cls.of(trial, dim, times=times) for dim in trial.case.split.split()]
         for split in splits:
             if split.count == 1:
                 raise ValueError(
                     f"the size of `{split.dim}`, {trial.case.sizes[split.dim]}, and the number of devices, "
-                    f"{jax.device_count() // spare}, need a common divisor; choose another size, or simulate devices "
-                    'by jax.config.update("jax_num_cpu_devices", 8)'
+                    f"{len(devices()) // times}, need a common divisor; choose another size, or simulate devices by "
+                    'jax.config.update("jax_num_cpu_devices", 8)'
                 )
         return splits
 
@@ -604,7 +629,7 @@ class Split:
         return [split for split in splits if split.count > 1]
 
     def mesh(self, kind: AxisType) -> jax.sharding.Mesh:
-        return jax.make_mesh((self.count,), (self.AXIS,), axis_types=(kind,), devices=jax.devices()[: self.count])
+        return jax.make_mesh((self.count,), (self.AXIS,), axis_types=(kind,), devices=devices()[: self.count])
 
     def axis(self, term: Term) -> int | None:
         """Which axis of an array this dimension is, or is the outermost factor of."""
@@ -633,7 +658,7 @@ class Split:
 
 
 def _on_mesh(split: Split, kind: AxisType) -> dict[str, Arrays]:
-    """Run on a mesh, checking values, gradients and what is sent between devices. Returns values and gradients."""
+    """Check values, gradients and what devices exchange on a mesh, and return values and gradients."""
     trial, signature = split.trial, split.trial.case.parsed
     with jax.set_mesh(mesh := split.mesh(kind)):
         operands, cotangents = split.inputs(mesh)
@@ -726,10 +751,9 @@ def shard_map(trial: Trial) -> None:
     for split in Split.every(trial):
         check(split, split.mesh(AxisType.Auto), True)
         check(split, split.mesh(AxisType.Auto), False)
-    for split in Split.every(trial, spare=2):
-        devices = jax.devices()[: 2 * split.count]
-        mesh = jax.make_mesh((split.count, 2), (split.AXIS, "other"), axis_types=(AxisType.Auto,) * 2, devices=devices)
-        check(split, mesh, True)
+    for split in Split.every(trial, times=2):
+        sizes, names, kinds = (split.count, 2), (split.AXIS, "other"), (AxisType.Auto,) * 2
+        check(split, jax.make_mesh(sizes, names, axis_types=kinds, devices=devices()[: 2 * split.count]), True)
 
 
 @law
@@ -749,7 +773,7 @@ def pmap(trial: Trial) -> None:
             return x if axis is None else x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
         mapped = jax.pmap(
-            _summing(split), axis_name=split.AXIS, in_axes=(ins,), out_axes=outs, devices=jax.devices()[: split.count]
+            _summing(split), axis_name=split.AXIS, in_axes=(ins,), out_axes=outs, devices=devices()[: split.count]
         )
 
         def function(operands):

@@ -14,6 +14,7 @@ from jtile import CompilerParams, TileOp
 from jtile.testing import Case, Trial, check_op, only_references
 
 CASE = Case("x: rows d, w: d -> y: rows d", {"rows": 8, "d": 20}, split="rows d")
+CASE_OF_ROWS = dataclasses.replace(CASE, split="rows")
 
 
 def normalised(x_ref, w_ref, y_ref):
@@ -231,6 +232,24 @@ def test_size_that_devices_do_not_share():
         "the size of `rows`, 7, and the number of devices, 8, need a common divisor; choose another size, or simulate "
         'devices by jax.config.update("jax_num_cpu_devices", 8)'
     )
+
+
+def test_one_gpu_leaves_sharding_to_simulated_devices():
+    check_op(make_op(), [CASE_OF_ROWS], laws=["auto_sharding", "pmap"], implementation="triton")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"sizes": {"rows": 8}}, "Case: `sizes` lacks dimension 'd' of 'x: rows d, w: d -> y: rows d'"),
+        ({"typical": {"d": 8}}, "Case: `typical` lacks dimension 'rows' of 'x: rows d, w: d -> y: rows d'"),
+        ({"split": "rows e"}, "Case: `split` names 'e', which is not in 'x: rows d, w: d -> y: rows d'"),
+        ({"integers": {"i": (0, 1)}}, "Case: `integers` names 'i', which is not in 'x: rows d, w: d -> y: rows d'"),
+    ],
+)
+def test_wrong_cases(changes, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        dataclasses.replace(CASE, **changes)
 
 
 def test_only_references():

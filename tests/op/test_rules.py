@@ -156,6 +156,14 @@ def test_without_a_transpose_rule_the_reference_is_differentiated():
     np.testing.assert_allclose(jax.vmap(jax.grad(jax.grad(lambda x: op(x)[0])))(W), 6 * W, rtol=1e-6)
 
 
+def test_hessian():
+    x, w = X[0, :2], W
+    loss = lambda x, w: jnp.sum(jnp.sin(scale(x, w)))  # noqa: E731
+    plain = lambda x, w: jnp.sum(jnp.sin(x * w))  # noqa: E731
+    found, expected = (jax.hessian(f, argnums=(0, 1))(x, w) for f in (loss, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+
+
 def test_cotangents_are_cast_to_the_operands_dtype():
     dx, dw = jax.grad(lambda x, w: scale(x, w).sum(), argnums=(0, 1))(X.astype(jnp.bfloat16), W)
     assert dx.dtype == jnp.bfloat16 and dw.dtype == jnp.float32
