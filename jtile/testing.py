@@ -125,7 +125,7 @@ def check_op(
 ) -> None:
     """Check that an op keeps the laws: right under every transformation of JAX, on every kind of mesh, in every dtype.
 
-    The laws of sharding need several devices. `jax.config.update("jax_num_cpu_devices", 8)` simulates them, which serves
+    The laws of sharding need several devices. `jax.config.update("jax_num_cpu_devices", 8)` simulates them, and serves
     where there is one GPU, too.
 
     Args:
