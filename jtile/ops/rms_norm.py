@@ -21,10 +21,14 @@ backward = TileOp(
 # Reference.
 
 
+def _rounded(h):
+    """`h` as the next layer will read it, in its dtype: XLA may keep more digits of a sum than it writes."""
+    return jax.lax.reduce_precision(h, jnp.finfo(h.dtype).nexp, jnp.finfo(h.dtype).nmant)
+
+
 @forward.reference
 def forward_reference(x, scale, residual, *, epsilon):
-    # The sum is rounded to the input's dtype, as the next layer will read it, before it is normalised.
-    h = x if residual is None else x + residual
+    h = x if residual is None else _rounded(x + residual)
     h32 = h.astype(jnp.float32)
     rstd = jax.lax.rsqrt(jnp.mean(h32 * h32, axis=-1) + epsilon)
     y = (h32 * rstd[..., None] * scale.astype(jnp.float32)).astype(x.dtype)
@@ -165,7 +169,8 @@ def rms_norm(
         `y`, or `(y, x + residual)` with a residual.
 
     Raises:
-        ValueError: shapes or dtypes of `x` and `residual` differ, or `scale` does not match the last dimension of `x`.
+        ValueError: `x` is not floating point, shapes or dtypes of `x` and `residual` differ, or `scale` does not match
+            the last dimension of `x`.
         NotImplementedError: the named implementation cannot serve the call.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, section 3.
@@ -176,6 +181,9 @@ def rms_norm(
         >>> print(jtile.rms_norm(jnp.array([[3.0, 4.0]]), jnp.full(2, 100.0)).round())
         [[ 85. 113.]]
     """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"rms_norm: `x` must be floating point, got {x.dtype}; cast it to the dtype to compute in")
     if residual is not None and residual.dtype != x.dtype:
         raise ValueError(
             f"rms_norm: `residual` must have the dtype of `x`, {x.dtype}, got {residual.dtype}; cast one of them"

@@ -135,6 +135,8 @@ def test_what_is_refused():
         jtile.rms_norm(x, scale, residual=jnp.zeros((2, 4)))
     with pytest.raises(ValueError, match="`residual` must have the dtype of `x`, float32, got bfloat16"):
         jtile.rms_norm(x, scale, residual=x.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match="^rms_norm: `x` must be floating point, got int32"):
+        jtile.rms_norm(jnp.zeros((3, 4), jnp.int32), scale)
     with pytest.raises(ValueError, match="^rms_norm: `x` has dimensions"):
         jtile.rms_norm(jnp.zeros(()), scale)
     with pytest.raises(ValueError, match="^rms_norm: `implementation` must be one of"):
