@@ -9,11 +9,14 @@ export JAX_PLATFORMS ?= cpu
 demo: .venv/demo
 	.venv/bin/python examples/1_train_a_llama.py
 
+# On every core, up to eight: a process of the tests needs a gigabyte or two.
+pytest = -m pytest -n auto --maxprocesses 8 --dist worksteal
+
 test: .venv/test
-	.venv/bin/python -m pytest
+	.venv/bin/python $(pytest)
 
 test-latest: .venv-latest/test
-	.venv-latest/bin/python -m pytest
+	.venv-latest/bin/python $(pytest)
 
 lint: .venv/test
 	.venv/bin/ruff check
