@@ -43,6 +43,7 @@ DEFAULTS = {
 VALIDATION_BYTES = 2**16
 STEPS_IN_FLIGHT = 10  # between two looks at the loss, each of which waits for the device
 PROMPT = "def read_lines(path):\n"
+SAMPLE_BYTES = 400
 
 
 def positive(text: str) -> int:
@@ -239,7 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"validation loss {history['validation'][-1][1]:.3f} nats a byte; "
         f"{history['tokens'] / history['seconds']:,.0f} tokens/s; {peak_memory() / 2**30:.2f} GiB of memory at most"
     )
-    print(f"a sample:\n\n{sample(nnx.merge(graph, state[0]), options.seed)}\n")
+    print(f"a sample:\n\n{sample(nnx.merge(graph, state[0]), options)}\n")
     plot(history, options.output / "loss.png")
     (options.output / "losses.json").write_text(json.dumps(history | dict(peak_memory_bytes=peak_memory())))
     print(f"written to {options.output}: loss.png, losses.json")
@@ -256,11 +257,15 @@ def plot(history: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def sample(model: llama.Llama, seed: int) -> str:
-    prompt = jnp.array([list(PROMPT.encode())], jnp.int32)
-    tokens = llama.generate(model, prompt, 400, temperature=0.7, top_k=40, key=jax.random.key(seed))
+def sample(model: llama.Llama, options: argparse.Namespace) -> str:
+    """The prompt and what the model makes of it, which looks no further back than it was trained to."""
+    text = list(PROMPT.encode())
+    window = min(SAMPLE_BYTES, options.sequence // 2)
+    for key in jax.random.split(jax.random.key(options.seed), SAMPLE_BYTES // window):
+        prompt = jnp.array([text[-window:]], jnp.int32)
+        text += llama.generate(model, prompt, window, temperature=0.9, top_k=40, key=key)[0].tolist()
     # A vocabulary larger than 256 has tokens that are no bytes, and that training makes vanishingly unlikely.
-    return PROMPT + bytes(token for token in tokens[0].tolist() if token < 256).decode(errors="replace")
+    return bytes(token for token in text if token < 256).decode(errors="replace")
 
 
 if __name__ == "__main__":
