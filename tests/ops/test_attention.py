@@ -10,7 +10,6 @@ import pytest
 
 from jtile.ops import attention
 from jtile.ops.attention import dot_product_attention
-from jtile.report import inspect
 from jtile.testing import equations
 
 # Roundings of the result, and of weights and dscores before their products: a few units of the dtype. In float32 sums
@@ -23,11 +22,10 @@ def plain_attention(query, key, value, *, scale=None, is_causal=False):
     query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     group = query.shape[-2] // key.shape[-2]
     key, value = (jnp.repeat(x, group, axis=-2) for x in (key, value))
-    scores = jnp.einsum("...shd,...thd->...hst", query, key, precision="highest")
-    scores *= query.shape[-1] ** -0.5 if scale is None else scale
+    scores = jnp.einsum("...shd,...thd->...hst", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         scores = jnp.where(jnp.arange(scores.shape[-2])[:, None] >= jnp.arange(scores.shape[-1]), scores, -jnp.inf)
-    out = jnp.einsum("...hst,...the->...she", jax.nn.softmax(scores), value, precision="highest")
+    out = jnp.einsum("...hst,...the->...she", jax.nn.softmax(scores), value)
     return out, jnp.swapaxes(jax.nn.logsumexp(scores, axis=-1), -1, -2)
 
 
@@ -55,26 +53,25 @@ def assert_same(actual, expected, tolerance):
         np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * float(jnp.abs(e).max(initial=0)), err_msg=name)
 
 
-def check(*sizes, implementations=("interpret",), **options):
-    """Results and gradients. `sizes` are those of `operands`."""
-    of_operands = {name: options.pop(name) for name in ("value_dim", "dtype") if name in options}
-    inputs = operands(*sizes, **of_operands)
+def check(batch, queries, keys, heads, key_heads, head_dim, value_dim=None, dtype="float32", **options):
+    """Kernels and reference, results and gradients."""
+    inputs = operands(batch, queries, keys, heads, key_heads, head_dim, value_dim, dtype)
     wide = [x.astype(jnp.float32) for x in inputs]
     expected = with_gradients(functools.partial(plain_attention, **options), *wide)
-    for implementation in implementations:
+    for implementation in "interpret", "xla":
         call = functools.partial(dot_product_attention, return_lse=True, implementation=implementation, **options)
-        assert_same(with_gradients(call, *inputs), expected, TOLERANCE[inputs[0].dtype.name])
+        assert_same(with_gradients(call, *inputs), expected, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("queries, keys", [(1, 257), (257, 1), (17, 64), (64, 17), (130, 130)])
 def test_lengths(queries, keys, is_causal):
-    check((1,), queries, keys, 2, 1, 16, is_causal=is_causal, implementations=["interpret", "xla"])
+    check((1,), queries, keys, 2, 1, 16, is_causal=is_causal)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bit_operands(dtype):
-    check((1,), 257, 257, 2, 1, 16, dtype=dtype, is_causal=True, implementations=["interpret", "xla"])
+    check((1,), 257, 257, 2, 1, 16, dtype=dtype, is_causal=True)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +88,7 @@ def test_value_head_dim_of_its_own():
 
 @pytest.mark.parametrize("heads, key_heads", [(4, 4), (6, 2), (3, 1)])
 def test_grouped_heads(heads, key_heads):
-    check((2,), 40, 40, heads, key_heads, 16, is_causal=True, implementations=["interpret", "xla"])
+    check((2,), 40, 40, heads, key_heads, 16, is_causal=True)
 
 
 @pytest.mark.parametrize("batch", [(), (2, 1, 3)])
@@ -258,36 +255,3 @@ def test_what_the_kernels_cannot_serve(head_dim, value_dim, scale, message):
         with_gradients(functools.partial(plain_attention, scale=scale), *inputs),
         TOLERANCE["float32"],
     )
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_tiles(head_dim, dtype):
-    """No spills and, in 16 bits, tensor cores on an H200; no more shared memory than an L4, the least of chips, has."""
-    x, shared = (jax.ShapeDtypeStruct((2, 4096, heads, head_dim), dtype) for heads in (8, 4))
-
-    def gradients(query, key, value, dout):
-        call = functools.partial(dot_product_attention, is_causal=True, implementation="triton")
-        return jax.vjp(call, query, key, value)[1](dout)
-
-    reports = inspect(gradients, x, shared, shared, x, target="NVIDIA H200")
-    assert len(reports) == 3
-    for report in reports:
-        assert report.spill_bytes == 0, report
-        assert ("wgmma" in report.ptx) == (dtype == "bfloat16"), report
-    for report in inspect(gradients, x, shared, shared, x, target="NVIDIA L4"):
-        assert report.shared_bytes <= 99 * 1024, report
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 192, 256])
-def test_head_dims_on_a_gpu(head_dim, dtype):
-    check((2,), 257, 300, 4, 2, head_dim, dtype=dtype, is_causal=True, implementations=["triton"])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("queries, keys", [(1, 300), (700, 257), (4092, 4092)])
-def test_lengths_on_a_gpu(queries, keys, is_causal):
-    check((2,), queries, keys, 4, 2, 64, dtype="bfloat16", is_causal=is_causal, implementations=["triton", "xla"])

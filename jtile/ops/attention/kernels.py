@@ -24,16 +24,12 @@ def _dot(a, b, axes):
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _index(start, shape, axis):
-    return start + lax.broadcasted_iota(jnp.int32, shape, axis)
-
-
-def _mask(scores, query_start, key_start, keys, is_causal):
+def _mask(scores, query_start, key_start, keys, is_causal, *, query_axis):
     """A block of scores, -inf where the key is past the end or not for the query to see."""
-    key = _index(key_start, scores.shape, 1)
-    visible = key < keys
+    key_index = key_start + lax.broadcasted_iota(jnp.int32, scores.shape, 1 - query_axis)
+    visible = key_index < keys
     if is_causal:
-        visible &= key <= _index(query_start, scores.shape, 0)
+        visible &= key_index <= query_start + lax.broadcasted_iota(jnp.int32, scores.shape, query_axis)
     return jnp.where(visible, scores, -jnp.inf)
 
 
@@ -65,7 +61,7 @@ def _forward_kernel(query_ref, key_ref, value_ref, out_ref, lse_ref, *, blocks, 
         block = pl.ds(j * block_k, block_k)
         scores = _dot(query, key_ref[block, :], (1, 1))
         if masked:
-            scores = _mask(scores, query_start, j * block_k, keys, is_causal)
+            scores = _mask(scores, query_start, j * block_k, keys, is_causal, query_axis=0)
         new_peak = jnp.maximum(peak, slope * jnp.max(scores, axis=1))
         weights = jnp.exp2(slope * scores - new_peak[:, None])
         shrink = jnp.exp2(peak - new_peak)
@@ -96,7 +92,7 @@ def _dquery_kernel(
         key = key_ref[block, :]
         scores = slope * _dot(query, key, (1, 1)) - lse[:, None]
         if masked:
-            scores = _mask(scores, query_start, j * block_k, keys, is_causal)
+            scores = _mask(scores, query_start, j * block_k, keys, is_causal, query_axis=0)
         dweights = _dot(dout, value_ref[block, :], (1, 1))
         dscores = jnp.exp2(scores) * (dweights - delta[:, None])
         return acc + _dot(dscores.astype(key.dtype), key, (1, 0))
@@ -108,7 +104,7 @@ def _dquery_kernel(
 
 def _dkey_dvalue_kernel(
     query_ref, key_ref, value_ref, minus_lse_ref, minus_delta_ref, dout_ref, dkey_ref, dvalue_ref,
-    *, group, queries, block_q, scale, is_causal,
+    *, group, queries, block_q, keys, scale, is_causal,
 ):  # fmt: skip
     block_k = key_ref.shape[0]
     key_start = block_k * pl.program_id(0)
@@ -124,8 +120,7 @@ def _dkey_dvalue_kernel(
         # stand. The first products start from a row statistic, which then holds no registers of its own.
         scores = slope * (minus_lse_ref[head, block][None, :] + _dot(key, query, (1, 1)))
         if masked:
-            visible = _index(key_start, scores.shape, 0) <= _index(i * block_q, scores.shape, 1)
-            scores = jnp.where(visible, scores, -jnp.inf)
+            scores = _mask(scores, i * block_q, key_start, keys, is_causal, query_axis=1)
         weights = jnp.exp2(scores)
         dvalue += _dot(weights.astype(dout.dtype), dout, (1, 0))
         dscores = weights * (minus_delta_ref[head, block][None, :] + _dot(value, dout, (1, 1)))
@@ -231,7 +226,7 @@ def _dkey_dvalue(query, key, value, lse, delta, dout, scale, is_causal):
     return pl.pallas_call(
         functools.partial(
             _dkey_dvalue_kernel,
-            **dict(group=group, queries=queries, block_q=tile.block_q, scale=scale, is_causal=is_causal),
+            **dict(group=group, queries=queries, block_q=tile.block_q, keys=keys, scale=scale, is_causal=is_causal),
         ),
         grid=(pl.cdiv(keys, tile.block_k), key_heads, batch),
         in_specs=[

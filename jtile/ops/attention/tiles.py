@@ -1,6 +1,4 @@
-"""The sizes of blocks. One table serves every chip: its tiles fit in 99 KiB of shared memory where a chip has no more,
-and spill no registers on sm_80, sm_90 and sm_100 at lengths that they divide.
-"""
+"""The size of blocks, for every chip the same: they keep to the shared memory and the registers of all."""
 
 from typing import NamedTuple
 
@@ -44,7 +42,7 @@ DQUERY = {
 }
 DKEY_DVALUE = {
     (2, 64): Tile(64, 128, 8, 2),
-    (2, 128): Tile(64, 64, 8, 2),
+    (2, 128): Tile(64, 64, 4, 2),
     (2, 256): Tile(16, 64, 8, 2),
     (4, 64): Tile(32, 32, 8, 2),
     (4, 128): Tile(16, 32, 8, 2),
