@@ -273,7 +273,7 @@ def multiple_of(e, eqn, x: Value):
     return e.let(f"tl.multiple_of({e.tensor(x)}, {list(values)})", x.shape, x.dtype, "multiple", bounds=x.bounds)
 
 
-@rule("elementwise_inline_asm_p")
+@rule("elementwise_inline_asm_p", "elementwise_inline_asm")  # in JAX 0.11, in 0.12
 def elementwise_inline_asm(e, eqn, *operands: Value):
     outs = eqn.params["result_shape_dtypes"]
     if len(outs) != 1:

@@ -68,7 +68,7 @@ def atomic_cas(e, eqn, block: Block, expected: Value, value: Value):
     return e.let(text + e.comment, (), block.ref.dtype, "old")
 
 
-@rule("debug_barrier_p")
+@rule("debug_barrier_p", "debug_barrier")  # in JAX 0.11, in 0.12
 def debug_barrier(e, eqn):
     e.line("tl.debug_barrier()")
     return []
