@@ -1,4 +1,4 @@
-"""Runs every kernel of `kernels.py` as generated source in Triton's interpreter, and by Pallas' interpreter.
+"""Runs every kernel of `kernels` as generated source in Triton's interpreter, and by Pallas' interpreter.
 
 A program of its own, since Triton chooses its interpreter when it is imported. Writes, as JSON to the path given, for
 each case what went wrong, or nothing.
@@ -21,7 +21,6 @@ warnings.simplefilter("ignore")
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import triton.language as tl  # noqa: E402
-from kernels import CASES  # noqa: E402
 from triton.language.extra import libdevice  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
@@ -31,6 +30,7 @@ from jtile.compiler.kernel import kernel_of  # noqa: E402
 from jtile.compiler.params import CompilerParams  # noqa: E402
 from jtile.compiler.rewrite import map_pallas_calls  # noqa: E402
 from jtile.compiler.value import TRITON_TYPES  # noqa: E402
+from tests.compiler.kernels import CASES  # noqa: E402
 
 # Triton's interpreter has none of CUDA's library of functions.
 LIBDEVICE = {

@@ -10,7 +10,8 @@ from jax.experimental.pallas import triton as plgpu
 from jtile.compiler.build import build
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.target import Target
-from tests.compiler.kernels import BINARY, CASES, UNARY, sources
+from tests.compiler.kernels import CASES, sources
+from tests.compiler.kernels.elementwise import BINARY, UNARY
 
 CHIPS = ("NVIDIA A100", "NVIDIA H200", "NVIDIA B200")
 

@@ -1,0 +1,119 @@
+"""Elementwise operations, on ragged blocks of a width that is no power of two."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from tests.compiler.kernels import case, integers, normal, rowwise
+
+X, Y = normal(10, 24), normal(10, 24, seed=1)
+POSITIVE = np.abs(X) + 0.1
+UNIT = np.tanh(X) * 0.99
+SPECIAL = np.array([[0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, -1.0, 0.5]] * 4, np.float32)
+
+UNARY = {
+    "neg": (lax.neg, X),
+    "abs": (lax.abs, X),
+    "sign": (lax.sign, SPECIAL),
+    "square": (lax.square, X),
+    "exp": (lax.exp, X),
+    "exp2": (lax.exp2, X),
+    "log": (lax.log, POSITIVE),
+    "log1p": (lax.log1p, POSITIVE),
+    "expm1": (lax.expm1, X),
+    "sqrt": (lax.sqrt, POSITIVE),
+    "rsqrt": (lax.rsqrt, POSITIVE),
+    "cbrt": (lax.cbrt, X),
+    "sin": (lax.sin, X),
+    "cos": (lax.cos, X),
+    "tan": (lax.tan, X),
+    "asin": (lax.asin, UNIT),
+    "acos": (lax.acos, UNIT),
+    "atan": (lax.atan, X),
+    "sinh": (lax.sinh, X),
+    "cosh": (lax.cosh, X),
+    "tanh": (lax.tanh, X),
+    "asinh": (lax.asinh, X),
+    "acosh": (lax.acosh, POSITIVE + 1),
+    "atanh": (lax.atanh, UNIT),
+    "erf": (lax.erf, X),
+    "erfc": (lax.erfc, X),
+    "erf_inv": (lax.erf_inv, UNIT),
+    "lgamma": (lax.lgamma, POSITIVE),
+    "logistic": (lax.logistic, X),
+    "floor": (lax.floor, X * 3),
+    "ceil": (lax.ceil, X * 3),
+    "round_away": (functools.partial(lax.round, rounding_method=lax.RoundingMethod.AWAY_FROM_ZERO), X * 3),
+    "round_even": (jnp.round, np.arange(-12, 12, dtype=np.float32).reshape(2, 12) / 2),
+    "is_finite": (lambda x: jnp.where(lax.is_finite(x), 1.0, 0.0), SPECIAL),
+    "power_3": (lambda x: x**3, X),
+    "power_7": (lambda x: x**7, X),
+    "power_minus_2": (lambda x: x**-2, POSITIVE),
+    "relu": (jax.nn.relu, SPECIAL),
+    "gelu": (functools.partial(jax.nn.gelu, approximate=False), X),
+    "gelu_tanh": (jax.nn.gelu, X),
+    "silu": (jax.nn.silu, X),
+    "softplus": (jax.nn.softplus, X),
+    "clip": (lambda x: jnp.clip(x, -0.5, 0.5), SPECIAL),
+    "to_integer_and_back": (lambda x: (x * 10).astype(jnp.int32).astype(jnp.float32), X),
+    "to_bool_and_back": (lambda x: (x > 0).astype(jnp.float32) + x.astype(bool).astype(jnp.float32), SPECIAL[:, 5:]),
+    "to_half_and_back": (lambda x: x.astype(jnp.float16).astype(jnp.float32), X),
+    "bits": (lambda x: lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) ^ 1, jnp.float32), X),
+    "reduce_precision": (lambda x: lax.reduce_precision(x, 5, 10), X),
+    "constants_only": (lambda x: x + jnp.sqrt(jnp.full(x.shape, 2.0)) + jnp.float32(1e-40), X),
+    "optimization_barrier": (lambda x: lax.optimization_barrier((x, x))[0] + 1, X),
+    "half_arithmetic": (lambda x: jnp.exp(x.astype(jnp.float16) / 3).astype(jnp.float32), X),
+}
+for _name, (_function, _x) in UNARY.items():
+    case(_x, name=_name)(functools.partial(rowwise, _function, 4))
+
+BINARY = {
+    "add": (lax.add, X, Y),
+    "subtract": (lax.sub, X, Y),
+    "multiply": (lax.mul, X, Y),
+    "divide": (lax.div, X, Y),
+    "maximum": (lax.max, SPECIAL, SPECIAL[:, ::-1].copy()),
+    "minimum": (lax.min, SPECIAL, SPECIAL[:, ::-1].copy()),
+    "power": (lax.pow, POSITIVE, Y),
+    "remainder": (lax.rem, X * 5, Y),
+    "mod": (jnp.mod, X * 5, Y),
+    "atan2": (lax.atan2, X, Y),
+    "nextafter": (lax.nextafter, X, Y),
+    "where": (lambda x, y: jnp.where((x < y) & (x != 0) | ~(y >= 0), x, y), X, Y),
+    "logical": (lambda x, y: jnp.where((x > 0) ^ (y > 0), 1.0, 2.0), X, Y),
+}
+for _name, (_function, _x, _y) in BINARY.items():
+    case(_x, _y, name=_name)(functools.partial(rowwise, _function, 4))
+
+M, N = integers(10, 24), integers(10, 24, seed=1)
+NATURAL = np.abs(N) + 1
+INTEGER = {
+    "integer_arithmetic": (lambda x, y: x * y - (x + y), M, N),
+    "integer_divide": (lax.div, M, NATURAL),
+    "integer_remainder": (lax.rem, M, NATURAL),
+    "floor_divide": (jnp.floor_divide, M, NATURAL),
+    "integer_mod": (jnp.mod, M, NATURAL),
+    "integer_extremes": (lambda x, y: jnp.minimum(jnp.maximum(x, y), 7) + jnp.clip(x, -3, 3), M, N),
+    "integer_sign": (lambda x, y: jnp.sign(x) + abs(y), M, N),
+    "bitwise": (lambda x, y: (x & y) | ~(x ^ 5), M, N),
+    "shift_by_a_constant": (lambda x, y: (x << 3) + (y >> 2) + lax.shift_right_logical(x, 4), M, N),
+    "shift_by_anything": (
+        lambda x, n: lax.shift_left(x, n) + lax.shift_right_logical(x, n) * 3 + lax.shift_right_arithmetic(x, n) * 7,
+        M,
+        integers(10, 24, low=0, high=40),
+    ),
+    "unsigned": (lambda x, y: x // y + (x >> 1) - y, M.astype(np.uint32), NATURAL.astype(np.uint32)),
+    "unsigned_shift": (
+        lambda x, y: lax.shift_right_arithmetic(x, y % 8) + jnp.sign(x),
+        M.astype(np.uint32),
+        NATURAL.astype(np.uint32),
+    ),
+    "bytes": (lambda x, y: jnp.maximum(x, y) + jnp.int8(1), M.astype(np.int8), N.astype(np.int8)),
+    "select_among_three": (lambda x, y: lax.select_n(jnp.abs(x) % 3, x, y, x + y), M, N),
+    "bools": (lambda x, y: x & ~y, M > 0, N > 0),
+}
+for _name, (_function, _x, _y) in INTEGER.items():
+    case(_x, _y, name=_name)(functools.partial(rowwise, _function, 4))
