@@ -33,8 +33,14 @@ def forward_kernel(x, bias):
         y_ref[...] = jnp.square(jnp.maximum(x_ref[...] + bias_ref[...], 0))
 
     grid = pl.cdiv(x.shape[0], 32), pl.cdiv(x.shape[1], 128)
-    return pl.pallas_call(squared_relu, [x], grid=grid, in_specs=[tile, columns], out_specs=[tile],
-                          compiler_params=CompilerParams(num_warps=4))(x, bias)
+    return pl.pallas_call(
+        squared_relu,
+        [x],
+        grid=grid,
+        in_specs=[tile, columns],
+        out_specs=[tile],
+        compiler_params=CompilerParams(num_warps=4),
+    )(x, bias)
 
 
 @backward.kernel
@@ -45,8 +51,14 @@ def backward_kernel(x, bias, dy):
 
     grid = pl.cdiv(x.shape[0], 32), pl.cdiv(x.shape[1], 128)
     shapes = [x, jax.ShapeDtypeStruct((grid[0], x.shape[1]), jnp.float32)]
-    dx, dbias = pl.pallas_call(squared_relu_backward, shapes, grid=grid, in_specs=[tile, columns, tile],
-                               out_specs=[tile, sums], compiler_params=CompilerParams(num_warps=4))(x, bias, dy)
+    dx, dbias = pl.pallas_call(
+        squared_relu_backward,
+        shapes,
+        grid=grid,
+        in_specs=[tile, columns, tile],
+        out_specs=[tile, sums],
+        compiler_params=CompilerParams(num_warps=4),
+    )(x, bias, dy)
     return dx, jnp.sum(dbias, axis=0)
 
 

@@ -375,8 +375,8 @@ def load(folder: str | Path, **options: Any) -> Llama:
                 array = array.T if transposed else array
                 if array.shape != parameter.shape:
                     raise ValueError(
-                        f"{name} in {folder / file} must have shape {parameter.shape[::-1 if transposed else 1]} by "
-                        f"config.json, got {array.shape[::-1 if transposed else 1]}."
+                        f"{name} in {folder / file} must have shape {parameter.shape[:: -1 if transposed else 1]} by "
+                        f"config.json, got {array.shape[:: -1 if transposed else 1]}."
                     )
                 parameter.set_value(jnp.asarray(array, config.param_dtype))
     if parameters:

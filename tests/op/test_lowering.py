@@ -98,9 +98,7 @@ def test_dtype_without_kernel():
 def test_op_without_kernel():
     op = TileOp("plain", "x: ... -> y: ...")
     op.reference(lambda x: (x,))
-    with raises(
-        NotImplementedError, "plain: implementation='interpret' cannot serve this call: the op has no kernel"
-    ):
+    with raises(NotImplementedError, "plain: implementation='interpret' cannot serve this call: the op has no kernel"):
         op(X, implementation="interpret")
     with warnings.catch_warnings(action="error"):
         lower_for_gpu(lambda x: op(x)[0], X)
