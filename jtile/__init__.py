@@ -2,6 +2,7 @@
 
 from jtile import testing
 from jtile.compiler.interpret import interpret_pallas
+from jtile.compiler.launch import EXPORT_CHECKS
 from jtile.compiler.pallas import retarget_pallas
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.triton_call import triton_call
@@ -14,6 +15,7 @@ from jtile.ops.softmax_cross_entropy import softmax_cross_entropy
 from jtile.report import explain, inspect
 
 __all__ = [
+    "EXPORT_CHECKS",
     "CompilerParams",
     "TileOp",
     "dot_product_attention",

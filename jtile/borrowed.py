@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -28,14 +28,21 @@ def varying_axes(aval) -> frozenset[str]:
 
 
 @contextlib.contextmanager
-def no_mesh():
-    """A context without mesh axes that keeps the ambient abstract device, which says what to compile for.
+def no_mesh(avals: Sequence = ()):
+    """A context without mesh axes that keeps the abstract device, which says what to compile for: the ambient one, or
+    that of these types' mesh.
 
     A `pallas_call` traced inside `shard_map(check_vma=True)` would want to know over which axes its results vary.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
+    meshes = jax.sharding.get_abstract_mesh(), mesh_of(avals)
+    device = next((mesh.abstract_device for mesh in meshes if mesh is not None and mesh.abstract_device), None)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)), _config._check_vma(False):
         yield
+
+
+def mesh_of(avals: Iterable) -> AbstractMesh | None:
+    """The mesh that these types live on, if any."""
+    return next((a.sharding.mesh for a in avals if not a.sharding.mesh.empty), None)
 
 
 def explicit_mesh(avals: Sequence) -> AbstractMesh | None:
@@ -46,7 +53,7 @@ def explicit_mesh(avals: Sequence) -> AbstractMesh | None:
 
 def make_aval(shape: tuple[int, ...], dtype, *, like: Sequence, spec: PartitionSpec | None):
     """The type of a result computed from operands of types `like`, split as `spec` under an explicit mesh."""
-    mesh = next((a.sharding.mesh for a in like if not a.sharding.mesh.empty), None)
+    mesh = mesh_of(like)
     if mesh is None:
         return _core.ShapedArray(shape, dtype)
     varying = frozenset().union(*(varying_axes(a) for a in like))
@@ -73,6 +80,17 @@ def own_source_lines():
 def plain_avals(avals: Sequence) -> list:
     """The same types without shardings and varying axes."""
     return [_core.ShapedArray(a.shape, a.dtype) for a in avals]
+
+
+def exporting(ctx) -> bool:
+    """Whether a lowering rule is called by `jax.export`, whose programs outlive this process."""
+    return ctx.module_context.lowering_parameters.for_export
+
+
+def device_count(ctx) -> int:
+    """How many devices a lowering rule lowers for."""
+    axes = ctx.module_context.axis_context
+    return axes.num_devices if isinstance(axes, _sharding_impls.ShardingContext) else axes.mesh.size
 
 
 def lowering_devices(ctx) -> Sequence[jax.Device]:

@@ -21,6 +21,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jtile.compiler.launch import CUSTOM_CALL, EXPORT_CHECKS
 from jtile.compiler.rewrite import equations, map_equations
 from jtile.compiler.target import Target
 from jtile.op import Implementation, TileOp
@@ -807,9 +808,8 @@ def export(trial: Trial) -> None:
     """For CPU and CUDA at once, with no GPU; then read back and run."""
     inputs = trial.operands(), trial.cotangents()
     program = jax.jit(value_and_pullback(trial.function(None)))
-    checks = [jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi")]
     with jax.sharding.use_abstract_mesh(Target.named(TARGETS[1]).abstract_mesh):
-        exported = jax.export.export(program, platforms=("cpu", "cuda"), disabled_checks=checks)(*inputs)
-    assert "triton_kernel_call_ffi" in exported.mlir_module(), "the program for CUDA has no kernel"
+        exported = jax.export.export(program, platforms=("cpu", "cuda"), disabled_checks=EXPORT_CHECKS)(*inputs)
+    assert CUSTOM_CALL in exported.mlir_module(), "the program for CUDA has no kernel"
     again = jax.export.deserialize(exported.serialize())
     trial.agree(jax.jit(again.call)(*inputs), trial.expected(value_and_pullback, *inputs))

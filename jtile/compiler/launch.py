@@ -15,6 +15,11 @@ from jax.interpreters import mlir
 from jtile import borrowed
 from jtile.compiler.build import ALIGNMENT, Compiled
 
+CUSTOM_CALL = "triton_kernel_call_ffi"  # jaxlib's, which the CUDA plugin registers
+
+# `jax.export` refuses custom calls whose format jaxlib does not promise to keep: pass this as `disabled_checks`.
+EXPORT_CHECKS = (jax.export.DisabledSafetyCheck.custom_call(CUSTOM_CALL),)
+
 _recorded: contextvars.ContextVar[list[Compiled] | None] = contextvars.ContextVar("recorded", default=None)
 
 
@@ -56,7 +61,7 @@ def launch(
     if (kernels := _recorded.get()) is not None:
         kernels.append(compiled)
     call = jax.ffi.ffi_lowering(
-        "triton_kernel_call_ffi",
+        CUSTOM_CALL,
         api_version=4,
         operand_output_aliases=dict(aliases),
         operand_layouts=[_row_major(a) for a in ctx.avals_in],

@@ -34,8 +34,9 @@ class FallbackWarning(UserWarning):
 
 
 def register(op: TileOp) -> None:
-    mlir.register_lowering(op.primitive, functools.partial(lower, op, None))
-    mlir.register_lowering(op.primitive, functools.partial(lower, op, "cuda"), platform="cuda")
+    for primitive in op.primitive, op.settled:
+        mlir.register_lowering(primitive, functools.partial(lower, op, None))
+        mlir.register_lowering(primitive, functools.partial(lower, op, "cuda"), platform="cuda")
     borrowed.prim_requires_devices_during_lowering.add(op.primitive)
 
 
@@ -99,13 +100,22 @@ def _warn_once(op: TileOp, reason: str) -> None:
 
 def lower(op: TileOp, platform: str | None, ctx, *operands, call: Call):
     platform = platform or "/".join(ctx.module_context.platforms)
+    function = functools.partial(execute, op, call, platform)
 
     def run(*values):
-        return list(sharding.partitioned(op, call, functools.partial(execute, op, call, platform), values))
+        if sharding.settled(ctx.avals_in):
+            return list(sharding.split(op, call, function, values, ctx.avals_in))
+        if borrowed.exporting(ctx) and borrowed.device_count(ctx) > 1:
+            raise NotImplementedError(
+                f"{op.name}: jax.export cannot save a program for {borrowed.device_count(ctx)} devices in which XLA is "
+                "still to choose how the op is split. Call the op inside jax.shard_map, or shard its operands over a "
+                "mesh whose axes are AxisType.Explicit: jax.make_mesh's default."
+            )
+        return list(sharding.partitioned(op, call, function, values))
 
     # Shardings and varying axes are settled by now. Kernels are traced without them, and need not know of them.
     plain = ctx.replace(avals_in=borrowed.plain_avals(ctx.avals_in), avals_out=borrowed.plain_avals(ctx.avals_out))
-    with borrowed.no_mesh(), borrowed.own_source_lines():
+    with borrowed.no_mesh(ctx.avals_in), borrowed.own_source_lines():
         return mlir.lower_fun(run, multiple_results=True)(plain, *operands)
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 
-from jtile.op import lowering, rules
+from jtile.op import lowering, rules, sharding
 from jtile.op.signature import Signature
 
 Implementation = Literal["triton", "xla", "interpret"] | None
@@ -100,6 +100,7 @@ class TileOp:
         self.transpose_function: Callable[..., tuple] | None = None
         self.parent: TileOp | None = None  # the op whose derivative this is: such an op has no kernel by design
         self.primitive = TilePrimitive(self)
+        self.settled = TilePrimitive(self)  # the same where types alone tell how operands are split
         rules.register(self)
         lowering.register(self)
 
@@ -143,7 +144,8 @@ class TileOp:
         """Bind the primitive to the operands that are present; `None` in the result for what is absent."""
         given = rules.vary_together(given)
         shapes = rules.result_shapes(self, given, call)
-        results = iter(self.primitive.bind(*given, call=call))
+        primitive = self.settled if sharding.settled(map(jax.typeof, given)) else self.primitive
+        results = iter(primitive.bind(*given, call=call))
         return tuple(None if s is None else next(results) for s in shapes)
 
     @functools.cached_property

@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 
 
 def register(op: TileOp) -> None:
-    op.primitive.def_impl(functools.partial(borrowed.apply_primitive, op.primitive))
-    op.primitive.def_abstract_eval(functools.partial(abstract_eval, op))
-    batching.primitive_batchers[op.primitive] = functools.partial(batch, op)
-    ad.primitive_jvps[op.primitive] = functools.partial(jvp, op)
+    for primitive in op.primitive, op.settled:
+        primitive.def_impl(functools.partial(borrowed.apply_primitive, primitive))
+        primitive.def_abstract_eval(functools.partial(abstract_eval, op))
+        batching.primitive_batchers[primitive] = functools.partial(batch, op)
+        ad.primitive_jvps[primitive] = functools.partial(jvp, op)
 
 
 # Shapes
@@ -218,7 +219,8 @@ def linear_of(op: TileOp) -> TileOp:
         _, out = jax.jvp(function, [primals[i] for i in active], [tangents[i] for i in active])
         return _scatter(out, present, len(results))
 
-    ad.primitive_transposes[linear.primitive] = functools.partial(transpose, op)
+    for primitive in linear.primitive, linear.settled:
+        ad.primitive_transposes[primitive] = functools.partial(transpose, op)
     return linear
 
 

@@ -8,13 +8,14 @@ a `psum`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jtile import borrowed
 from jtile.op import rules
@@ -162,8 +163,36 @@ def match(value: jax.Array, aval) -> jax.Array:
     return jax.sharding.reshard(value, aval.sharding)
 
 
+def settled(avals: Iterable) -> bool:
+    """Whether types tell how operands are split: there is a mesh, and none of its axes is XLA's to use."""
+    mesh = borrowed.mesh_of(avals)
+    return mesh is not None and AxisType.Auto not in mesh.axis_types
+
+
+def split(op: TileOp, call: Call, function: Callable, operands: Sequence, avals: Sequence) -> Sequence[jax.Array]:
+    """Run `function` on every device's part of the operands, whose types tell how they are split.
+
+    Other than `partitioned` this leaves no Python behind for XLA to call, so the program can be exported.
+    """
+    mesh = borrowed.explicit_mesh(avals)
+    if mesh is None:
+        return function(*operands)  # all axes are manual: these are a device's own arrays
+    layout = Layout.of(op, operands, call)
+    assigned = layout.assign([axes_of(a.sharding.spec, a.ndim) for a in avals], strict=True)
+    assigned = layout.divisible(assigned, mesh)
+    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    # In a lowering rule the operands' types have lost their mesh: to `shard_map` they are as under automatic axes.
+    mesh = mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))
+    specs = [tuple(layout.place(dims, assigned) for dims in many) for many in (layout.operands, layout.results)]
+    local = functools.partial(_local, layout, assigned, function)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.shard_map(
+            local, mesh=mesh, in_specs=specs[0], out_specs=specs[1], axis_names=explicit, check_vma=False
+        )(*operands)
+
+
 def partitioned(op: TileOp, call: Call, function: Callable, operands: Sequence) -> Sequence[jax.Array]:
-    """Run `function` on every device's part of the operands, gathering what it needs whole and completing its sums."""
+    """Run `function` on every device's part of the operands, once XLA has chosen how to split them."""
     layout = Layout.of(op, operands, call)
     whole = custom_partitioning(lambda *values: tuple(function(*values)))
 
@@ -171,15 +200,17 @@ def partitioned(op: TileOp, call: Call, function: Callable, operands: Sequence) 
         del result_infos
         specs = [axes_of(getattr(i.sharding, "spec", None), len(i.shape)) for i in operand_infos]
         assigned = layout.divisible(layout.assign(specs), mesh)
-
-        def local(*values):
-            sums = [layout.summed(dims, assigned) for dims in layout.results]
-            with borrowed.no_mesh():
-                results = function(*values)
-                return tuple(jax.lax.psum(r, axes) if axes else r for r, axes in zip(results, sums, strict=True))
-
         shardings = lambda many: tuple(NamedSharding(mesh, layout.place(dims, assigned)) for dims in many)  # noqa: E731
+        local = functools.partial(_local, layout, assigned, function)
         return mesh, local, shardings(layout.results), shardings(layout.operands)
 
     whole.def_partition(partition, sharding_rule=layout.rule())
     return whole(*operands)
+
+
+def _local(layout: Layout, assigned: dict[str, tuple[str, ...]], function: Callable, *parts: jax.Array):
+    """Run `function` on one device's parts of the operands, and complete its sums."""
+    sums = [layout.summed(dims, assigned) for dims in layout.results]
+    with borrowed.no_mesh():
+        results = function(*parts)
+        return tuple(jax.lax.psum(r, axes) if axes else r for r, axes in zip(results, sums, strict=True))

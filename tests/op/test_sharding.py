@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jtile import TileOp
@@ -79,6 +79,20 @@ def test_whole_dimensions_are_gathered(kind):
     results, sent = run(lambda x, w: op(x, w), mesh, (X, P(None, None, "a")), (W, P(None, "a")))
     same(results, reference(X, W))
     assert sent["all-gather"] >= 2
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 4)])
+def test_types_that_tell_the_split_leave_no_choice_to_the_compiler(shape):
+    """So that the program holds no Python, and lowers for devices that are not here."""
+    names = ("a", "b")[: len(shape)]
+    mesh = AbstractMesh(shape, names, (AxisType.Explicit,) * len(shape))
+    x, w = (
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
+        for a, spec in ((X, P(*names)), (W, P()))
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = jax.jit(lambda x, w: op(x, w)).trace(x, w).lower(lowering_platforms=("cpu",))
+    assert "sdy.manual_computation" in lowered.as_text() and "CustomSPMDPartitioning" not in lowered.as_text()
 
 
 def test_sizes_that_devices_do_not_divide_are_gathered():
