@@ -6,6 +6,7 @@ from jtile.compiler.launch import EXPORT_CHECKS
 from jtile.compiler.pallas import retarget_pallas
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.triton_call import triton_call
+from jtile.debugger import debug
 from jtile.op import TileOp
 from jtile.ops.attention import dot_product_attention
 from jtile.ops.gated_activation import gated_activation
@@ -18,6 +19,7 @@ __all__ = [
     "EXPORT_CHECKS",
     "CompilerParams",
     "TileOp",
+    "debug",
     "dot_product_attention",
     "explain",
     "gated_activation",

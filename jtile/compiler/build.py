@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import json
 import linecache
@@ -89,7 +88,7 @@ def build(source: Source, params: CompilerParams, target: Target) -> Compiled:
     signature = [f"*{triton_type(dtype)}" for dtype in source.arguments]
 
     def make():
-        function = _load(source)
+        function = load(source)
         names = function.arg_names
         aligned = {(i,): [["tt.divisibility", ALIGNMENT]] for i in range(len(names))}
         return _compile(function, dict(zip(names, signature, strict=True)), {}, aligned, options, target, source.text)
@@ -216,15 +215,19 @@ def _compile(function, signature, constants, attributes, options, target, text) 
     )
 
 
-def _load(source: Source):
-    """Runs the generated module. Python's line cache holds its text, where Triton and tracebacks look for it."""
+def load(source: Source):
+    """Runs the generated module; returns the function that is decorated with `@triton.jit`."""
     # No real path: it would end up in the cubin, which must be the same for every user. The digest keeps kernels of one
     # name apart.
-    file = f"<jtile {source.name} {hashlib.sha256(source.text.encode()).hexdigest()[:8]}>"
-    linecache.cache[file] = (len(source.text), None, source.text.splitlines(keepends=True), file)
-    module: dict[str, Any] = {"__name__": f"jtile.generated.{source.name}"}
-    exec(compile(source.text, file, "exec"), module)
-    return module[source.name]
+    return load_text(source.name, source.text, f"<jtile {source.name} {source.digest}>")
+
+
+def load_text(name: str, text: str, file: str):
+    """Runs a module and returns a function of it. Python's line cache holds its text, for Triton and tracebacks."""
+    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+    module: dict[str, Any] = {"__name__": f"jtile.generated.{name}"}
+    exec(compile(text, file, "exec"), module)
+    return module[name]
 
 
 def _check_target(name: str, num_ctas: int, target: Target) -> None:

@@ -1,6 +1,7 @@
 """A `pallas_call` equation, normalised: what the emitter needs to know, and nothing of how Pallas stores it."""
 
 import dataclasses
+import hashlib
 import keyword
 import re
 from collections.abc import Iterator
@@ -86,6 +87,11 @@ class Source:
     arguments: tuple[np.dtype, ...]
     grid: tuple[int, int, int]
 
+    @property
+    def digest(self) -> str:
+        """Tells texts apart, in names."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:8]
+
 
 def kernel_of(params: dict[str, Any]) -> Kernel:
     """The kernel in the parameters of a `pallas_call` equation.
@@ -102,6 +108,10 @@ def kernel_of(params: dict[str, Any]) -> Kernel:
     def unsupported(what: str, cure: str) -> UnsupportedKernel:
         return UnsupportedKernel(f"jtile cannot compile kernel {name} ({where}): {what}. {cure}")
 
+    if params["mesh"] is not None:
+        raise unsupported(
+            "it is given a mesh of cores, which GPUs programmed through Triton don't have", "Use the grid instead."
+        )
     if mapping.num_dynamic_grid_bounds:
         raise unsupported("its grid has a traced size", "Launch the largest grid and leave early with `pl.when`.")
     if mapping.num_index_operands:

@@ -71,17 +71,18 @@ def launch(
 
 
 def no_programs(ctx, operands: Sequence, aliases: Mapping[int, int]) -> Sequence:
-    """Emits what a launch of no programs leaves behind, since CUDA refuses an empty grid: results that share an
-    operand's buffer keep its contents, the others are zero."""
-    operand_of = {result: operand for operand, result in aliases.items()}
+    """Emits what a launch of no programs leaves behind, since CUDA refuses an empty grid."""
 
     def results(*values):
-        return [
-            values[operand_of[i]] if i in operand_of else jnp.zeros(aval.shape, aval.dtype)
-            for i, aval in enumerate(ctx.avals_out)
-        ]
+        return untouched(values, ctx.avals_out, aliases)
 
     return mlir.lower_fun(results, multiple_results=True)(ctx, *operands)
+
+
+def untouched(operands: Sequence, types: Sequence, aliases: Mapping[int, int]) -> list:
+    """Results that no program writes: those that share an operand's buffer keep its contents, the others are zero."""
+    operand_of = {result: operand for operand, result in aliases.items()}
+    return [operands[operand_of[i]] if i in operand_of else jnp.zeros(t.shape, t.dtype) for i, t in enumerate(types)]
 
 
 def _row_major(aval) -> list[int]:

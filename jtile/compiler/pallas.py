@@ -8,7 +8,7 @@ from jax.extend.pallas import register_lowering_rule
 from jtile.compiler import launch
 from jtile.compiler.build import build
 from jtile.compiler.emit import emit
-from jtile.compiler.kernel import UnsupportedKernel, kernel_of
+from jtile.compiler.kernel import Kernel, Source, UnsupportedKernel, kernel_of
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.rewrite import map_pallas_calls
 from jtile.compiler.target import Target
@@ -20,20 +20,21 @@ def lower_pallas_call(ctx, *operands, compiler_params: CompilerParams, **params)
     kernel = kernel_of(params)
     if platform != "cuda":
         raise UnsupportedKernel(f"jtile compiles for CUDA; {kernel.name} ({kernel.where}) is lowered for {platform}.")
-    if params["mesh"] is not None:
-        raise UnsupportedKernel(
-            f"jtile cannot compile kernel {kernel.name} ({kernel.where}): it is given a mesh of cores, which GPUs "
-            "programmed through Triton don't have. Use the grid instead."
-        )
     aliases = dict(kernel.input_output_aliases)
     if 0 in kernel.grid:
         return launch.no_programs(ctx, operands, aliases)
-    source = emit(kernel, compiler_params)
-    if params["debug"]:
-        print(f"The Triton source of pallas_call {kernel.name} ({kernel.where}):\n{source.text}")
+    source = source_of(kernel, compiler_params, params["debug"])
     compiled = build(source, compiler_params, Target.of_lowering(ctx))
     parameters = [launch.array() for _ in source.arguments]
     return launch.launch(ctx, operands, compiled, source.grid, parameters, aliases, params["metadata"])
+
+
+def source_of(kernel: Kernel, compiler_params: CompilerParams, debug: bool) -> Source:
+    """The kernel as Triton source, printed if `pallas_call(debug=True)` asks for that."""
+    source = emit(kernel, compiler_params)
+    if debug:
+        print(f"The Triton source of pallas_call {kernel.name} ({kernel.where}):\n{source.text}")
+    return source
 
 
 register_lowering_rule(CompilerParams, lower_pallas_call, "gpu")
@@ -70,10 +71,11 @@ def retarget_pallas(fn: Callable) -> Callable:
 def _retarget(params, *operands):
     if params["interpret"]:
         return pl.pallas_call_p.bind(*operands, **params)
-    return pl.pallas_call_p.bind(*operands, **{**params, "compiler_params": _translated(params)})
+    return pl.pallas_call_p.bind(*operands, **{**params, "compiler_params": params_of(params)})
 
 
-def _translated(params) -> CompilerParams:
+def params_of(params) -> CompilerParams:
+    """How jtile is to compile a `pallas_call`, of whichever backend its parameters are."""
     given = params["compiler_params"]
     if given is None or isinstance(given, CompilerParams):
         return given or CompilerParams()

@@ -47,7 +47,7 @@ def map_equations(fn: Callable, replace: Replace) -> Callable:
             return list(filter(_is_array, results[0]))
 
         arrays = list(filter(_is_array, leaves))
-        replaced = _evaluate(jax.make_jaxpr(on_arrays)(*arrays), replace, *arrays)
+        replaced = evaluate(jax.make_jaxpr(on_arrays)(*arrays), replace, *arrays)
         out_leaves, out_tree = results
         return jax.tree.unflatten(out_tree, _with_arrays(out_leaves, replaced))
 
@@ -64,7 +64,8 @@ def _with_arrays(leaves: Sequence, arrays: Iterable) -> list:
     return [next(arrays) if _is_array(x) else x for x in leaves]
 
 
-def _evaluate(jaxpr, replace: Replace, *operands):
+def evaluate(jaxpr: Jaxpr, replace: Replace, *operands) -> list:
+    """The results of a jaxpr, its equations replaced as `map_equations` does."""
     values = dict(zip(jaxpr.constvars, jaxpr.consts, strict=True))
     values.update(zip(jaxpr.invars, operands, strict=True))
 
@@ -85,7 +86,7 @@ def _evaluate_equation(eqn, replace: Replace, *operands):
     params = eqn.params
     if eqn.primitive.name == "shard_map":
         return jax.shard_map(
-            functools.partial(_evaluate, params["jaxpr"], replace),
+            functools.partial(evaluate, params["jaxpr"], replace),
             mesh=params["mesh"],
             in_specs=params["in_specs"],
             out_specs=list(params["out_specs"]),
@@ -110,4 +111,4 @@ def _rewrite(param: Any, replace: Replace):
         return param
     if isinstance(param, tuple):
         return tuple(_rewrite(p, replace) for p in param)
-    return jax.make_jaxpr(functools.partial(_evaluate, param, replace))(*(v.aval for v in param.invars))
+    return jax.make_jaxpr(functools.partial(evaluate, param, replace))(*(v.aval for v in param.invars))

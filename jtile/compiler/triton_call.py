@@ -256,6 +256,13 @@ class Array:
     def launch_parameters(self, encodings: Iterator) -> list:
         return [launch.array(self.bytes_to_zero)]
 
+    def on_cpu(self, buffers: Iterator[np.ndarray]):
+        """What `triton_on_cpu.run` takes for it; arrays are the next of the launch's buffers."""
+        buffer = next(buffers)
+        if self.bytes_to_zero:
+            buffer[...] = 0
+        return buffer
+
 
 @dataclasses.dataclass(frozen=True)
 class Scalar:
@@ -274,6 +281,9 @@ class Scalar:
     def launch_parameters(self, encodings: Iterator) -> list:
         return [borrowed.gpu_triton().create_scalar_parameter(self.value, self.triton_type)]
 
+    def on_cpu(self, buffers: Iterator[np.ndarray]):
+        return self.value
+
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
@@ -290,6 +300,9 @@ class Constant:
 
     def launch_parameters(self, encodings: Iterator) -> list:
         return []
+
+    def on_cpu(self, buffers: Iterator[np.ndarray]):
+        return self.value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,6 +338,12 @@ class Descriptor:
 
     def aligned(self, parameter) -> bool:
         return False
+
+    def on_cpu(self, buffers: Iterator[np.ndarray]):
+        from jtile.compiler.triton_on_cpu import Descriptor
+
+        buffer = next(buffers)
+        return Descriptor(buffer, self.shape, self.strides, self.block_shape, self.padding, self.round_f32_to_tf32)
 
     def launch_parameters(self, encodings: Iterator) -> list:
         """The descriptor, then its sizes and strides, as Triton lays out a kernel's parameters."""
