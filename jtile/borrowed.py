@@ -19,7 +19,20 @@ from jax._src.dispatch import (
     prim_requires_devices_during_lowering as prim_requires_devices_during_lowering,
 )
 from jax._src.lib import gpu_triton as _gpu_triton
+from jax._src.state.discharge import (
+    # What a ref's indices, reshapes and bitcasts select from its contents, as operations on values.
+    transform_array as transform_array,
+)
+from jax._src.state.discharge import (
+    # The selection that was there, and the contents with another in its place.
+    transform_swap_array as transform_swap_array,
+)
+from jax._src.state.types import BitcastTransform as _BitcastTransform
+from jax._src.state.types import ReshapeTransform as _ReshapeTransform
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+# What `ref.reshape` and `ref.bitcast` make of a ref, beside indexing it.
+RESHAPES = (_ReshapeTransform, _BitcastTransform)
 
 
 def varying_axes(aval) -> frozenset[str]:

@@ -5,16 +5,20 @@ import contextlib
 import math
 import os.path
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import Literal
 
-from jtile.compiler.kernel import Kernel, Source, UnsupportedKernel
+from jtile.compiler.kernel import Kernel, Scratch, Source, UnsupportedKernel
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.rules import CURES, RULES, dot
 from jtile.compiler.value import TRITON_TYPES, Affine, Block, Value, constant, tile, triton_type
+
+# What an equation works on.
+type Operand = Value | Block | Scratch
 
 # Most programs along each axis of a CUDA grid.
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
@@ -31,12 +35,13 @@ def emit(kernel: Kernel, params: CompilerParams) -> Source:
     for ref in kernel.refs:
         emitter.check_type(ref.dtype)
     grid = emitter.program_ids()
-    blocks = [
-        Block(ref, tuple(Affine.of(i) * d.step for i, d in zip(starts, ref.block, strict=True)))
-        for ref in kernel.refs
-        for starts in [emitter.run(ref.index_map, emitter.ids)]
-    ]
-    emitter.run(kernel.jaxpr, blocks)
+    blocks: list[Block] = []
+    for ref in kernel.refs:
+        starts: Sequence = [0] * len(ref.block)
+        if ref.index_map is not None:
+            starts = emitter.run(ref.index_map, [*emitter.ids, *blocks[: kernel.num_prefetched]])
+        blocks.append(Block(ref, tuple(Affine.of(i) * d.step for i, d in zip(starts, ref.block, strict=True))))
+    emitter.run(kernel.jaxpr, [*blocks, *map(emitter.allocate, kernel.scratch)])
     if params.warp_specialize and emitter.loops != 1:
         raise ValueError(
             f"CompilerParams: warp_specialize=True needs a kernel with exactly one loop; {kernel.name} "
@@ -62,8 +67,10 @@ class Emitter:
         self.lines: list[str] = []
         self._depth = 1
         self._counts: collections.Counter[str] = collections.Counter()
+        self._unassigned: dict[str, int] = {}  # scratch without a value so far, and how deep it was allocated
         self._uses: collections.Counter = collections.Counter()
         self._where = kernel.where
+        self._computing = False
 
     # Writing
 
@@ -83,7 +90,8 @@ class Emitter:
     def name(self, hint: str) -> str:
         self._counts[hint] += 1
         name = f"{hint}_{self._counts[hint]}"
-        return name if name not in (ref.name for ref in self.kernel.refs) else self.name(hint)
+        given = {ref.name for ref in self.kernel.refs} | {scratch.name for scratch in self.kernel.scratch}
+        return name if name not in given else self.name(hint)
 
     def let(self, text: str, shape: tuple[int, ...], dtype, hint: str, **facts) -> Value:
         """Gives the expression `text` a name."""
@@ -97,6 +105,28 @@ class Emitter:
         if line not in self.prelude:
             self.prelude.append(line)
         return name
+
+    def allocate(self, scratch: Scratch) -> Scratch:
+        """Makes it known. It is assigned here only if the kernel does not begin with an assignment of its own."""
+        self.check_type(scratch.dtype)
+        self._unassigned[scratch.name] = self._depth
+        return scratch
+
+    def read(self, scratch: Scratch) -> Value:
+        """The present contents, which stay what they are when the scratch is assigned again."""
+        self._initialise(scratch)
+        return self.let(scratch.name, scratch.shape, scratch.dtype, scratch.name.removesuffix("_ref"))
+
+    def assign(self, scratch: Scratch, value: Value) -> None:
+        if self._unassigned.get(scratch.name) == self._depth:
+            del self._unassigned[scratch.name]
+        self._initialise(scratch)
+        self.line(f"{scratch.name} = {self.tensor(value)}")
+
+    def _initialise(self, scratch: Scratch) -> None:
+        """Triton wants a value ahead of the loops and branches that assign another."""
+        if self._unassigned.pop(scratch.name, None) is not None:
+            self.once(scratch.name, self.tensor(constant(0, scratch.shape, scratch.dtype)))
 
     def helper(self, name: str, text: str) -> str:
         """A function defined ahead of the kernel."""
@@ -114,11 +144,22 @@ class Emitter:
 
     # Walking
 
-    def run(self, jaxpr, operands: Sequence[Value | Block], results: Sequence | None = None) -> list[Value]:
-        """Emits the equations on which `results` depend, by default all of the jaxpr's, and returns them."""
+    def run(
+        self,
+        jaxpr,
+        operands: Sequence[Operand],
+        results: Sequence | None = None,
+        captured: Sequence[Operand] | None = None,
+    ) -> list[Value]:
+        """Emits the equations on which `results` depend, by default all of the jaxpr's, and returns them.
+
+        `captured` are the values of its constants, where it does not hold them itself.
+        """
         results = jaxpr.outvars if results is None else results
         values = dict(zip(jaxpr.invars, operands, strict=True))
-        values.update((v, self.constant(c, v.aval)) for v, c in zip(jaxpr.constvars, jaxpr.consts, strict=True))
+        if captured is None:
+            captured = [self.constant(c, v.aval) for v, c in zip(jaxpr.constvars, jaxpr.consts, strict=True)]
+        values.update(zip(jaxpr.constvars, captured, strict=True))
 
         def read(atom):
             return self.constant(atom.val, atom.aval) if isinstance(atom, Literal) else values[atom]
@@ -130,10 +171,13 @@ class Emitter:
         sums = dot.accumulations(equations, uses)
         for eqn in equations:
             for dtype in {v.aval.dtype for v in eqn.outvars if hasattr(v.aval, "dtype")}:
-                self.check_type(dtype)
+                if isinstance(dtype, np.dtype):  # keys of random numbers have a type that is none of NumPy's
+                    self.check_type(dtype)
             if any(eqn is product for product, _ in sums.values()):
                 continue  # emitted with its sum
-            outer, self._where = self._where, source_info_util.summarize(eqn.source_info) or self._where
+            outer = self._where
+            if not self._computing:
+                self._where = source_info_util.summarize(eqn.source_info) or outer
             if eqn.outvars and eqn.outvars[0] in sums:
                 product, accumulator = sums[eqn.outvars[0]]
                 result = dot.dot_general(self, product, *map(read, product.invars), accumulator=read(accumulator))
@@ -147,6 +191,14 @@ class Emitter:
             values.update(zip(eqn.outvars, result if eqn.primitive.multiple_results else [result], strict=True))
             self._where = outer
         return [read(atom) for atom in results]
+
+    def compute(self, function: Callable, *operands: Value) -> list[Value]:
+        """The results of a function of arrays, by the rules of the primitives that it consists of."""
+        jaxpr = jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in operands))
+        outer, self._computing = self._computing, True  # what goes wrong in there goes wrong at the user's line
+        results = self.run(jaxpr, operands)
+        self._computing = outer
+        return results
 
     def is_used(self, variable) -> bool:
         """Whether an equation or result so far entered depends on a variable."""
@@ -260,6 +312,6 @@ def _one_way(kernel: Kernel) -> set[str]:
     aliased = {j for i, o in kernel.input_output_aliases for j in (i, kernel.num_inputs + o)}
     return {
         ref.name
-        for i, (ref, var) in enumerate(zip(kernel.refs, kernel.jaxpr.invars, strict=True))
+        for i, (ref, var) in enumerate(zip(kernel.refs, kernel.jaxpr.invars, strict=False))
         if len(directions[var]) == 1 and i not in aliased
     }

@@ -37,14 +37,19 @@ def interpret_pallas(fn: Callable) -> Callable:
 
 def _interpret(params, *operands):
     mapping, outs = params["grid_mapping"], params["out_avals"]
+    # Grid sizes and prefetched operands have no blocks, and stay as they are.
+    leading = mapping.num_dynamic_grid_bounds + mapping.num_index_operands
+    whole, operands = operands[:leading], operands[leading:]
     blocks = list(mapping.block_mappings)
     pads = [_padding(block, mapping.grid) for block in blocks]
     for i, o in params["input_output_aliases"]:  # one buffer, and so one shape
+        i -= mapping.num_index_operands
         pads[i] = pads[len(operands) + o] = list(map(max, pads[i], pads[len(operands) + o]))
     padded = [jnp.pad(x, pad) for x, pad in zip(operands, pads, strict=False)]
     blocks = [_padded(block, pad) for block, pad in zip(blocks, pads, strict=True)]
     out_shapes = [b.array_aval.shape for b in blocks[len(operands) :]]
     results = pl.pallas_call_p.bind(
+        *whole,
         *padded,
         **{
             **params,
@@ -65,7 +70,7 @@ def _padding(block, grid) -> list[tuple[int, int]]:
     The last block is made whole. Where the index map may point outside, a spare block at either end stands for all that
     lies there: the interpreter clamps indices.
     """
-    programs = dict(zip(block.index_map_jaxpr.invars, grid, strict=True))
+    programs = dict(zip(block.index_map_jaxpr.invars, grid, strict=False))
     pads = []
     for dimension, index, n in zip(
         block.block_shape, block.index_map_jaxpr.outvars, block.array_aval.shape, strict=True

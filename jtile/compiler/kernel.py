@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import keyword
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import numpy as np
@@ -32,11 +32,20 @@ class Ref:
     shape: tuple[int, ...]
     dtype: np.dtype
     block: tuple[Dimension, ...]
-    index_map: Any  # jaxpr: one integer per grid axis -> one integer per dimension
+    index_map: Any  # jaxpr: an integer per grid axis, the prefetched refs -> an integer per dimension; None: all zero
 
     @property
     def strides(self) -> tuple[int, ...]:
         return tuple(int(np.prod(self.shape[i + 1 :], dtype=np.int64)) for i in range(len(self.shape)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scratch:
+    """A ref of memory that a program has for itself: on a GPU its registers, so a variable of the Triton function."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +55,24 @@ class Kernel:
     Attributes:
       name: a valid identifier.
       grid: programs along each axis, the axes that `jax.vmap` added included.
-      mapped: those axes, outermost first. The kernel's own `pl.program_id` does not count them.
+      axis_names: their names, if they have any.
+      mapped: the axes that `jax.vmap` added, outermost first. The kernel's own `pl.program_id` does not count them.
       refs: inputs, then outputs.
-      jaxpr: the kernel's body; one input variable per ref.
+      num_prefetched: how many of the inputs are there whole for the index maps to read.
+      scratch: what each program has for itself.
+      jaxpr: the kernel's body; one input variable per ref, then one for each of `scratch`.
       input_output_aliases: pairs (input, output) that share one buffer.
       where: the kernel function's file and line.
     """
 
     name: str
     grid: tuple[int, ...]
+    axis_names: tuple[Hashable, ...]
     mapped: tuple[int, ...]
     refs: tuple[Ref, ...]
     num_inputs: int
+    num_prefetched: int
+    scratch: tuple[Scratch, ...]
     jaxpr: Any
     input_output_aliases: tuple[tuple[int, int], ...]
     where: str
@@ -97,8 +112,8 @@ def kernel_of(params: dict[str, Any]) -> Kernel:
     """The kernel in the parameters of a `pallas_call` equation.
 
     Raises:
-      UnsupportedKernel: the call uses what Triton cannot express: grids of traced size, scalar prefetch, scratch
-        memory, blocks that are gathered, clipped or padded.
+      UnsupportedKernel: the call uses what Triton cannot express: grids of traced size, blocks that are gathered,
+        clipped or padded.
     """
     mapping, jaxpr = params["grid_mapping"], params["jaxpr"]
     debug = jaxpr.debug_info
@@ -114,30 +129,40 @@ def kernel_of(params: dict[str, Any]) -> Kernel:
         )
     if mapping.num_dynamic_grid_bounds:
         raise unsupported("its grid has a traced size", "Launch the largest grid and leave early with `pl.when`.")
-    if mapping.num_index_operands:
-        raise unsupported(
-            "it uses scalar prefetch", "Pass the indices as an ordinary operand with a whole-array block and read them."
-        )
-    if mapping.num_scratch_operands:
-        raise unsupported(
-            "it asks for scratch memory", "Carry the value through `jax.lax.fori_loop`, or add an output to hold it."
-        )
-    names = _parameter_names(debug.arg_names, mapping.num_inputs, mapping.num_outputs)
+    names = _parameter_names(debug.arg_names, mapping)
     refs = []
-    for ref_name, block in zip(names, mapping.block_mappings, strict=True):
+    for var in jaxpr.invars[mapping.slice_index_ops]:
+        shape = tuple(var.aval.shape)
+        block = tuple(Dimension(n, n, False) for n in shape)
+        refs.append(Ref(next(names), shape, np.dtype(var.aval.dtype), block, None))
+    for block in mapping.block_mappings:
+        ref_name, aval = next(names), block.array_aval
         dimensions = tuple(_dimension(d, ref_name, unsupported) for d in block.block_shape)
-        aval = block.array_aval
         refs.append(Ref(ref_name, tuple(aval.shape), np.dtype(aval.dtype), dimensions, block.index_map_jaxpr))
+    scratch = [scratch_of(next(names), aval, unsupported) for aval in mapping.scratch_avals]
     return Kernel(
         name=name,
         grid=tuple(mapping.grid),
+        axis_names=mapping.grid_names or (),
         mapped=tuple(mapping.vmapped_dims),
         refs=tuple(refs),
-        num_inputs=mapping.num_inputs,
+        num_inputs=mapping.num_index_operands + mapping.num_inputs,
+        num_prefetched=mapping.num_index_operands,
+        scratch=tuple(scratch),
         jaxpr=jaxpr,
         input_output_aliases=tuple(params["input_output_aliases"]),
         where=where,
     )
+
+
+def scratch_of(name: str, aval, unsupported: Callable) -> Scratch:
+    """A ref allocated for one program. `unsupported` makes the error for what is no array, such as a semaphore."""
+    if not hasattr(aval, "inner_aval") or not isinstance(aval.dtype, np.dtype):
+        raise unsupported(
+            f"{name} is allocated as {aval}",
+            "Triton has arrays in registers: ask for `pl.ANY(shape, dtype)`; it synchronises threads by itself.",
+        )
+    return Scratch(name, tuple(aval.shape), np.dtype(aval.dtype))
 
 
 def _dimension(block, ref_name, unsupported) -> Dimension:
@@ -154,10 +179,16 @@ def _dimension(block, ref_name, unsupported) -> Dimension:
     )
 
 
-def _parameter_names(argument_names, num_inputs: int, num_outputs: int) -> Iterator[str]:
+def _parameter_names(argument_names, mapping) -> Iterator[str]:
     """The kernel's own parameter names, made valid and distinct."""
     given = list(argument_names or ())
-    fallback = [f"in{i}_ref" for i in range(num_inputs)] + [f"out{i}_ref" for i in range(num_outputs)]
+    counts = {
+        "index": mapping.num_index_operands,
+        "in": mapping.num_inputs,
+        "out": mapping.num_outputs,
+        "scratch": mapping.num_scratch_operands,
+    }
+    fallback = [f"{kind}{i}_ref" for kind, count in counts.items() for i in range(count)]
     if len(given) != len(fallback):
         given = fallback
     taken = set()

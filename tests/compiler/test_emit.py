@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import triton as plgpu
 
 from jtile.compiler.interpret import interpret_pallas
 from jtile.compiler.kernel import UnsupportedKernel
@@ -269,6 +271,39 @@ def test_precision_of_products(precision, expected):
     assert f'input_precision="{expected}"' in source(call(kernel, (16, 16)), a, a)
 
 
+# Scratch, scans, names
+
+
+def test_scratch_is_an_accumulator():
+    """A variable of the function, which the product adds into; its first value is the kernel's own."""
+    function, operands = CASES["scratch_matmul"]
+    text = source(function, *operands)
+    assert "    acc_ref = tl.full([16, 32], 0.0, tl.float32)\n    for i_1 in tl.range(0, 3):" in text
+    assert 'dot_1 = tl.dot(a_1, b_1, acc=acc_1, input_precision="tf32")\n        acc_ref = dot_1' in text
+
+
+def test_scratch_has_a_value_before_branches():
+    def kernel(x_ref, y_ref, scratch_ref):
+        @pl.when(pl.program_id(0) > 0)
+        def _():
+            scratch_ref[...] = x_ref[...]
+
+        y_ref[...] = scratch_ref[...]
+
+    text = source(call(kernel, grid=(2,), scratch_shapes=[pl.ANY((16,), jnp.float32)]), np.zeros(16, "f"))
+    assert text.index("scratch_ref = tl.full([16], 0.0, tl.float32)") < text.index("if ")
+
+
+def test_named_axes_of_the_grid():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...] + lax.axis_index("columns")
+
+    spec = pl.BlockSpec((None, 8), lambda i, j: (i, j))
+    function = call(kernel, (4, 16), grid=(("rows", 4), ("columns", 2)), in_specs=[spec], out_specs=spec)
+    text = source(jax.vmap(function), np.zeros((3, 4, 16), "f"))
+    assert "pid_2 = tl.program_id(0)" not in text and "float32_1 = tl.cast(pid_2, tl.float32)" in text
+
+
 # Tensor Memory Accelerator, warp specialisation
 
 
@@ -360,12 +395,34 @@ def test_small_products():
     refuse(kernel, a, shape=(16, 16), dtype=jnp.bfloat16, match="bfloat16 over 8 terms .* Widen the block to 16")
 
 
-def test_scratch_and_traced_grids():
-    def kernel(x_ref, y_ref, scratch_ref):
+def test_scratch_that_is_no_array():
+    def kernel(x_ref, y_ref, semaphore_ref):
         y_ref[...] = x_ref[...]
 
-    refuse(kernel, np.zeros(16, "f"), scratch_shapes=[pl.ANY((16,), jnp.float32)], match="scratch memory.*fori_loop")
+    refuse(
+        kernel,
+        np.zeros(16, "f"),
+        scratch_shapes=[pltpu.SemaphoreType.REGULAR],
+        match="semaphore_ref is allocated as .*sem.* ask for `pl.ANY",
+    )
 
+
+def test_atomics_on_what_is_not_shared():
+    def kernel(x_ref, y_ref, scratch_ref):
+        plgpu.atomic_add(scratch_ref, (...,), x_ref[...])
+
+    scratch = [pl.ANY((16,), jnp.float32)]
+    refuse(kernel, np.zeros(16, "f"), scratch_shapes=scratch, match="scratch_ref is changed atomically.*alone")
+
+
+def test_parts_of_reshaped_refs():
+    def kernel(x_ref, y_ref):
+        y_ref.reshape(4, 4)[1] = x_ref[:4]
+
+    refuse(kernel, np.zeros(16, "f"), match="a part of y_ref is stored through ReshapeTransform. Index the ref once")
+
+
+def test_traced_grids():
     def copy_kernel(x_ref, y_ref):
         y_ref[...] = x_ref[...]
 
@@ -393,13 +450,6 @@ def test_accuracies():
         y_ref[...] = lax.exp(x_ref[...], accuracy=lax.AccuracyMode.HIGHEST)
 
     refuse(kernel, np.zeros(16, "f"), match="`exp` with accuracy=.* Leave the argument out")
-
-
-def test_scan_over_arrays():
-    def kernel(x_ref, y_ref):
-        y_ref[...] = lax.scan(lambda c, x: (c + x, None), jnp.zeros(16), x_ref[...])[0]
-
-    refuse(kernel, np.zeros((4, 16), "f"), match="`scan` over arrays.*fori_loop")
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ DEMANDING = """
     shape_slice_unevenly shape_interleave shape_slice_quarter shape_one_element dot_padded dot_batched dot_vector
     dot_highest dot_one_row dot_of_bytes matmul_ragged attention ref_strided_store ref_masked ref_gather_ragged
     ref_outside_of_the_array grid_of_four_axes loop_with_several_carries while_loop branches
+    scan_of_several scan_nested branches_in_loops scratch_in_loops_and_branches scratch_for_a_while prefetched_operands
 """.split()
 
 

@@ -31,7 +31,6 @@ CURES = {
     "conv_general_dilated": "Write the convolution as `jnp.dot` over shifted loads `ref[pl.ds(i, n)]`.",
     "threefry2x32": "Draw the random numbers outside of the kernel, or compute a counter-based hash with integers.",
     "random_bits": "Draw the random numbers outside of the kernel, or compute a counter-based hash with integers.",
-    "run_scoped": "Carry the value through `jax.lax.fori_loop` instead of a scratch ref.",
     "debug_print": "Run with `implementation='interpret'`, or `jtile.interpret_pallas`, where printing works.",
     "debug_callback": "Run with `jtile.interpret_pallas`, where callbacks work.",
     "cumlogsumexp": "Subtract the running maximum, `jax.lax.cummax`, and take `jnp.cumsum` of the exponentials.",

@@ -257,7 +257,7 @@ def reduce_precision(e, eqn, x: Value):
     return e.let(text, x.shape, x.dtype, "rounded", zero_padded=x.zero_padded)
 
 
-@rule("copy", "copy_p", "stop_gradient", "name", "pvary", "pcast", "reshard", "max_contiguous")
+@rule("copy", "copy_p", "stop_gradient", "name", "pvary", "pcast", "reshard")
 def identity(e, eqn, x: Value):
     return x
 
@@ -267,10 +267,11 @@ def identities(e, eqn, *values: Value):
     return list(values)
 
 
-@rule("multiple_of")
-def multiple_of(e, eqn, x: Value):
-    values = eqn.params["values"]
-    return e.let(f"tl.multiple_of({e.tensor(x)}, {list(values)})", x.shape, x.dtype, "multiple", bounds=x.bounds)
+@rule("multiple_of", "max_contiguous")
+def hint(e, eqn, x: Value):
+    """What the author knows of a value, and Triton uses."""
+    name, values = eqn.primitive.name, eqn.params["values"]
+    return e.let(f"tl.{name}({e.tensor(x)}, {list(values)})", x.shape, x.dtype, "hint", bounds=x.bounds)
 
 
 @rule("elementwise_inline_asm_p", "elementwise_inline_asm")  # in JAX 0.11, in 0.12

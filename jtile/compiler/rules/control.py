@@ -1,7 +1,10 @@
 """Loops, branches and calls."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
@@ -33,16 +36,36 @@ def _is_natural(value: Value | Block, dtype) -> bool:
 @rule("scan")
 def scan(e, eqn, *operands):
     params, body = eqn.params, eqn.params["jaxpr"]
-    num_consts, num_carry, num_xs = (len(group) for group in params["ft_in"].unpack())
-    if num_xs or len(body.outvars) != num_carry:
-        raise e.unsupported(
-            "`scan` over arrays has no form in Triton", "Use `jax.lax.fori_loop` and index refs with its counter."
-        )
-    consts, carry = operands[:num_consts], operands[num_consts:]
-    counter = _counter(body, num_consts)
-    low = constant(0, (), np.int32) if counter is None else carry[counter]
-    high = _plus(e, low, params["length"])
-    return _for(e, body, consts, carry, counter, low, high, unroll=params["unroll"])
+    num_consts, num_carry, _ = (len(group) for group in params["ft_in"].unpack())
+    consts, carry = operands[:num_consts], operands[num_consts:][:num_carry]
+    xs = operands[num_consts + num_carry :]
+    length = params["length"]
+    if not xs and len(body.outvars) == num_carry:
+        counter = _counter(body, num_consts)
+        low = constant(0, (), np.int32) if counter is None else carry[counter]
+        return _for(e, body, consts, carry, counter, low, _plus(e, low, length), unroll=params["unroll"])
+    values = [e.let(e.tensor(v), v.shape, v.dtype, "carry") for v in carry]
+    ys = [constant(0, v.aval.shape, v.aval.dtype) for v in eqn.outvars[num_carry:]]
+    ys = [e.let(e.tensor(y), y.shape, y.dtype, "ys") for y in ys]
+    with _range(e, "0", str(length), params["unroll"]) as index:
+        if params["reverse"]:
+            index = f"{length - 1} - {index}"
+        at = e.let(index, (), np.int32, "at", bounds=(0, length - 1))
+        slices = [e.compute(_slice, x, at)[0] for x in xs]
+        results = e.run(body, [*consts, *values, *slices])
+        stacked = [e.compute(_update, y, part, at)[0] for y, part in zip(ys, results[num_carry:], strict=True)]
+        _assign(e, [*values, *ys], [*results[:num_carry], *stacked])
+    return [*values, *ys]
+
+
+def _slice(x, index):
+    return jax.lax.dynamic_index_in_dim(x, index, keepdims=False, allow_negative_indices=False)
+
+
+def _update(stack, x, index):
+    """`stack` with `x` at `index`: a select, since no lane knows the value of another."""
+    rows = jax.lax.broadcasted_iota(index.dtype, stack.shape, 0)
+    return jax.lax.select(rows == index, jax.lax.broadcast_in_dim(x, stack.shape, range(1, stack.ndim)), stack)
 
 
 @rule("while")
@@ -54,7 +77,10 @@ def while_(e, eqn, *operands):
     if counter is not None:
         limit = _limit(cond, m, body, n, counter, [*cond_consts, *carry])
         if limit is not None:
-            return _for(e, body, body_consts, carry, counter, carry[counter], limit)
+            values = _for(e, body, body_consts, carry, counter, carry[counter], limit)
+            if e.is_used(eqn.outvars[counter]):  # a loop of no turns leaves its counter where it was
+                [values[counter]] = e.compute(jnp.maximum, carry[counter], limit)
+            return values
     values = [e.let(e.tensor(v), v.shape, v.dtype, "carry") for v in carry]
     (test,) = e.run(cond, [*cond_consts, *values])
     proceed = e.let(e.tensor(test), (), test.dtype, "proceed")
@@ -90,11 +116,8 @@ def _for(e, body, consts, carry, counter: int | None, low: Value, high: Value, u
     values = list(carry)
     for i in changing:
         values[i] = e.let(e.tensor(carry[i]), carry[i].shape, carry[i].dtype, "carry")
-    options = f", loop_unroll_factor={unroll}" if unroll > 1 else ""
-    options += ", warp_specialize=True" if e.params.warp_specialize else ""
-    e.loops += 1
-    index, ends = e.name("i"), [" + ".join(Affine.of(v).summands()) or "0" for v in (low, high)]
-    with e.block(f"for {index} in tl.range({ends[0]}, {ends[1]}{options}):"):
+    ends = [" + ".join(Affine.of(v).summands()) or "0" for v in (low, high)]
+    with _range(e, ends[0], ends[1], unroll) as index:
         if counter is not None:
             bounds = low.bounds and high.bounds and (low.bounds[0], max(low.bounds[0], high.bounds[1] - 1))
             values[counter] = Value(index, (), np.dtype(np.int32), bounds=bounds)
@@ -104,6 +127,17 @@ def _for(e, body, consts, carry, counter: int | None, low: Value, high: Value, u
     if counter is not None:
         values[counter] = high
     return values
+
+
+@contextlib.contextmanager
+def _range(e, low: str, high: str, unroll: int) -> Iterator[str]:
+    """The head of a loop; gives its counter's name."""
+    options = f", loop_unroll_factor={unroll}" if unroll > 1 else ""
+    options += ", warp_specialize=True" if e.params.warp_specialize else ""
+    e.loops += 1
+    index = e.name("i")
+    with e.block(f"for {index} in tl.range({low}, {high}{options}):"):
+        yield index
 
 
 def _assign(e, targets: Sequence[Value], values: Sequence[Value]) -> None:

@@ -4,68 +4,130 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jtile import borrowed
+from jtile.compiler.kernel import Scratch, scratch_of
 from jtile.compiler.rules import rule
-from jtile.compiler.value import Affine, Block, Value, tile
+from jtile.compiler.value import Affine, Block, Value, constant, tile
 
 # Most elements along a side of a block that the Tensor Memory Accelerator moves.
 TMA_LIMIT = 256
 
 
 @rule("get")
-def get(e, eqn, block: Block, *indices: Value):
-    return _load(e, eqn, block, eqn.params["tree"].unflatten(indices))
+def get(e, eqn, ref: Block | Scratch, *indices: Value):
+    return _load(e, ref, eqn.params["tree"].unflatten(indices))
 
 
 @rule("swap")
-def swap(e, eqn, block: Block, value: Value, *indices: Value):
+def swap(e, eqn, ref: Block | Scratch, value: Value, *indices: Value):
     transforms = eqn.params["tree"].unflatten(indices)
-    old = _load(e, eqn, block, transforms) if e.is_used(eqn.outvars[0]) else value
-    _store(e, block, transforms, value)
+    old = _load(e, ref, transforms) if e.is_used(eqn.outvars[0]) else value
+    _store(e, ref, transforms, value)
     return old
 
 
 @rule("addupdate")
-def addupdate(e, eqn, block: Block, value: Value, *indices: Value):
+def addupdate(e, eqn, ref: Block | Scratch, value: Value, *indices: Value):
+    """Atomic where other programs could add to the same elements, as in JAX's own lowering for Triton."""
     transforms = eqn.params["tree"].unflatten(indices)
-    access = locate(e, block, transforms)
-    old = e.let(f"tl.load({access.arguments(other='0')}){e.comment}", value.shape, value.dtype, "old")
-    total = e.let(f"{old.text} + {value.text}", value.shape, value.dtype, "add")
-    _store(e, block, transforms, total)
+    if isinstance(ref, Scratch):
+        [total] = e.compute(jnp.add, _load(e, ref, transforms), value)
+        _store(e, ref, transforms, total)
+    else:
+        access = locate(e, _shared(e, "add", ref), transforms)
+        e.line(f"tl.atomic_add({access.arguments(e.tensor(value))}){e.comment}")
     return []
 
 
 @rule("masked_load")
 def masked_load(e, eqn, *operands):
-    block, transforms, mask, other = eqn.params["args_tree"].unflatten(operands)
+    ref, transforms, mask, other = eqn.params["args_tree"].unflatten(operands)
     names = {"cache_modifier": "cache_modifier", "eviction_policy": "eviction_policy", "is_volatile": "volatile"}
     hints = {names[key]: value for key, value in eqn.params.items() if key in names and value}
-    return _load(e, eqn, block, transforms, mask, other, **hints)
+    return _load(e, ref, transforms, mask, other, **hints)
 
 
 @rule("masked_swap")
 def masked_swap(e, eqn, *operands):
-    block, transforms, value, mask = eqn.params["args_tree"].unflatten(operands)
-    old = _load(e, eqn, block, transforms, mask) if e.is_used(eqn.outvars[0]) else value
+    ref, transforms, value, mask = eqn.params["args_tree"].unflatten(operands)
+    old = _load(e, ref, transforms, mask) if e.is_used(eqn.outvars[0]) else value
     hints = {"eviction_policy": policy} if (policy := eqn.params["eviction_policy"]) else {}
-    _store(e, block, transforms, value, mask, **hints)
+    _store(e, ref, transforms, value, mask, **hints)
     return old
 
 
 @rule("atomic_rmw")
 def atomic_rmw(e, eqn, *operands):
-    block, transforms, value, mask = eqn.params["args_tree"].unflatten(operands)
-    access = locate(e, block, transforms)
+    ref, transforms, value, mask = eqn.params["args_tree"].unflatten(operands)
     operation = eqn.params["atomic_type"].value
+    access = locate(e, _shared(e, operation, ref), transforms)
     text = f"tl.atomic_{operation}({access.arguments(e.tensor(value), mask=mask)})"
     return e.let(text + e.comment, value.shape, value.dtype, "old")
 
 
 @rule("atomic_cas")
-def atomic_cas(e, eqn, block: Block, expected: Value, value: Value):
-    text = f"tl.atomic_cas({locate(e, block, ()).pointer}, {e.tensor(expected)}, {e.tensor(value)})"
-    return e.let(text + e.comment, (), block.ref.dtype, "old")
+def atomic_cas(e, eqn, ref: Block | Scratch, expected: Value, value: Value, *indices: Value):
+    transforms = eqn.params["tree"].unflatten(indices) if "tree" in eqn.params else ()
+    block = _shared(e, "cas", ref)
+    access = locate(e, block, transforms)
+    if access.tests:
+        raise e.unsupported(
+            f"compare-and-swap has no mask, and {block.ref.name} is indexed where it may have no element",
+            "Index inside of the array, with sides of a power of two.",
+        )
+    text = f"tl.atomic_cas({access.pointer}, {e.tensor(expected)}, {e.tensor(value)})"
+    return e.let(text + e.comment, value.shape, value.dtype, "old")
+
+
+# The types that the hardware changes atomically.
+ATOMIC = {
+    **dict.fromkeys(["and", "or", "xor"], ("int32", "int64", "uint32", "uint64")),
+    **dict.fromkeys(["max", "min", "xchg"], ("int32", "int64", "uint32", "uint64", "float32", "float64")),
+    "cas": ("int32", "int64", "uint32", "uint64", "float32", "float64"),
+    "add": ("int32", "int64", "uint32", "uint64", "float16", "bfloat16", "float32", "float64"),
+}
+
+
+def _shared(e, operation: str, ref: Block | Scratch) -> Block:
+    """The ref itself, which is one that can be changed atomically."""
+    if isinstance(ref, Scratch):
+        raise e.unsupported(
+            f"{ref.name} is changed atomically, and is this program's alone", "Read it, and store what it is to be."
+        )
+    if ref.ref.dtype.name not in ATOMIC[operation]:
+        raise e.unsupported(
+            f"there is no atomic `{operation}` of {ref.ref.dtype}", f"There is for {', '.join(ATOMIC[operation])}."
+        )
+    return ref
+
+
+@rule("run_scoped")
+def run_scoped(e, eqn, *captured):
+    if eqn.params["collective_axes"]:
+        raise e.unsupported("`run_scoped` with collective_axes shares memory between programs", "Use an output.")
+    body = eqn.params["jaxpr"]
+    names = body.debug_info.arg_names or ["scratch"] * len(body.invars)
+    scratch = [
+        scratch_of(e.name((name or "scratch").removesuffix("_ref")), var.aval, e.unsupported)
+        for name, var in zip(names, body.invars, strict=True)
+    ]
+    return e.run(body, [e.allocate(s) for s in scratch], captured=captured)
+
+
+@rule("new_ref")
+def new_ref(e, eqn, value: Value):
+    scratch = e.allocate(Scratch(e.name("ref"), value.shape, value.dtype))
+    e.assign(scratch, value)
+    return scratch
+
+
+@rule("freeze")
+def freeze(e, eqn, ref: Scratch):
+    return e.read(ref)
 
 
 @rule("debug_barrier_p", "debug_barrier")  # in JAX 0.11, in 0.12
@@ -80,28 +142,115 @@ def program_id(e, eqn):
     return e.ids[own[eqn.params["axis"]]]
 
 
-def _load(e, eqn, block: Block, transforms, mask: Value | None = None, other: Value | None = None, **hints) -> Value:
-    shape, dtype = eqn.outvars[0].aval.shape, block.ref.dtype
-    name = block.ref.name.removesuffix("_ref")
-    tma = None if mask is not None or hints else descriptor(e, block, transforms)
+@rule("axis_index")
+def axis_index(e, eqn):
+    name = eqn.params["axis_name"]
+    if name not in e.kernel.axis_names:
+        raise e.unsupported(f"the grid has no axis {name!r}", f"Its axes are {e.kernel.axis_names}.")
+    return e.ids[e.kernel.axis_names.index(name)]
+
+
+def _load(e, ref: Block | Scratch, transforms, mask: Value | None = None, other: Value | None = None, **hints) -> Value:
+    if isinstance(ref, Scratch):
+        return _masked(e, _viewed(e, e.read(ref), transforms), mask, other)
+    transforms, views = _indexed(e, transforms)
+    if views:
+        return _masked(e, _viewed(e, _load(e, ref, transforms, **hints), views), mask, other)
+    shape, dtype = _shape(ref, transforms), ref.ref.dtype
+    name = ref.ref.name.removesuffix("_ref")
+    tma = None if mask is not None or hints else descriptor(e, ref, transforms)
     if tma:
         return e.let(f"{tma[0]}.load({tma[1]}){e.comment}", shape, dtype, name, zero_padded=True)
-    access = locate(e, block, transforms)
+    access = locate(e, ref, transforms)
     value = e.let(
         f"tl.load({access.arguments(mask=mask, other='0', **hints)}){e.comment}", shape, dtype, name, zero_padded=True
     )
-    if other is not None and other.constant != 0:
-        value = e.let(f"tl.where({e.tensor(mask)}, {value.text}, {other.text})", shape, dtype, name)
-    return value
+    return _masked(e, value, mask, other) if other is not None and other.constant != 0 else value
 
 
-def _store(e, block: Block, transforms, value: Value, mask: Value | None = None, **hints) -> None:
-    tma = None if mask is not None or hints else descriptor(e, block, transforms)
+def _store(e, ref: Block | Scratch, transforms, value: Value, mask: Value | None = None, **hints) -> None:
+    if isinstance(ref, Scratch):
+        if mask is not None:
+            value = _masked(e, value, mask, _load(e, ref, transforms))
+        if not all(map(_is_whole, transforms)):
+            value = _replaced(e, e.read(ref), transforms, value)
+        e.assign(ref, value)
+        return
+    transforms, views = _indexed(e, transforms)
+    if views:
+        if mask is not None or not all(map(_is_whole, views)):
+            raise e.unsupported(
+                f"a part of {ref.ref.name} is stored through {type(views[0]).__name__}",
+                "Index the ref once, before it is reshaped, and store all of that.",
+            )
+        value = _replaced(e, constant(0, _shape(ref, transforms), ref.ref.dtype), views, value)
+    tma = None if mask is not None or hints else descriptor(e, ref, transforms)
     if tma:
         e.line(f"{tma[0]}.store({tma[1]}, {e.tensor(value)}){e.comment}")
     else:
-        access = locate(e, block, transforms)
+        access = locate(e, ref, transforms)
         e.line(f"tl.store({access.arguments(value.text, mask=mask, **hints)}){e.comment}")
+
+
+def _masked(e, value: Value, mask: Value | None, other: Value | None) -> Value:
+    """`value` where the mask holds, else `other` or 0."""
+    if mask is None:
+        return value
+    [chosen] = e.compute(jnp.where, mask, value, constant(0, (), value.dtype) if other is None else other)
+    return chosen
+
+
+def _indexed(e, transforms: Sequence) -> tuple[Sequence, Sequence]:
+    """The transforms that choose pointers, and those that then rearrange values: all from a reshape, or past arrays."""
+    views = len(transforms)
+    for i, transform in reversed(list(enumerate(transforms))):
+        if not hasattr(transform, "indices"):
+            views = i
+            if not isinstance(transform, borrowed.RESHAPES):
+                raise e.unsupported(
+                    f"a ref under a {type(transform).__name__} has no form in Triton", "Rearrange the value instead."
+                )
+        elif any(getattr(index, "shape", ()) for index in transform.indices):
+            views = i + 1
+    return transforms[:views], transforms[views:]
+
+
+def _shape(block: Block, transforms: Sequence) -> tuple[int, ...]:
+    """Of what these indices select."""
+    if transforms:
+        return transforms[-1].get_indexer_shape()
+    return tuple(d.size for d in block.ref.block if not d.squeezed)
+
+
+def _is_whole(transform) -> bool:
+    """Whether it leaves nothing out."""
+    return not hasattr(transform, "indices") or all(
+        hasattr(index, "size") and index.start == 0 and index.size == n and index.stride == 1
+        for index, n in zip(transform.indices, transform.shape, strict=True)
+    )
+
+
+def _viewed(e, value: Value, transforms: Sequence) -> Value:
+    """What `transforms` select from a value."""
+    if not transforms:
+        return value
+    leaves, tree = jax.tree.flatten(transforms)
+    [view] = e.compute(lambda x, *leaves: borrowed.transform_array(x, jax.tree.unflatten(tree, leaves)), value, *leaves)
+    return view
+
+
+def _replaced(e, value: Value, transforms: Sequence, part: Value) -> Value:
+    """`value` with `part` in place of what `transforms` select."""
+    if not transforms:
+        return part
+    leaves, tree = jax.tree.flatten(transforms)
+    [whole] = e.compute(
+        lambda x, part, *leaves: [borrowed.transform_swap_array(x, jax.tree.unflatten(tree, leaves), part)[1]],
+        value,
+        part,
+        *leaves,
+    )
+    return whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,8 +394,8 @@ def _select(e, block: Block, transforms: Sequence) -> list[Affine | Span | Picks
     for transform in transforms:
         if not hasattr(transform, "indices") or any(isinstance(s, Picks) for s in selection):
             raise e.unsupported(
-                f"a ref is transformed by {type(transform).__name__} before it is read or written",
-                "Index the ref once, `ref[...]`, and reshape the value.",
+                f"a ref is transformed by {type(transform).__name__} before it is changed atomically",
+                "Index the ref itself, once.",
             )
         spans = [(i, s) for i, s in enumerate(selection) if isinstance(s, Span)]
         for (i, span), index in zip(spans, transform.indices, strict=True):
@@ -261,6 +410,8 @@ def _narrowed(e, span: Span, index) -> Affine | Span | Picks:
         return Span(span.start + Affine.of(index.start) * span.step, index.size, span.step * index.stride)
     if getattr(index, "shape", ()):
         return Picks(span.start, index, span.step)
+    if index.constant is not None and index.constant < 0:  # as in NumPy, counted from the end
+        index = constant(index.constant + span.size, (), index.dtype)
     return span.start + Affine.of(index) * span.step
 
 

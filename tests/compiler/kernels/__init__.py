@@ -70,4 +70,4 @@ def like(x, dtype=None, shape=None):
 
 
 # Each module adds its kernels to the table above.
-from tests.compiler.kernels import control, dots, elementwise, memory, reductions, shapes  # noqa: E402, F401
+from tests.compiler.kernels import control, dots, elementwise, memory, reductions, scratch, shapes  # noqa: E402, F401

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from tests.compiler.kernels import case, like, normal, rowwise
+from tests.compiler.kernels import case, integers, like, normal, rowwise
 
 
 @case(normal(6, 12))
@@ -94,3 +94,99 @@ def custom_derivatives(x):
 
     triple.defvjp(lambda x: (triple(x), None), lambda _, g: (g,))
     return rowwise(lambda x: jax.checkpoint(jax.jit(double))(triple(x)), 4, x)
+
+
+SCANS = {
+    "sums_of_rows": lambda x: lax.scan(lambda total, row: (total + row, total * row), jnp.zeros(12), x),
+    "in_reverse": lambda x: lax.scan(lambda total, row: (total + row, total * row), jnp.zeros(12), x, reverse=True),
+    "unrolled": lambda x: lax.scan(lambda total, row: (total * 0.5 + row, total), jnp.zeros(12), x, unroll=2),
+    "of_several": lambda x: lax.scan(
+        lambda c, z: ((c[0] + jnp.where(z[1], z[0], 0), c[1] + z[2]), (c[1], z[1] & (c[1] > 2))),
+        (jnp.zeros(12), 0),
+        (x, x[:, 0] > 0, jnp.arange(6)),
+    ),
+    "without_carry": lambda x: lax.map(lambda row: row - jnp.max(row), x),
+    "of_scalars": lambda x: lax.scan(lambda c, z: (c * 0.5 + z, c), 1.0, jnp.sum(x, axis=1)),
+    "nested": lambda x: lax.scan(
+        lambda c, row: (c + jnp.sum(lax.scan(lambda a, z: (a + z, a * z), 0.0, row)[1]), c), jnp.float32(0), x
+    ),
+}
+for _name, _function in SCANS.items():
+
+    @case(normal(6, 12), name=f"scan_{_name}")
+    def _scan(x, function=_function):
+        outs = jax.eval_shape(lambda x: jax.tree.leaves(function(x)), x)
+
+        def kernel(x_ref, *out_refs):
+            for ref, out in zip(out_refs, jax.tree.leaves(function(x_ref[...])), strict=True):
+                ref[...] = out
+
+        return pl.pallas_call(kernel, out_shape=outs)(x)
+
+
+@case(normal(6, 12))
+def scan_that_reads_and_writes_refs(x):
+    def kernel(x_ref, o_ref):
+        def step(total, i):
+            row = x_ref[i]
+            o_ref[i] = row + total
+            return total + jnp.sum(row), jnp.max(row)
+
+        total, largest = lax.scan(step, 0.0, jnp.arange(6)[::-1])
+        o_ref[0] = jnp.full(12, total + jnp.sum(largest))
+
+    return pl.pallas_call(kernel, out_shape=like(x))(x)
+
+
+@case(integers(4, low=0, high=6))
+def while_loop_of_no_turns(limits):
+    """Its counter stays where it was."""
+
+    def kernel(limits_ref, o_ref):
+        @pl.loop(0, 4)
+        def _(i):
+            limit = limits_ref[i]
+            o_ref[i], o_ref[4 + i] = lax.while_loop(lambda c: c[0] < limit, lambda c: (c[0] + 1, c[1] * 2), (3, i))
+
+    return pl.pallas_call(kernel, out_shape=like(limits, shape=(8,)))(limits)
+
+
+@case(integers(8, low=1, high=100))
+def while_loops_of_any_carry(x):
+    def kernel(x_ref, o_ref):
+        def collatz(c):
+            n, steps, going = c
+            n = jnp.where(n % 2 == 0, n // 2, 3 * n + 1)
+            return n, steps + going.astype(jnp.int32), going & (n != 1)
+
+        start = x_ref[...], jnp.zeros(8, jnp.int32), x_ref[...] != 1
+        o_ref[...] = lax.while_loop(lambda c: jnp.any(c[2]), collatz, start)[1]
+
+    return pl.pallas_call(kernel, out_shape=like(x))(x)
+
+
+@case(normal(8, 12), integers(4, low=0, high=4))
+def branches_in_loops(x, kinds):
+    """Branches that write refs, hold loops, give several values, and stand in branches."""
+
+    def kernel(x_ref, kinds_ref, o_ref):
+        def step(i, total):
+            row = x_ref[2 * i + 1]
+
+            def doubled(row):
+                o_ref[i] = row
+                return row * 2, 1, row > 0
+
+            def looped(row):
+                return lax.fori_loop(0, i, lambda j, r: r + j, row), i, row > 1
+
+            def nested(row):
+                return lax.cond(i > 1, lambda: doubled(row), lambda: (row, 2, row < 0))
+
+            row, count, positive = lax.switch(kinds_ref[i], [doubled, looped, nested], row)
+            return total + jnp.where(positive, row, count)
+
+        o_ref[...] = jnp.zeros(o_ref.shape)
+        o_ref[4] = lax.fori_loop(0, 4, step, jnp.zeros(12))
+
+    return pl.pallas_call(kernel, out_shape=like(x, shape=(5, 12)))(x, kinds)
