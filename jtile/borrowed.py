@@ -18,6 +18,7 @@ from jax._src.dispatch import (
     # Primitives whose lowering asks which devices it is for: `custom_partitioning` inside ours does.
     prim_requires_devices_during_lowering as prim_requires_devices_during_lowering,
 )
+from jax._src.lax import special as _special
 from jax._src.lib import gpu_triton as _gpu_triton
 from jax._src.state.discharge import (
     # What a ref's indices, reshapes and bitcasts select from its contents, as operations on values.
@@ -134,3 +135,24 @@ def custom_call_takes_cubin() -> bool:
     library = Path(gpu_triton()._cuda_triton.__file__).read_bytes()
     fields = {"module_image": 11, "object_file": 1}
     return all(b"\n%c%s\x18%c" % (len(name), name.encode(), number) in library for name, number in fields.items())
+
+
+# Special functions in terms of simpler operations, as JAX lowers them.
+def igamma(a, x):
+    return _special.igamma_impl(a, x, dtype=x.dtype)
+
+
+def igammac(a, x):
+    return _special.igammac_impl(a, x, dtype=x.dtype)
+
+
+def igamma_grad_a(a, x):
+    return _special.igamma_grad_a_impl(a, x, dtype=x.dtype)
+
+
+def regularized_incomplete_beta(a, b, x):
+    return _special.regularized_incomplete_beta_impl(a, b, x, dtype=x.dtype)
+
+
+def bessel_i0e(x):
+    return _special.bessel_i0e_impl(x)

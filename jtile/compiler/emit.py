@@ -133,6 +133,17 @@ class Emitter:
         self.helpers[text.strip()] = None
         return name
 
+    def function(self, jaxpr, hint: str) -> str:
+        """A function of numbers, defined ahead of the kernel."""
+        name = f"_{self.name(hint)}"
+        operands = [Value(self.name("x"), v.aval.shape, np.dtype(v.aval.dtype)) for v in jaxpr.invars]
+        outer, depth = self.lines, self._depth
+        self.lines, self._depth = [], 1
+        results = [self.tensor(v) for v in self.run(jaxpr, operands)]
+        self.line(f"return {', '.join(results)}")
+        body, self.lines, self._depth = "\n".join(self.lines), outer, depth
+        return self.helper(name, f"@triton.jit\ndef {name}({', '.join(v.text for v in operands)}):\n{body}")
+
     def text(self) -> str:
         parameters = ", ".join(ref.name for ref in self.kernel.refs)
         body = "\n".join([*self.prelude, *self.lines]) or "    pass"
@@ -274,6 +285,15 @@ class Emitter:
         if given and np.broadcast_shapes(*given) == shape:
             return [v.text for v in values]
         return [v.text if v.constant is None else self.tensor(constant(v.constant, shape, v.dtype)) for v in values]
+
+    def spread(self, value: Value, shape: tuple[int, ...]) -> Value:
+        """The value, given to every lane of `shape`."""
+        if value.constant is not None:
+            return constant(value.constant, shape, value.dtype)
+        if value.shape == shape:
+            return value
+        text = f"tl.broadcast_to({value.text}, {list(tile(shape))})"
+        return self.let(text, shape, value.dtype, "spread", bounds=value.bounds)
 
     def inside(self, shape: tuple[int, ...], axes: Sequence[int]) -> str:
         """Which lanes of a tile lie inside `shape` along `axes`."""

@@ -101,6 +101,11 @@ def narrow_float(dtype) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and np.dtype(dtype).itemsize < 4
 
 
+def float8(dtype) -> bool:
+    """Whether Triton does no arithmetic in `dtype` at all."""
+    return jnp.issubdtype(dtype, jnp.floating) and np.dtype(dtype).itemsize == 1
+
+
 def inner(bounds: Interval | None, dtype) -> Interval | None:
     """`bounds` if every number in them fits `dtype`, so that arithmetic did not wrap around."""
     if bounds is None:

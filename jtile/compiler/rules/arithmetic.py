@@ -3,11 +3,13 @@
 import itertools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jtile import borrowed
 from jtile.compiler.rules import rule
-from jtile.compiler.value import Interval, Value, constant, inner, narrow_float, triton_type
+from jtile.compiler.value import Interval, Value, constant, float8, inner, narrow_float, triton_type
 
 # Done in the operands' own type.
 PLAIN = {
@@ -29,8 +31,7 @@ PLAIN = {
     "xor": "{} ^ {}",
     "not": "~{}",
     "is_finite": 'tl.abs({}) < float("inf")',
-    "population_count": "libdevice.popc({})",
-    "clz": "libdevice.clz({})",
+    "one_minus_square": "(1 + {0}) * (1 - {0})",
 }
 
 # Done in float32 for narrower floats, which Triton or the chip lack the operation for, and rounded once.
@@ -82,6 +83,9 @@ INTEGER = {
     "clamp": "tl.minimum(tl.maximum({1}, {0}), {2})",
 }
 
+# On truth values, of which False is the less.
+BOOLEAN = {"max": "{} | {}", "min": "{} & {}", "clamp": "({1} | {0}) & {2}"}
+
 # Functions with f(0) = 0, which keep padding at zero.
 KEEP_ZERO = {
     *("neg", "abs", "square", "sqrt", "sin", "erf", "floor", "ceil", "tan", "asin", "atan", "sinh", "tanh", "asinh"),
@@ -92,7 +96,7 @@ KEEP_ZERO = {
 def elementwise(e, eqn, *operands: Value) -> Value:
     out = eqn.outvars[0].aval
     for option in ("accuracy", "out_dtype"):
-        if eqn.params.get(option) is not None:
+        if eqn.params.get(option) not in (None, jax.lax.AccuracyMode.DEFAULT):
             what = f"`{eqn.primitive.name}` with {option}={eqn.params[option]} has no form in Triton"
             raise e.unsupported(what, "Leave the argument out; convert the operands to the type wanted.")
     return apply(e, eqn.primitive.name, out.shape, np.dtype(out.dtype), *operands)
@@ -101,9 +105,11 @@ def elementwise(e, eqn, *operands: Value) -> Value:
 def apply(e, name: str, shape: tuple[int, ...], dtype: np.dtype, *operands: Value) -> Value:
     kind, wide = operands[0].dtype, False
     if name in PLAIN:
-        template = PLAIN[name]
+        template, wide = PLAIN[name], float8(kind)
     elif jnp.issubdtype(kind, jnp.floating):
         template, wide = FLOAT[name], narrow_float(kind)
+    elif name in BOOLEAN and kind == np.bool_:
+        template = BOOLEAN[name]
     elif name in INTEGER:
         template = INTEGER[name]
     else:
@@ -117,7 +123,7 @@ def apply(e, name: str, shape: tuple[int, ...], dtype: np.dtype, *operands: Valu
         texts = [t if t == b else f"tl.cast({t}, tl.float32)" for t, b in zip(texts, bare, strict=True)]
     text = template.format(*texts)
     if wide and dtype == kind:
-        text = f"tl.cast({text}, {triton_type(dtype)})"
+        text = narrowed(e, text, shape, dtype)
     zero = name in KEEP_ZERO and (
         all(v.zero_outside(shape) for v in operands)
         or (name == "mul" and any(v.zero_outside(shape) for v in operands) and any(map(_finite_constant, operands)))
@@ -130,6 +136,31 @@ rule(*{*PLAIN, *FLOAT, *INTEGER})(elementwise)
 
 def _finite_constant(value: Value) -> bool:
     return value.constant is not None and bool(np.isfinite(value.constant))
+
+
+def traced(e, function: Callable, *operands: Value) -> Value:
+    """What a JAX function of arrays computes."""
+    jaxpr = jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in operands))
+    (result,) = e.run(jaxpr, operands)
+    return result
+
+
+# Written by JAX itself in simpler operations.
+SPECIAL: dict[str, Callable] = {
+    "igamma": borrowed.igamma,
+    "igammac": borrowed.igammac,
+    "igamma_grad_a": borrowed.igamma_grad_a,
+    "regularized_incomplete_beta": borrowed.regularized_incomplete_beta,
+    "bessel_i0e": borrowed.bessel_i0e,
+}
+
+
+@rule(*SPECIAL)
+def special(e, eqn, *operands: Value):
+    out = eqn.outvars[0].aval
+    wide = np.dtype(np.float32) if narrow_float(out.dtype) else np.dtype(out.dtype)
+    given = [cast(e, e.spread(v, out.shape), wide) for v in operands]
+    return cast(e, traced(e, SPECIAL[eqn.primitive.name], *given), np.dtype(out.dtype))
 
 
 @rule("sign")
@@ -152,11 +183,79 @@ def round_(e, eqn, x: Value):
 
 @rule("nextafter")
 def nextafter(e, eqn, x: Value, y: Value):
-    if narrow_float(x.dtype):
+    if float8(x.dtype):
         raise e.unsupported(f"`nextafter` of {x.dtype} has no form in Triton", "Step through the bits of an integer.")
     shape = eqn.outvars[0].aval.shape
+    if narrow_float(x.dtype):
+        return traced(e, _next_half, *(e.spread(v, shape) for v in (x, y)))
     x_text, y_text = e.operands(x, y, shape=shape)
     return e.let(f"libdevice.nextafter({x_text}, {y_text})", shape, x.dtype, "nextafter")
+
+
+def _next_half(x, y):
+    """The 16-bit float after `x` towards `y`: away from 0 its bits count up, towards 0 down."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int16)
+    away = (x < y) == (x > 0)
+    least = jnp.where(y > 0, jnp.int16(1), jnp.int16(-(2**15) + 1))
+    stepped = jnp.where(x == 0, least, jnp.where(away, bits + jnp.int16(1), bits - jnp.int16(1)))
+    stepped = jax.lax.bitcast_convert_type(stepped, x.dtype)
+    return jnp.where(x == y, y, jnp.where((x != x) | (y != y), x + y, stepped))
+
+
+@rule("population_count", "clz")
+def count_bits(e, eqn, x: Value):
+    """libdevice counts in 32 or 64 bits; the bits before a narrower number are zeros."""
+    bits = 8 * x.dtype.itemsize
+    text = e.tensor(x)
+    if x.dtype.kind == "i" and bits < 32:
+        text = f"tl.cast({text}, tl.uint{bits}, bitcast=True)"
+    wide = "tl.int64" if bits == 64 else "tl.int32"
+    text = f"tl.cast({text}, {wide})" if bits < 32 else f"tl.cast({text}, {wide}, bitcast=True)"
+    if eqn.primitive.name == "population_count":
+        text = f"libdevice.popc({text})"
+    else:
+        text = f"libdevice.clz({text})" + (f" - {32 - bits}" if bits < 32 else "")
+    if x.dtype != np.int32:
+        text = f"tl.cast({text}, {triton_type(x.dtype)})"
+    return e.let(text, x.shape, x.dtype, eqn.primitive.name)
+
+
+@rule("mulhi")
+def mulhi(e, eqn, x: Value, y: Value):
+    """The upper half of the product."""
+    shape, bits = eqn.outvars[0].aval.shape, 8 * x.dtype.itemsize
+    a, b = (e.tensor(e.spread(v, shape)) for v in (x, y))
+    if x.dtype in (np.uint32, np.uint64):
+        text = f"tl.umulhi({a}, {b})"
+    elif bits == 64:
+        unsigned = (f"tl.cast({t}, tl.uint64, bitcast=True)" for t in (a, b))
+        text = f"tl.cast(tl.umulhi({', '.join(unsigned)}), tl.int64, bitcast=True)"
+        text += f" - tl.where({a} < 0, {b}, 0) - tl.where({b} < 0, {a}, 0)"
+    else:
+        text = f"tl.cast(tl.cast({a}, tl.int64) * tl.cast({b}, tl.int64) >> {bits}, {triton_type(x.dtype)})"
+    return e.let(text, shape, x.dtype, "mulhi")
+
+
+@rule("pow")
+def power(e, eqn, x: Value, y: Value):
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return elementwise(e, eqn, x, y)
+    shape = eqn.outvars[0].aval.shape
+    return traced(e, _integer_power, e.spread(x, shape), e.spread(y, shape))
+
+
+def _integer_power(x, y):
+    """x**y by repeated squaring; to a negative power all but 1 and -1 vanish."""
+
+    def step(_, carry):
+        result, square, rest = carry
+        return jnp.where(rest & 1 != 0, result * square, result), square * square, rest >> 1
+
+    one = jnp.ones_like(x)
+    bits = 8 * y.dtype.itemsize - jnp.issubdtype(y.dtype, jnp.signedinteger)
+    result = jax.lax.fori_loop(0, bits, step, (one, x, y))[0]
+    vanished = jnp.where(x == 1, one, jnp.where(x == -1, jnp.where(y & 1 != 0, -one, one), jnp.zeros_like(x)))
+    return jnp.where(y < 0, vanished, result) if jnp.issubdtype(y.dtype, jnp.signedinteger) else result
 
 
 @rule("integer_pow")
@@ -226,35 +325,95 @@ def select_n(e, eqn, which: Value, *cases: Value):
 
 @rule("convert_element_type")
 def convert_element_type(e, eqn, x: Value):
-    dtype = np.dtype(eqn.params["new_dtype"])
+    return cast(e, x, np.dtype(eqn.params["new_dtype"]))
+
+
+def cast(e, x: Value, dtype: np.dtype) -> Value:
+    """`x` as another type: floats lose their fraction and stay inside an integer type's range, as in JAX."""
     if dtype == x.dtype:
         return x
     if x.constant is not None:
         return constant(np.asarray(x.constant, x.dtype).astype(dtype), x.shape, dtype)
     bounds = inner(x.bounds, dtype) if jnp.issubdtype(dtype, np.integer) else None
-    text = f"{x.text} != 0" if dtype == np.bool_ else f"tl.cast({x.text}, {triton_type(dtype)})"
+    text = x.text
+    if float8(x.dtype) or float8(dtype):
+        text = f"tl.cast({text}, tl.float32)"
+    if dtype == np.bool_:
+        text = f"{text} != 0"
+    elif float8(dtype):
+        text = narrowed(e, text, x.shape, dtype)
+    elif jnp.issubdtype(x.dtype, jnp.floating) and jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize < 4:
+        ends = jnp.iinfo(dtype)
+        text = f"tl.minimum(tl.maximum(tl.cast({text}, tl.int32), {ends.min}), {ends.max})"
+        text = f"tl.cast({text}, {triton_type(dtype)})"
+    else:
+        text = f"tl.cast({text}, {triton_type(dtype)})"
     return e.let(text, x.shape, dtype, dtype.name, bounds=bounds, zero_padded=x.zero_padded)
+
+
+def narrowed(e, text: str, shape: tuple[int, ...], dtype: np.dtype) -> str:
+    """float32 rounded to a narrower float. The hardware keeps what is too large for 8 bits finite; JAX does not."""
+    if not float8(dtype):
+        return f"tl.cast({text}, {triton_type(dtype)})"
+    wide = e.let(text, shape, np.float32, "wide").text
+    bits = f"tl.cast(tl.cast({wide}, {triton_type(dtype)}), tl.uint8, bitcast=True)"
+    if dtype == jnp.float8_e4m3fn:  # has no infinity; 464 is half-way from 448, the greatest, to what would be 480
+        bits = f"tl.where(tl.abs({wide}) <= 464.0, {bits}, 127)"
+    else:  # 61440 is half-way from 57344 to 65536, which is even
+        large = f"tl.where({wide} != {wide}, 127, tl.where({wide} > 0, 124, 252))"
+        bits = f"tl.where(tl.abs({wide}) < 61440.0, {bits}, {large})"
+    return f"tl.cast(tl.cast({bits}, tl.uint8), {triton_type(dtype)}, bitcast=True)"
 
 
 @rule("bitcast_convert_type")
 def bitcast_convert_type(e, eqn, x: Value):
-    dtype = np.dtype(eqn.params["new_dtype"])
-    if dtype.itemsize != x.dtype.itemsize:
-        raise e.unsupported(
-            f"`bitcast_convert_type` from {x.dtype} to {dtype} changes the width", "Cast through an integer as wide."
-        )
-    text = f"tl.cast({e.tensor(x)}, {triton_type(dtype)}, bitcast=True)"
-    return e.let(text, x.shape, dtype, dtype.name, zero_padded=x.zero_padded)
+    """Between types of different width, the parts of the wider number lie along a last axis, the lowest first."""
+    dtype, shape = np.dtype(eqn.params["new_dtype"]), eqn.outvars[0].aval.shape
+    old, new = x.dtype.itemsize, dtype.itemsize
+    text = e.tensor(x)
+    if old == new:
+        text = f"tl.cast({text}, {triton_type(dtype)}, bitcast=True)"
+        return e.let(text, shape, dtype, dtype.name, zero_padded=x.zero_padded)
+    word, part = max(old, new) * 8, min(old, new) * 8
+    rank = max(len(shape), len(x.shape))
+    by = f"tl.cast({e.lanes(word // part, rank - 1, rank)} * {part}, tl.uint{word})"
+    text = f"tl.cast({text}, tl.uint{8 * old}, bitcast=True)"
+    if old > new:
+        if x.shape:
+            text = e.let(text, x.shape, x.dtype, "word").text + f"[{', '.join(':' for _ in x.shape)}, None]"
+        text = f"tl.cast({text} >> {by}, tl.uint{part})"
+    else:
+        text = f"tl.sum(tl.cast({text}, tl.uint{word}) << {by}, axis={rank - 1}, dtype=tl.uint{word})"
+    return e.let(f"tl.cast({text}, {triton_type(dtype)}, bitcast=True)", shape, dtype, dtype.name)
 
 
 @rule("reduce_precision")
 def reduce_precision(e, eqn, x: Value):
-    bits = eqn.params["exponent_bits"], eqn.params["mantissa_bits"]
-    formats = {(8, 7): "bfloat16", (5, 10): "float16", (8, 23): "float32", (11, 52): "float64"}
-    if bits not in formats:
-        raise e.unsupported(f"`reduce_precision` to {bits} bits has no form in Triton", f"Round to one of {formats}.")
-    text = f"tl.cast(tl.cast({e.tensor(x)}, {triton_type(formats[bits])}), {triton_type(x.dtype)})"
-    return e.let(text, x.shape, x.dtype, "rounded", zero_padded=x.zero_padded)
+    exponent, mantissa = eqn.params["exponent_bits"], eqn.params["mantissa_bits"]
+    given = jnp.finfo(x.dtype)
+    if exponent >= given.nexp and mantissa >= given.nmant:
+        return x
+    wide = np.dtype(np.float64) if x.dtype == np.float64 else np.dtype(np.float32)
+    rounded = traced(e, lambda x: _reduced(x, exponent, mantissa), cast(e, x, wide))
+    return cast(e, rounded, x.dtype)
+
+
+def _reduced(x, exponent: int, mantissa: int):
+    """Rounded to so many bits of mantissa, to even; infinite or zero where the exponent then lies out of range."""
+    given = jnp.finfo(x.dtype)
+    integer = jnp.dtype(f"int{given.bits}").type
+    drop = max(given.nmant - mantissa, 0)
+    bits = jax.lax.bitcast_convert_type(x, integer)
+    if drop:
+        odd = (bits >> integer(drop)) & integer(1)
+        bits = (bits + integer(2 ** (drop - 1) - 1) + odd) & integer(-(2**drop))
+    rounded = jax.lax.bitcast_convert_type(bits, x.dtype)
+    if exponent < given.nexp:
+        bias = 2 ** (exponent - 1) - 1
+        size = jnp.abs(rounded)
+        rounded = jnp.where(size >= 2.0 ** (bias + 1), jnp.copysign(jnp.inf, x), rounded)
+        rounded = jnp.where(size < 2.0 ** (1 - bias), jnp.copysign(0, x), rounded)
+    return jnp.where(x != x, x, rounded)
 
 
 @rule("copy", "copy_p", "stop_gradient", "name", "pvary", "pcast", "reshard")

@@ -1,12 +1,18 @@
 """Matrix products."""
 
+import dataclasses
+import math
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
 from jtile.compiler.rules import rule
-from jtile.compiler.value import Value, tile, triton_type
+from jtile.compiler.rules.arithmetic import cast
+from jtile.compiler.rules.shape import joined, reshaped, transposed
+from jtile.compiler.value import Value, constant, tile, triton_type
 
 # Fewest terms that a tensor core sums in one instruction, by the operands' bytes.
 LEAST_TERMS = {1: 32, 2: 16, 4: 8, 8: 4}
@@ -28,71 +34,110 @@ PRECISIONS = {
 
 @rule("dot_general")
 def dot_general(e, eqn, a: Value, b: Value, accumulator: Value | None = None):
-    """a @ b, plus the accumulator if given. Terms are summed in float32 (integers in int32), then rounded."""
+    """a @ b, plus the accumulator if given. Terms are summed in float32 (integers in int32), then rounded.
+
+    Batch dimensions are merged into one, and so are those summed over, and those that only one operand has.
+    """
     (contract_a, contract_b), (batch_a, batch_b) = eqn.params["dimension_numbers"]
     out = eqn.outvars[0].aval
     if {a.dtype.name, b.dtype.name} != {"float8_e4m3fn", "float8_e5m2"}:  # the one mixture that the hardware takes
-        common = np.dtype(jnp.promote_types(a.dtype, b.dtype))
-        a, b = _cast(e, a, common), _cast(e, b, common)
-    a = e.filled(a, contract_a, 0)
-    b = e.filled(b, contract_b, 0)
+        common = np.dtype(np.int8) if a.dtype == b.dtype == np.bool_ else np.dtype(jnp.promote_types(a.dtype, b.dtype))
+        a, b = cast(e, a, common), cast(e, b, common)
     free_a = [i for i in range(len(a.shape)) if i not in (*contract_a, *batch_a)]
     free_b = [i for i in range(len(b.shape)) if i not in (*contract_b, *batch_b)]
-    if len(contract_a) != 1 or len(batch_a) > 1 or len(free_a) > 1 or len(free_b) > 1:
-        raise e.unsupported(
-            f"a product of shapes {a.shape} and {b.shape} over {contract_a} and {contract_b} has no form in Triton",
-            "Multiply matrices, with at most one batch dimension, over one dimension; reshape the others together.",
-        )
-    summed = _sums_in(a.dtype)
+    a = _merged(e, a, batch_a, free_a, contract_a)
+    b = _merged(e, b, batch_b, contract_b, free_b)
+    a, b = e.filled(a, (len(a.shape) - 1,), 0), e.filled(b, (int(bool(batch_b)),), 0)
+    summed = _sums_in(a.dtype, out.dtype)
+    shape = (*a.shape[:-1], *b.shape[1 + bool(batch_b) :])
     if not free_a or not free_b:
-        text = _weighted_sum(a, b, (*batch_a, *contract_a, *free_a), (*batch_b, *contract_b, *free_b), summed)
+        text = _weighted_sum(e, a, b, bool(free_a), bool(free_b), summed)
+    elif jnp.issubdtype(a.dtype, np.integer) and a.dtype not in (np.int8, np.uint8) or summed == np.int64:
+        text = _column_by_column(e, a, b, shape, summed)
     else:
-        terms = tile((a.shape[contract_a[0]],))[0]
-        least = LEAST_TERMS[a.dtype.itemsize]
-        if terms < least:
-            raise e.unsupported(
-                f"a product of {a.dtype} over {terms} terms is smaller than the {least} that tensor cores sum at once",
-                f"Widen the block to {least}: what lies past the array's edge reads as 0.",
-            )
-        operands = [
-            _oriented(a, (*batch_a, *free_a, *contract_a)),
-            _oriented(b, (*batch_b, *contract_b, *free_b)),
-        ]
-        if accumulator is not None:
-            operands.append(f"acc={e.tensor(accumulator)}")
-        if a.dtype == np.float32:
-            operands.append(f'input_precision="{_precision(e, eqn.params["precision"])}"')
-        text = f"tl.dot({', '.join(operands)})"
-        accumulator = None
+        folds = accumulator is not None and a.dtype != np.uint8 and shape == out.shape and out.dtype == summed
+        text = _tensor_cores(e, eqn, a, b, shape, accumulator if folds else None)
+        accumulator = None if folds else accumulator
+    if shape != out.shape:
+        text = reshaped(e, e.let(text, shape, summed, "dot"), out.shape).text
     if out.dtype != summed:
-        text = f"tl.cast({text}, {triton_type(out.dtype)})"
+        text = cast(e, e.let(text, out.shape, summed, "dot"), out.dtype).text
     if accumulator is not None:
         text = f"{accumulator.text} + {text}"
     return e.let(text, out.shape, out.dtype, "dot")
 
 
-def _cast(e, x: Value, dtype: np.dtype) -> Value:
-    if x.dtype == dtype:
-        return x
-    text = f"tl.cast({e.tensor(x)}, {triton_type(dtype)})"
-    return e.let(text, x.shape, dtype, dtype.name, zero_padded=x.zero_padded)
+def _merged(e, x: Value, *groups: Sequence[int]) -> Value:
+    """`x` with the axes of each group, in order, made one."""
+    ordered = transposed(e, x, [axis for group in groups for axis in group])
+    return reshaped(e, ordered, tuple(math.prod(x.shape[axis] for axis in group) for group in groups if group))
 
 
-def _oriented(x: Value, order: tuple[int, ...]) -> str:
-    if order == tuple(range(len(order))):
-        return x.text
-    return f"tl.trans({x.text})" if len(order) == 2 else f"tl.permute({x.text}, {list(order)})"
+def _tensor_cores(e, eqn, a: Value, b: Value, shape: tuple[int, ...], accumulator: Value | None) -> str:
+    terms = LEAST_TERMS[a.dtype.itemsize]
+    a, b = _lengthened(e, a, len(a.shape) - 1, terms), _lengthened(e, b, len(b.shape) - 2, terms)
+    if a.dtype == np.uint8:
+        return _unsigned_bytes(e, a, b, shape)
+    operands = [e.tensor(a), e.tensor(b)]
+    if accumulator is not None:
+        operands.append(f"acc={e.tensor(accumulator)}")
+    if a.dtype == np.float32:
+        operands.append(f'input_precision="{_precision(e, eqn.params["precision"])}"')
+    return f"tl.dot({', '.join(operands)})"
 
 
-def _weighted_sum(a: Value, b: Value, order_a: tuple[int, ...], order_b: tuple[int, ...], summed) -> str:
+def _lengthened(e, x: Value, axis: int, terms: int) -> Value:
+    """`x` with zeros after it, up to a number of elements along an axis that tensor cores take."""
+    n = x.tile[axis]
+    x = dataclasses.replace(x, shape=(*x.shape[:axis], n, *x.shape[axis + 1 :]))  # its padding is 0 already
+    while n < terms:
+        zeros = constant(0, x.shape, x.dtype)
+        x = joined(e, x, zeros, axis)
+        n *= 2
+    return x
+
+
+def _unsigned_bytes(e, a: Value, b: Value, shape: tuple[int, ...]) -> str:
+    """Tensor cores take signed bytes: sum(a b) = sum((a - 128) (b - 128)) + 128 (sum(a) + sum(b)) - 128² terms."""
+    signed = (f"tl.cast({x.text} ^ 128, tl.int8, bitcast=True)" for x in (a, b))
+    rank, terms = len(shape), a.shape[-1]
+    rows, columns = (
+        e.let(f"tl.sum(tl.cast({x.text}, tl.int32), axis={axis})", (), np.int32, "sum").text
+        for x, axis in ((a, rank - 1), (b, rank - 2))
+    )
+    lead = ":, " * (rank - 2)
+    sums = f"{rows}[{lead}:, None] + {columns}[{lead}None, :]"
+    return f"tl.dot({', '.join(signed)}) + ({sums}) * 128 - {terms * 128**2}"
+
+
+def _column_by_column(e, a: Value, b: Value, shape: tuple[int, ...], summed) -> str:
+    """The sum over k of a[:, k] * b[k, :], one after the other: for integers that tensor cores lack."""
+    rank, terms = len(shape), a.shape[-1]
+    total = e.let(f"tl.full({list(tile(shape))}, 0, {triton_type(summed)})", shape, summed, "total")
+    k = e.name("k")
+    e.loops += 1
+    with e.block(f"for {k} in tl.range(0, {terms}):"):
+        parts = []
+        for x, axis in ((a, rank - 1), (b, rank - 2)):
+            chosen = f"tl.where({e.lanes(terms, axis, rank)} == {k}, {e.tensor(x)}, 0)"
+            text = f"tl.sum(tl.cast({chosen}, {triton_type(summed)}), axis={axis}, keep_dims=True)"
+            parts.append(e.let(text, (), summed, "part").text)
+        e.line(f"{total.text} += {parts[0]} * {parts[1]}")
+    return total.text
+
+
+def _weighted_sum(e, a: Value, b: Value, has_rows: bool, has_columns: bool, summed) -> str:
     """The product when one operand is a vector (for each batch): sum over the contracted axis of products."""
-    rank, axis = max(len(order_a), len(order_b)), min(len(order_a), len(order_b)) - 1
+    batched = len(a.shape) - 1 - has_rows
+    axis = batched + has_rows
     texts = []
-    for x, order in ((a, order_a), (b, order_b)):
-        text = _oriented(x, order)
-        if len(order) < rank:
-            text = f"{text if text.isidentifier() else f'({text})'}[{', '.join([':'] * len(order) + ['None'])}]"
-        texts.append(f"tl.cast({text}, {triton_type(summed)})" if x.dtype != summed else text)
+    for x, other in ((a, has_columns), (b, has_rows)):
+        text = e.tensor(cast(e, x, summed))
+        if other:
+            text = e.let(text, x.shape, summed, "factor").text if not text.isidentifier() else text
+            kept = [":"] * batched
+            text += f"[{', '.join([*kept, 'None', ':'] if has_rows else [*kept, ':', 'None'])}]"
+        texts.append(text)
     return f"tl.sum({texts[0]} * {texts[1]}, axis={axis}, dtype={triton_type(summed)})"
 
 
@@ -125,7 +170,7 @@ def accumulations(equations, uses) -> dict:
                 product is not None
                 and uses[term] == 1
                 and other is not term
-                and _sums_in(product.invars[0].aval.dtype) == term.aval.dtype
+                and _sums_in(product.invars[0].aval.dtype, term.aval.dtype) == term.aval.dtype
                 and other.aval.shape == term.aval.shape
             ):
                 sums[eqn.outvars[0]] = product, other
@@ -133,8 +178,8 @@ def accumulations(equations, uses) -> dict:
     return sums
 
 
-def _sums_in(dtype) -> np.dtype:
-    """The type in which products of this type are summed."""
-    if jnp.issubdtype(dtype, np.integer):
-        return np.dtype(np.int32)
+def _sums_in(dtype, result) -> np.dtype:
+    """The type in which products of operands of this type are summed."""
+    if jnp.issubdtype(dtype, np.integer) or dtype == np.bool_:
+        return np.dtype(np.int64 if result.itemsize == 8 else np.int32)
     return np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)

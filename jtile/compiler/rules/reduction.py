@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtile.compiler.rules import rule
+from jtile.compiler.rules.arithmetic import cast
 from jtile.compiler.value import Value, narrow_float, triton_type
 
 # Triton's own `tl.max` skips NaN; JAX's maximum of anything and NaN is NaN.
@@ -14,6 +15,8 @@ COMBINE = {
     "conjunction": "a & b",
     "disjunction": "a | b",
     "parity": "a ^ b",
+    "log_of_sum": "tl.where(a == b, a + 0.6931471805599453, "  # which log1p would not take, were both infinite
+    "tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL) + libdevice.log1p(tl.exp(-tl.abs(a - b))))",
 }
 
 FUNCTION = """\
@@ -45,7 +48,7 @@ def _extreme(dtype, largest: bool):
 
 
 def _neutral(name: str, dtype):
-    if "max" in name:
+    if "max" in name or name == "cumlogsumexp":
         return _extreme(dtype, False)
     if "min" in name:
         return _extreme(dtype, True)
@@ -71,26 +74,51 @@ def reduce(e, eqn, x: Value):
     name, axes = eqn.primitive.name, eqn.params["axes"]
     if not axes:
         return x
+    bounds = x.bounds if name in ("reduce_max", "reduce_min") else None
+    dtype, x = x.dtype, _widened(e, x)
     x = e.filled(x, axes, _neutral(name, x.dtype))
-    dtype, bounds = x.dtype, x.bounds if name in ("reduce_max", "reduce_min") else None
-    wide = narrow_float(dtype)
-    text = f"tl.cast({x.text}, tl.float32)" if wide else x.text
+    text = x.text
     for axis in sorted(axes, reverse=True):
         if name == "reduce_sum":
-            text = f"tl.sum({text}, axis={axis}, dtype={triton_type(np.float32 if wide else dtype)})"
+            text = f"tl.sum({text}, axis={axis}, dtype={triton_type(x.dtype)})"
         else:
             text = f"tl.reduce({text}, axis={axis}, combine_fn={_combine(e, FOLDS[name])})"
-    if wide:
-        text = f"tl.cast({text}, {triton_type(dtype)})"
-    return e.let(text, eqn.outvars[0].aval.shape, dtype, name.removeprefix("reduce_"), bounds=bounds)
+    return cast(e, e.let(text, eqn.outvars[0].aval.shape, x.dtype, name.removeprefix("reduce_"), bounds=bounds), dtype)
+
+
+def _widened(e, x: Value) -> Value:
+    """`x` in a type that sums don't lose much in."""
+    return cast(e, x, np.dtype(np.float32)) if narrow_float(x.dtype) else x
+
+
+@rule("reduce")
+def reduce_by_a_function(e, eqn, *operands: Value):
+    """Reduces several values at once with the user's own function, of which the initial values are neutral elements."""
+    n = len(operands) // 2
+    neutral = [v.constant for v in operands[n:]]
+    if None in neutral:
+        raise e.unsupported(
+            "`reduce` has an initial value known only at run time",
+            "Start from the function's neutral element, a number.",
+        )
+    axes = eqn.params["dimensions"]
+    shape = operands[0].shape
+    values = [e.filled(x, axes, filler) for x, filler in zip(operands[:n], neutral, strict=True)]
+    combine = e.function(eqn.params["jaxpr"], "combine")
+    for axis in sorted(axes, reverse=True):
+        shape = (*shape[:axis], *shape[axis + 1 :])
+        texts = [v.text for v in values]
+        values = [Value(e.name("reduced"), shape, v.dtype) for v in values]
+        given = f"({', '.join(texts)})" if n > 1 else texts[0]
+        e.line(f"{', '.join(v.text for v in values)} = tl.reduce({given}, axis={axis}, combine_fn={combine})")
+    return values
 
 
 @rule("argmax", "argmin")
 def argument(e, eqn, x: Value):
     name, axes = eqn.primitive.name, eqn.params["axes"]
-    if len(axes) != 1:
-        raise e.unsupported(f"`{name}` over axes {axes} has no form in Triton", "Reduce one axis.")
     (axis,) = axes
+    x = _widened(e, x)
     x = e.filled(x, axes, _neutral(name, x.dtype))
     comparison = ">" if name == "argmax" else "<"
     helper = e.helper(f"_{name}", ARGUMENT.format(name=name, comparison=comparison))
@@ -104,19 +132,18 @@ def argument(e, eqn, x: Value):
     return e.let(f"tl.cast({where}, {triton_type(dtype)})", shape, dtype, name, bounds=bounds)
 
 
-@rule("cumsum", "cumprod", "cummax", "cummin")
+@rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 def cumulative(e, eqn, x: Value):
     name, axis, reverse = eqn.primitive.name, eqn.params["axis"], eqn.params["reverse"]
+    dtype, x = x.dtype, _widened(e, x)
     # Padding comes after the values, so it matters only to scans that start from the end.
     x = e.filled(x, (axis,) if reverse else (), _neutral(name, x.dtype))
-    wide = narrow_float(x.dtype)
-    dtype = np.dtype(np.float32) if wide else x.dtype
-    text = f"tl.cast({x.text}, tl.float32)" if wide else x.text
     backwards = ", reverse=True" if reverse else ""
     if name == "cumsum":
-        text = f"tl.cumsum({text}, axis={axis}{backwards}, dtype={triton_type(dtype)})"
+        text = f"tl.cumsum({x.text}, axis={axis}{backwards}, dtype={triton_type(x.dtype)})"
     else:
-        combine = _combine(e, {"cumprod": "product", "cummax": "maximum", "cummin": "minimum"}[name])
-        text = f"tl.associative_scan({text}, axis={axis}, combine_fn={combine}{backwards})"
-    text = f"tl.cast({text}, {triton_type(x.dtype)})" if wide else text
-    return e.let(text, x.shape, x.dtype, name)
+        text = f"tl.associative_scan({x.text}, axis={axis}, combine_fn={_combine(e, SCANS[name])}{backwards})"
+    return cast(e, e.let(text, x.shape, x.dtype, name), dtype)
+
+
+SCANS = {"cumprod": "product", "cummax": "maximum", "cummin": "minimum", "cumlogsumexp": "log_of_sum"}

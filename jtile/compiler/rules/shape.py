@@ -1,6 +1,7 @@
 """Operations that move values without changing them."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -33,10 +34,10 @@ def reshape(e, eqn, x: Value):
 
 
 def reshaped(e, x: Value, shape: tuple[int, ...]) -> Value:
-    """`x` in another shape, which the padded tile must be able to follow.
+    """`x` in another shape.
 
-    Dimensions may be merged, or split, as long as only the first of each group is padded: then the padding stays at the
-    end. (3, 64) -> (192,) is 4 x 64 -> 256; (64, 3) -> (192,) would leave holes.
+    The padded tile follows it where dimensions are merged, or split, and only the first of each group is padded: then
+    the padding stays at the end. (3, 64) -> (192,) is 4 x 64 -> 256; (64, 3) -> (192,) would leave holes.
     """
     if x.constant is not None:
         return constant(x.constant, shape, x.dtype)
@@ -47,10 +48,7 @@ def reshaped(e, x: Value, shape: tuple[int, ...]) -> Value:
     if not x.shape:
         return e.let(f"tl.broadcast_to({x.text}, {list(shape)})", shape, x.dtype, "spread", bounds=x.bounds)
     if not _follows(x.shape, shape):
-        raise e.unsupported(
-            f"reshaping {x.shape} to {shape} would leave holes, as Triton pads sides to powers of two",
-            "Use powers of two in all but the first of the dimensions that are merged or split.",
-        )
+        return _renumbered(e, x, shape)
     text = f"tl.reshape({x.text}, {list(tile(shape))})"
     return e.let(text, shape, x.dtype, "reshape", bounds=x.bounds, zero_padded=x.zero_padded)
 
@@ -69,10 +67,24 @@ def _follows(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
     return True
 
 
+def _renumbered(e, x: Value, shape: tuple[int, ...]) -> Value:
+    """`x` in another shape, each element looked up by its number in row-major order."""
+    number = " + ".join(
+        f"{e.lanes(n, axis, len(shape))} * {math.prod(shape[axis + 1 :])}" for axis, n in enumerate(shape) if n > 1
+    )
+    coordinates = [f"({number}) // {math.prod(x.shape[axis + 1 :])} % {n}" for axis, n in enumerate(x.shape)]
+    return picked(e, x, shape, coordinates)
+
+
 @rule("transpose")
 def transpose(e, eqn, x: Value):
-    order = eqn.params["permutation"]
+    return transposed(e, x, eqn.params["permutation"])
+
+
+def transposed(e, x: Value, order: Sequence[int]) -> Value:
     shape = tuple(x.shape[a] for a in order)
+    if tuple(order) == tuple(range(len(order))):
+        return x
     if x.constant is not None:
         return constant(x.constant, shape, x.dtype)
     text = f"tl.trans({x.text})" if tuple(order) == (1, 0) else f"tl.permute({x.text}, {list(order)})"
@@ -97,7 +109,7 @@ def slice_(e, eqn, x: Value):
     starts, strides = eqn.params["start_indices"], eqn.params["strides"] or (1,) * len(x.shape)
     shape = eqn.outvars[0].aval.shape
     for axis, (start, size, stride) in enumerate(zip(starts, shape, strides, strict=True)):
-        x = _sliced(e, x, axis, start, size, stride)
+        x = sliced(e, x, axis, start, size, stride)
     return x
 
 
@@ -116,12 +128,12 @@ def unstack(e, eqn, x: Value):
 def _split(e, x: Value, axis: int, sizes: list[int]) -> list[Value]:
     values, start = [], 0
     for size in sizes:
-        values.append(_sliced(e, x, axis, start, size))
+        values.append(sliced(e, x, axis, start, size))
         start += size
     return values
 
 
-def _sliced(e, x: Value, axis: int, start: int, size: int, stride: int = 1) -> Value:
+def sliced(e, x: Value, axis: int, start: int, size: int, stride: int = 1) -> Value:
     if size == x.shape[axis]:
         return x
     steps = _halvings(x.shape[axis], start, size, stride)
@@ -130,24 +142,15 @@ def _sliced(e, x: Value, axis: int, start: int, size: int, stride: int = 1) -> V
     return take(e, x, axis, size, f"{start} + {{}} * {stride}")
 
 
-@rule("dynamic_slice")
-def dynamic_slice(e, eqn, x: Value, *starts: Value):
-    for axis, (start, size) in enumerate(zip(starts, eqn.params["slice_sizes"], strict=True)):
-        n = x.shape[axis]
-        if size == n:
-            continue
-        # As in JAX, a slice that would run out is moved back inside.
-        if start.bounds is None or start.bounds[0] < 0 or start.bounds[1] > n - size:
-            start = e.let(f"tl.minimum(tl.maximum({e.tensor(start)}, 0), {n - size})", (), start.dtype, "start")
-        x = take(e, x, axis, size, f"{start.text} + {{}}")
-    return x
-
-
 @rule("rev")
 def rev(e, eqn, x: Value):
-    for axis in eqn.params["dimensions"]:
-        x = take(e, x, axis, x.shape[axis], f"{x.shape[axis] - 1} - {{}}")
-    return x
+    reversed_axes, rank = eqn.params["dimensions"], len(x.shape)
+    return picked(
+        e,
+        x,
+        x.shape,
+        [f"{n - 1} - {e.lanes(n, a, rank)}" if a in reversed_axes else a for a, n in enumerate(x.shape)],
+    )
 
 
 @rule("concatenate")
@@ -164,25 +167,37 @@ def stack(e, eqn, *parts: Value):
 
 @rule("tile")
 def tile_(e, eqn, x: Value):
-    for axis, repeats in enumerate(eqn.params["reps"]):
-        n = x.shape[axis]
-        if repeats != 1:
-            x = take(e, x, axis, n * repeats, f"{{}} % {n}")
-    return x
+    shape = eqn.outvars[0].aval.shape
+    coordinates: list[int | str] = list(range(len(shape)))
+    for axis, (n, repeats) in enumerate(zip(x.shape, eqn.params["reps"], strict=True)):
+        if repeats > 1:
+            coordinates[axis] = f"{e.lanes(shape[axis], axis, len(shape))} % {n}"
+    return picked(e, x, shape, coordinates)
 
 
 @rule("pad")
 def pad(e, eqn, x: Value, filler: Value):
+    """Elements `interior + 1` apart, from `low` on; fewer than no padding cuts elements off."""
+    shape = eqn.outvars[0].aval.shape
+    coordinates: list[int | str] = list(range(len(shape)))
+    tests = []
     for axis, (low, high, interior) in enumerate(eqn.params["padding_config"]):
-        if interior or low < 0 or high < 0:
-            raise e.unsupported(f"`pad` with {(low, high, interior)} has no form in Triton", "Pad at the ends only.")
-        if low or high:
-            n = x.shape[axis]
-            wide = take(e, x, axis, int(low + n + high), f"{{}} - {low}")
-            lanes = e.lanes(wide.shape[axis], axis, len(wide.shape))
-            text = f"tl.where(({lanes} >= {low}) & ({lanes} < {low + n}), {wide.text}, {filler.text})"
-            x = e.let(text, wide.shape, x.dtype, "pad")
-    return x
+        n, step = x.shape[axis], interior + 1
+        place = f"{e.lanes(shape[axis], axis, len(shape))} - {low}" if low else e.lanes(shape[axis], axis, len(shape))
+        if low > 0:
+            tests.append(f"{place} >= 0")
+        if high > 0:
+            tests.append(f"{place} <= {(n - 1) * step}")
+        if interior:
+            tests.append(f"({place}) % {step} == 0")
+        if low or high or interior:
+            coordinates[axis] = f"({place}) // {step}" if interior else place
+    value = picked(e, x, shape, coordinates)
+    if not tests:
+        return value
+    value_text, filler_text = e.operands(value, filler, shape=shape)
+    test = " & ".join(f"({t})" for t in tests)
+    return e.let(f"tl.where({test}, {value_text}, {filler_text})", shape, x.dtype, "pad")
 
 
 def _halvings(n: int, start: int, size: int, stride: int) -> list[tuple[bool, int]] | None:
@@ -225,14 +240,65 @@ def _halve(e, x: Value, axis: int, steps: list[tuple[bool, int]]) -> Value:
     return x
 
 
+def picked(e, x: Value, shape: tuple[int, ...], coordinates: Sequence[int | str]) -> Value:
+    """A value of this shape whose lanes take each the element of `x` at `coordinates`; anything where that is outside.
+
+    A coordinate, one for each axis of `x`, is an axis of the result along which it counts up from 0; or integers, as
+    source that broadcasts against the result.
+    """
+    if x.constant is not None:
+        return constant(x.constant, shape, x.dtype)
+    if len(shape) != len(x.shape) or len(moved := _moved(x, shape, coordinates)) > 1:
+        return _picked_by_number(e, x, shape, coordinates)
+    sides, text = list(tile(shape)), x.text
+    if moved:
+        (axis,) = moved
+        sides[axis] = x.tile[axis]
+    if tuple(sides) != x.tile:
+        text = f"tl.broadcast_to({text}, {sides})"
+    if moved:
+        index = _source(e, coordinates[axis], shape)
+        index = f"tl.minimum(tl.maximum({index}, 0), {x.tile[axis] - 1})"
+        text = f"tl.gather({text}, tl.broadcast_to({index}, {list(tile(shape))}), {axis})"
+    return x if text == x.text and shape == x.shape else e.let(text, shape, x.dtype, "take", bounds=x.bounds)
+
+
+def _moved(x: Value, shape: tuple[int, ...], coordinates: Sequence[int | str]) -> list[int]:
+    """The axes of `x` that the result does not simply have too. One of a single element is broadcast."""
+    return [a for a, c in enumerate(coordinates) if x.shape[a] > 1 and (c != a or x.shape[a] != shape[a])]
+
+
+def _picked_by_number(e, x: Value, shape: tuple[int, ...], coordinates: Sequence[int | str]) -> Value:
+    """The same by the number of each element in the row-major order of `x`'s tile."""
+    terms, stride = [], 1
+    for side, coordinate in reversed(list(zip(x.tile, coordinates, strict=True))):
+        if side > 1:
+            source = _source(e, coordinate, shape)
+            terms.append(source if stride == 1 else f"({source}) * {stride}")
+        stride *= side
+    numbers = f"tl.minimum(tl.maximum({' + '.join(terms[::-1]) or '0'}, 0), {stride - 1})"
+    count = math.prod(tile(shape))
+    numbers = f"tl.broadcast_to({numbers}, {list(tile(shape)) or [1]})"
+    numbers = numbers if len(shape) <= 1 else f"tl.reshape({numbers}, [{count}])"
+    elements = x.text if len(x.shape) == 1 else f"tl.reshape({x.text}, [{stride}])"
+    text = f"tl.gather({elements}, {numbers}, 0)"
+    if not shape:
+        text = f"tl.sum({text}, dtype={triton_type(x.dtype)})"
+    elif len(shape) > 1:
+        text = f"tl.reshape({text}, {list(tile(shape))})"
+    return e.let(text, shape, x.dtype, "take", bounds=x.bounds)
+
+
+def _source(e, coordinate: int | str, shape: tuple[int, ...]) -> str:
+    return coordinate if isinstance(coordinate, str) else e.lanes(shape[coordinate], coordinate, len(shape))
+
+
 def take(e, x: Value, axis: int, size: int, index: str) -> Value:
     """The elements of `x` along an axis at `index`, a template of lanes 0, 1, ...; anything where it is outside."""
     shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
-    if x.constant is not None:
-        return constant(x.constant, shape, x.dtype)
-    text = f"tl.minimum(tl.maximum({index.format(e.lanes(size, axis, len(shape)))}, 0), {x.tile[axis] - 1})"
-    text = f"tl.gather({x.text}, tl.broadcast_to({text}, {list(tile(shape))}), {axis})"
-    return e.let(text, shape, x.dtype, "take", bounds=x.bounds)
+    coordinates: list[int | str] = list(range(len(shape)))
+    coordinates[axis] = index.format(e.lanes(size, axis, len(shape)))
+    return picked(e, x, shape, coordinates)
 
 
 def _concatenated(e, parts, axis: int) -> Value:
@@ -240,11 +306,11 @@ def _concatenated(e, parts, axis: int) -> Value:
     parts = list(parts)
     while len(parts) > 1:
         pairs = zip(parts[::2], parts[1::2], strict=False)
-        parts = [_joined(e, a, b, axis) for a, b in pairs] + parts[len(parts) // 2 * 2 :]
+        parts = [joined(e, a, b, axis) for a, b in pairs] + parts[len(parts) // 2 * 2 :]
     return parts[0]
 
 
-def _joined(e, a: Value, b: Value, axis: int) -> Value:
+def joined(e, a: Value, b: Value, axis: int) -> Value:
     """Two values, one after the other along an axis."""
     n, m = a.shape[axis], b.shape[axis]
     shape = (*a.shape[:axis], n + m, *a.shape[axis + 1 :])

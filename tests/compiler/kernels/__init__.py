@@ -65,9 +65,31 @@ def rowwise(body, rows, *operands, out=None):
     )
 
 
+def whole(body, *operands):
+    """`body` on whole operands, in one program."""
+    out = jax.eval_shape(body, *operands)
+
+    def kernel(*refs):
+        results = jax.tree.leaves(body(*(ref[...] for ref in refs[: len(operands)])))
+        for ref, result in zip(refs[len(operands) :], results, strict=True):
+            ref[...] = result
+
+    return pl.pallas_call(kernel, out_shape=out)(*operands)
+
+
 def like(x, dtype=None, shape=None):
     return jax.ShapeDtypeStruct(x.shape if shape is None else shape, x.dtype if dtype is None else dtype)
 
 
 # Each module adds its kernels to the table above.
-from tests.compiler.kernels import control, dots, elementwise, memory, reductions, scratch, shapes  # noqa: E402, F401
+from tests.compiler.kernels import (  # noqa: E402, F401
+    control,
+    dots,
+    elementwise,
+    indexing,
+    memory,
+    reductions,
+    scratch,
+    shapes,
+    sorts,
+)

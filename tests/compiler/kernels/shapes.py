@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from tests.compiler.kernels import case, normal, rowwise
+from tests.compiler.kernels import case, normal, rowwise, whole
 
 SHAPES = {
     "transpose": (lambda x: x.T.reshape(-1).reshape(8, 4).T, (4, 8)),
@@ -33,3 +33,27 @@ SHAPES = {
 }
 for _name, (_function, _shape) in SHAPES.items():
     case(normal(*_shape), name=f"shape_{_name}")(functools.partial(lambda f, x: rowwise(f, x.shape[0], x), _function))
+
+
+# Of any shape to any other, each lane looked up
+
+RESHAPES = {
+    "merge_padded": (lambda x: x.reshape(-1), (4, 3)),
+    "split_padded": (lambda x: x.reshape(5, 3), (15,)),
+    "regroup": (lambda x: x.reshape(5, 6) * 2, (3, 2, 5)),
+    "ravel_and_reduce": (lambda x: jnp.argmax(x.reshape(-1)) + jnp.argmin(x), (3, 5)),
+    "transpose_three": (lambda x: jnp.transpose(x, (2, 0, 1)).reshape(-1), (2, 3, 5)),
+    "repeat": (lambda x: jnp.repeat(x, 3, axis=1) + jnp.tile(x, (1, 3)), (3, 5)),
+    "tile_both": (lambda x: jnp.tile(x, (2, 3)), (3, 5)),
+    "swap_and_split": (lambda x: jnp.concatenate([y * 2 for y in jnp.split(x, [2, 5], axis=1)], axis=1), (3, 7)),
+    "stack_and_unstack": (lambda x: jnp.stack([2 * y for y in jnp.unstack(x, axis=1)], axis=0), (3, 5)),
+    "flip_both": (lambda x: jnp.flip(x), (3, 5)),
+    "roll_both": (lambda x: jnp.roll(x, (1, -2), axis=(0, 1)), (3, 5)),
+    "pad_inside": (lambda x: lax.pad(x, 7.0, ((0, 1, 0), (1, 2, 1))), (3, 5)),
+    "pad_away": (lambda x: lax.pad(x, 7.0, ((-1, 0, 0), (1, -2, 2))), (3, 5)),
+    "strided": (lambda x: x[::2, 1::3], (5, 11)),
+    "of_bools": (lambda x: jnp.flip(x > 0, 1).reshape(-1), (3, 5)),
+    "of_halves": (lambda x: jnp.flip(x.astype(jnp.float16), 1).reshape(-1), (3, 5)),
+}
+for _name, (_function, _shape) in RESHAPES.items():
+    case(normal(*_shape), name=f"reshape_{_name}")(functools.partial(whole, _function))

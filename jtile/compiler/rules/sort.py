@@ -1,0 +1,94 @@
+"""Sorting: Triton sorts one tile of integers along its last axis, each of which here holds a key and where it was."""
+
+import itertools
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from jtile.compiler.rules import rule
+from jtile.compiler.rules.arithmetic import cast
+from jtile.compiler.rules.shape import picked, sliced, transposed
+from jtile.compiler.value import Value
+
+
+@rule("sort")
+def sort(e, eqn, *operands: Value):
+    axis = eqn.params["dimension"]
+    if operands[0].shape[axis] == 1:
+        return list(operands)
+    order = _order(e, operands[: eqn.params["num_keys"]], axis)
+    return [_reordered(e, x, order, axis) for x in operands]
+
+
+@rule("top_k")
+def top_k(e, eqn, x: Value):
+    return _greatest(e, x, eqn.params["k"], eqn.params["axis"], eqn.outvars[1].aval.dtype)
+
+
+@rule("approx_top_k")
+def approx_top_k(e, eqn, x: Value):
+    """Exact, which every `recall_target` allows."""
+    params = eqn.params
+    k, axis = params["k"], params["reduction_dimension"] % len(x.shape)
+    return _greatest(e, x, k, axis, eqn.outvars[1].aval.dtype, descending=params["is_max_k"])
+
+
+def _greatest(e, x: Value, k: int, axis: int, index_dtype, descending: bool = True) -> list[Value]:
+    order = sliced(e, _order(e, [x], axis, descending), axis, 0, k)
+    values = _reordered(e, x, order, axis)
+    return [values, cast(e, order, np.dtype(index_dtype))]
+
+
+def _reordered(e, x: Value, order: Value, axis: int) -> Value:
+    coordinates = [order.text if a == axis else a for a in range(len(x.shape))]
+    return picked(e, x, order.shape, coordinates)
+
+
+def _order(e, keys: Sequence[Value], axis: int, descending: bool = False) -> Value:
+    """Where the elements of each row come from: sorted by the first key, among equals by the next, then by place.
+
+    Keys are sorted by one after the other, the last first; each sort keeps the order of equals.
+    """
+    rank, last, n = len(keys[0].shape), len(keys[0].shape) - 1, keys[0].shape[axis]
+    swap = [*(a for a in range(rank) if a != axis), axis]
+    order: Value | None = None
+    for key in itertools.chain.from_iterable(_parts(e, x) for x in reversed(keys)):
+        if descending:
+            key = e.let(f"~{e.tensor(key)}", key.shape, np.int32, "key")
+        key = transposed(e, e.filled(key, (axis,), 2**31 - 1), swap)
+        if order is not None:
+            key = picked(e, key, key.shape, [*range(last), order.text])
+        place = e.lanes(n, last, rank)
+        packed = e.let(f"tl.sort((tl.cast({key.text}, tl.int64) << 32) | {place})", key.shape, np.int64, "sorted")
+        places = e.let(f"tl.cast({packed.text}, tl.int32)", key.shape, np.int32, "order", bounds=(0, n - 1))
+        order = places if order is None else picked(e, order, order.shape, [*range(last), places.text])
+    assert order is not None  # there is at least one key
+    back = [swap.index(a) for a in range(rank)]
+    return transposed(e, order, back)
+
+
+def _parts(e, x: Value) -> list[Value]:
+    """32-bit integers in the order of `x`, the least significant first.
+
+    A float's bits are in order as they are, apart from the sign: negative numbers count backwards. As in JAX, -0 equals
+    0 and NaN comes last.
+    """
+    text, bits = e.tensor(x), max(32, 8 * x.dtype.itemsize)
+    integer = f"tl.int{bits}"
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        text = text if x.dtype.itemsize >= 4 else f"tl.cast({text}, tl.float32)"
+        number = e.let(text, x.shape, x.dtype, "number").text
+        raw = f"tl.cast(tl.where({number} == 0, 0.0, {number}), {integer}, bitcast=True)"
+        raw = e.let(raw, x.shape, np.int64, "bits").text
+        most = 2 ** (bits - 1) - 1
+        text = f"tl.where({number} != {number}, {most}, {raw} ^ (({raw} >> {bits - 1}) & {most}))"
+    elif x.dtype in (np.uint32, np.uint64):
+        text = f"tl.cast({text}, {integer}, bitcast=True) ^ {-(2 ** (bits - 1))}"
+    elif x.dtype.itemsize < 4:
+        text = f"tl.cast({text}, {integer})"
+    key = e.let(text, x.shape, np.int32, "key")
+    if bits == 32:
+        return [key]
+    low = e.let(f"tl.cast({key.text}, tl.int32) ^ {-(2**31)}", x.shape, np.int32, "key")
+    return [low, e.let(f"tl.cast({key.text} >> 32, tl.int32)", x.shape, np.int32, "key")]
