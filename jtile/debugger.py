@@ -120,7 +120,7 @@ def _loaded(source: Source, folder: pathlib.Path | None):
     path = folder / f"{source.name}_{source.digest}.py"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(source.text)
+        path.write_text(source.annotated)
     return load_text(source.name, path.read_text(), str(path))
 
 

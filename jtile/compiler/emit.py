@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import math
-import os.path
 import re
 from collections.abc import Callable, Iterator, Sequence
 
@@ -12,7 +11,7 @@ import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import Literal
 
-from jtile.compiler.kernel import Kernel, Scratch, Source, UnsupportedKernel
+from jtile.compiler.kernel import Kernel, Place, Scratch, Source, UnsupportedKernel
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.rules import CURES, RULES, dot
 from jtile.compiler.value import TRITON_TYPES, Affine, Block, Value, constant, tile, triton_type
@@ -47,7 +46,19 @@ def emit(kernel: Kernel, params: CompilerParams) -> Source:
             f"CompilerParams: warp_specialize=True needs a kernel with exactly one loop; {kernel.name} "
             f"({kernel.where}) has {emitter.loops}. Merge its loops, or leave warp_specialize out."
         )
-    return Source(kernel.name, emitter.text(), tuple(ref.dtype for ref in kernel.refs), grid)
+    types = tuple(ref.dtype for ref in kernel.refs)
+    return Source(kernel.name, emitter.text(), types, grid, emitter.origins())
+
+
+class Line(str):
+    """A line of the source, and where in the user's code it came from."""
+
+    origin: Place | None
+
+    def __new__(cls, text: str, origin: Place | None):
+        line = super().__new__(cls, text)
+        line.origin = origin
+        return line
 
 
 class Emitter:
@@ -75,7 +86,7 @@ class Emitter:
     # Writing
 
     def line(self, text: str) -> None:
-        self.lines.append("    " * self._depth + text)
+        self.lines.append(Line("    " * self._depth + text, self.place))
 
     @contextlib.contextmanager
     def block(self, head: str) -> Iterator[None]:
@@ -152,6 +163,11 @@ class Emitter:
         if any("libdevice." in f for f in functions):
             imports += "\nfrom triton.language.extra import libdevice"
         return "\n\n\n".join([imports, *functions]) + "\n"
+
+    def origins(self) -> tuple[Place | None, ...]:
+        """For each line of the text, where in the user's code it came from."""
+        body = [getattr(line, "origin", None) for line in (*self.prelude, *self.lines)]
+        return (None,) * (self.text().count("\n") - len(body)) + tuple(body)
 
     # Walking
 
@@ -233,8 +249,13 @@ class Emitter:
     @property
     def comment(self) -> str:
         """The user's line, without folders: the same on every machine."""
+        return f"  # {self.place}" if self.place else ""
+
+    @property
+    def place(self) -> Place | None:
+        """The user's line that the current equation comes from."""
         found = re.match(r"(.*?):(\d+)", self._where)
-        return f"  # {os.path.basename(found[1])}:{found[2]}" if found else ""
+        return Place(found[1], int(found[2])) if found else None
 
     # Pieces
 

@@ -2,10 +2,13 @@
 
 import dataclasses
 import hashlib
+import itertools
 import keyword
+import linecache
+import os.path
 import re
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.experimental import pallas as pl
@@ -86,6 +89,20 @@ class Kernel:
         return self.refs[self.num_inputs :]
 
 
+class Place(NamedTuple):
+    """A line of the user's code."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{os.path.basename(self.file)}:{self.line}"
+
+    @property
+    def text(self) -> str:
+        return linecache.getline(self.file, self.line).strip()
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A kernel as Triton source.
@@ -95,12 +112,27 @@ class Source:
       text: a whole Python module, the same bytes in every process.
       arguments: element type of each pointer argument: inputs, then outputs.
       grid: programs to launch along x, y and z, within CUDA's limits.
+      origins: for each line of `text` the user's line that it came from. It is no part of what is compiled: a kernel
+        that moves in its file stays the same kernel.
     """
 
     name: str
     text: str
     arguments: tuple[np.dtype, ...]
     grid: tuple[int, int, int]
+    origins: tuple[Place | None, ...] = dataclasses.field(default=(), compare=False, repr=False)
+
+    @property
+    def annotated(self) -> str:
+        """`text` with the user's line, as a comment, above each part that came from it."""
+        lines, last = [], None
+        for line, origin in itertools.zip_longest(self.text.splitlines(), self.origins):
+            if origin not in (None, last):
+                indent = " " * (len(line) - len(line.lstrip()))
+                lines.append(f"{indent}# {origin}: {origin.text}".rstrip(": "))
+                last = origin
+            lines.append(line)
+        return "\n".join(lines) + "\n"
 
     @property
     def digest(self) -> str:

@@ -33,7 +33,7 @@ def source_of(kernel: Kernel, compiler_params: CompilerParams, debug: bool) -> S
     """The kernel as Triton source, printed if `pallas_call(debug=True)` asks for that."""
     source = emit(kernel, compiler_params)
     if debug:
-        print(f"The Triton source of pallas_call {kernel.name} ({kernel.where}):\n{source.text}")
+        print(f"The Triton source of pallas_call {kernel.name} ({kernel.where}):\n{source.annotated}")
     return source
 
 
