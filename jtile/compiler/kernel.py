@@ -129,7 +129,7 @@ class Source:
         for line, origin in itertools.zip_longest(self.text.splitlines(), self.origins):
             if origin not in (None, last):
                 indent = " " * (len(line) - len(line.lstrip()))
-                lines.append(f"{indent}# {origin}: {origin.text}".rstrip(": "))
+                lines.append(f"{indent}# {origin}: {origin.text}" if origin.text else f"{indent}# {origin}")
                 last = origin
             lines.append(line)
         return "\n".join(lines) + "\n"
