@@ -1,21 +1,25 @@
 """Compiled kernels, kept in memory and on disk under the hash of everything that they depend on."""
 
 import collections
+import contextlib
 import hashlib
 import json
 import os
+import stat
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 # Raise when the same key would compile to something else, or an entry's format changes.
-VERSION = 1
+VERSION = 2
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _IN_MEMORY = 1024  # kernels; one is about 100 kB
+_ABANDONED = 3600  # seconds: a file that a process takes longer to write belongs to one that was killed
 
 _kernels: collections.OrderedDict[str, Any] = collections.OrderedDict()  # least recently used first
 _lock = threading.Lock()
@@ -68,24 +72,28 @@ def directory() -> Path:
 
 
 def _read(key: str) -> bytes | None:
-    """An entry's body, or None where there is none to trust: an entry cut short or altered is made anew."""
+    """An entry's body, or None where there is none to trust: what was cut short or altered is made anew."""
     try:
-        entry = (directory() / key).read_bytes()
+        with open(os.open(_private(directory()) / key, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            status = os.fstat(file.fileno())
+            entry = file.read() if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o600 else b""
     except (OSError, RuntimeError):  # none, or not to be read: `_write` reports why the directory cannot be used
         return None
     digest, body = entry[:_DIGEST_BYTES], entry[_DIGEST_BYTES:]
-    return body if hashlib.sha256(body).digest() == digest else None
+    return body if _digest(key, body) == digest else None
 
 
 def _write(key: str, body: bytes) -> None:
     """Writes an entry so that no reader, in any process, ever sees a part of it."""
     try:
-        directory().mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=directory(), prefix=".")  # mode 0600
+        folder = _private(directory())
+        _sweep(folder)
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=_UNFINISHED)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(body).digest() + body)
-            os.replace(temporary, directory() / key)
+                os.fchmod(handle, 0o600)  # whatever the umask
+                file.write(_digest(key, body) + body)
+            os.replace(temporary, folder / key)
         except BaseException:
             os.unlink(temporary)
             raise
@@ -94,6 +102,44 @@ def _write(key: str, body: bytes) -> None:
             _warned.set()
             warnings.warn(
                 f"jtile cannot keep compiled kernels on disk ({error}); every process will compile its own. "
-                "Set JTILE_CACHE_DIR to a directory that can be written.",
+                "Set JTILE_CACHE_DIR to a directory of your own that can be written.",
                 stacklevel=2,
             )
+
+
+def _digest(key: str, body: bytes) -> bytes:
+    """Of an entry under its own name: under another it would be another kernel."""
+    return hashlib.sha256(key.encode() + body).digest()
+
+
+def _private(folder: Path) -> Path:
+    """The directory, made if it is missing.
+
+    Raises:
+      PermissionError: someone else could put machine code in it, for this process to run.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True)
+        folder.chmod(0o700)  # whatever the umask
+    except FileExistsError:
+        status = folder.stat()
+        mode = stat.S_IMODE(status.st_mode)
+        if status.st_uid != os.geteuid() or mode & 0o022:
+            raise PermissionError(
+                f"{folder} belongs to user {status.st_uid} and has mode {mode:o}; it must be user {os.geteuid()}'s, "
+                f"and nobody else may write in it: chmod 700 {folder}"
+            ) from None
+    return folder
+
+
+_UNFINISHED = "."  # how the names of files that are still being written begin
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what processes that were killed while writing left behind."""
+    with os.scandir(folder) as files:
+        for file in files:
+            if file.name.startswith(_UNFINISHED):
+                with contextlib.suppress(FileNotFoundError):  # its writer finished, or another process swept
+                    if time.time() - file.stat().st_mtime > _ABANDONED:
+                        os.unlink(file)

@@ -1,8 +1,10 @@
 import os
+import signal
 import stat
 import subprocess
 import sys
 import threading
+import time
 import warnings
 
 import pytest
@@ -37,8 +39,13 @@ def test_made_once(folder):
     assert fetch("another key", b"other") == (b"other", 1)
 
 
-def test_private(folder):
-    fetch("key", b"body")
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o777])
+def test_private(folder, umask):
+    before = os.umask(umask)
+    try:
+        fetch("key", b"body")
+    finally:
+        os.umask(before)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert stat.S_IMODE((folder / "key").stat().st_mode) == 0o600
 
@@ -52,6 +59,56 @@ def test_damaged_entries_are_made_anew(folder, damage):
     cache.clear_memory()
     assert fetch("key", b"body") == (b"body", 1)
     assert entry.read_bytes() == whole
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777, 0o702])
+def test_directory_that_others_can_write_in_is_not_used(folder, mode):
+    fetch("key", b"body")
+    folder.chmod(mode)
+    cache.clear_memory()
+    with pytest.warns(UserWarning, match=f"has mode {mode:o}.* chmod 700 .*every process will compile its own"):
+        assert fetch("key", b"mine") == (b"mine", 1)
+    folder.chmod(0o755)  # others may look
+    cache.clear_memory()
+    assert fetch("key", b"other") == (b"body", 0)
+
+
+def test_directory_of_another_user_is_not_used(folder, monkeypatch):
+    fetch("key", b"body")
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    cache.clear_memory()
+    with pytest.warns(UserWarning, match="belongs to user"):
+        assert fetch("key", b"mine") == (b"mine", 1)
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o644, 0o620])
+def test_entries_that_are_not_private_are_made_anew(folder, mode):
+    fetch("key", b"body")
+    (folder / "key").chmod(mode)
+    cache.clear_memory()
+    assert fetch("key", b"body") == (b"body", 1)
+    assert stat.S_IMODE((folder / "key").stat().st_mode) == 0o600
+
+
+def test_an_entry_under_the_name_of_another_is_made_anew(folder):
+    """So is a link, wherever it leads."""
+    fetch("key", b"body")
+    for place in (os.rename, os.symlink):
+        place(folder / "key", folder / "another key")
+        cache.clear_memory()
+        assert fetch("another key", b"its own") == (b"its own", 1)
+        os.remove(folder / "another key")
+        cache.clear_memory()
+        fetch("key", b"body")
+
+
+def test_what_killed_processes_left_is_removed(folder):
+    fetch("key", b"body")
+    for age in (0, 7200):
+        (folder / f".{age}").touch()
+        os.utime(folder / f".{age}", (time.time() - age,) * 2)
+    fetch("another key", b"body")
+    assert sorted(os.listdir(folder)) == [".0", "another key", "key"]
 
 
 def test_least_recently_used_kernels_leave_memory(folder, monkeypatch):
@@ -113,35 +170,105 @@ def test_settings_of_triton_are_part_of_the_key(monkeypatch):
     assert cache.key_of("source", 1) != cache.key_of("source", "1")
 
 
-def test_processes_share_entries_and_agree_on_every_byte(folder):
-    """Two processes with different hash seeds compile into one cache at once; a third finds what they left."""
-    script = (
-        "import hashlib, sys\n"
-        "from jtile.compiler import cache, launch\n"
-        "from jtile.compiler.build import build\n"
-        "from jtile.compiler.params import CompilerParams\n"
-        "from jtile.compiler.target import Target\n"
-        "from tests.compiler import sources, test_pallas\n"
-        "for source in sources.double, sources.product, sources.scratch:\n"
-        "    kernel = build(source, CompilerParams(), Target.named('NVIDIA H200'))\n"
-        "    buffers = [launch.array() for _ in source.arguments]\n"
-        "    print(hashlib.sha256(launch.payload(kernel, source.grid, buffers)).hexdigest())\n"
-        "_, program = test_pallas.lower(test_pallas.call, test_pallas.X)\n"
-        "print(hashlib.sha256(program.encode()).hexdigest())\n"
-        "print('triton' in sys.modules, file=sys.stderr)\n"
+KERNELS = """
+import hashlib, os, signal, sys, warnings
+warnings.simplefilter("ignore")
+from jtile.compiler import cache, launch
+from jtile.compiler.build import build
+from jtile.compiler.params import CompilerParams
+from jtile.compiler.target import Target
+from tests.compiler import sources
+
+def digests():
+    kernels = [sources.double, sources.scratch]
+    built = [build(source, CompilerParams(), Target.named("NVIDIA H200")) for source in kernels]
+    payloads = [launch.payload(k, s.grid, [launch.array() for _ in s.arguments]) for k, s in zip(built, kernels)]
+    return " ".join(hashlib.sha256(p).hexdigest() for p in payloads)
+"""
+
+
+def output(script, *arguments, seed=0):
+    """What a Python process of its own prints."""
+    environment = os.environ | {"PYTHONHASHSEED": str(seed), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", script, *arguments]
+    run = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=240)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_eight_processes_some_killed_while_writing(folder):
+    """They compile the same kernels into one cold directory at once. Four are killed at their first or second write,
+    before it or half-way; the others, and a process that comes later, have the right kernels."""
+    crowd = (
+        KERNELS
+        + """
+import triton  # before the forks
+
+def fatal(name, turn, last):
+    # The function of this name in `os` kills the process at its call number `turn`.
+    function, calls = getattr(os, name), iter(range(9))
+    def replacement(*args):
+        if next(calls) == turn:
+            last(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+    setattr(os, name, replacement)
+
+def child(number):
+    if number < 4:
+        cache._read = lambda key: None  # compiles and writes, even if others were faster
+        if number % 2:
+            fatal("replace", number // 2, lambda *_: None)
+        else:
+            fatal("fdopen", number // 2, lambda handle, _: os.write(handle, b"half of an entry"))
+    os.write(1, digests().encode() + bytes([10]))  # the line in one piece
+
+children = []
+for number in range(8):
+    if (pid := os.fork()) == 0:
+        child(number)
+        os._exit(0)
+    children.append(pid)
+statuses = [os.waitpid(pid, 0)[1] for pid in children]
+print(*(os.WTERMSIG(s) if os.WIFSIGNALED(s) else 0 for s in statuses))
+"""
     )
+    *survivors, ends = output(crowd).splitlines()
+    killed = int(signal.SIGKILL)
+    assert ends.split() == [str(killed)] * 4 + ["0"] * 4
+    assert len(survivors) == 4
+    entries = [name for name in os.listdir(folder) if len(name) == 64]
+    assert len(entries) == 2
+    assert len(os.listdir(folder)) > 2  # what the killed ones left, whole files and halves
+    for name in os.listdir(folder):
+        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
+    later = output(KERNELS + "print(digests(), 'triton' in sys.modules)", seed=1)
+    assert {*survivors, later.removesuffix(" False\n")} == {survivors[0]}  # Triton is not even imported
 
-    def start(seed):
-        environment = os.environ | {"PYTHONHASHSEED": str(seed), "JAX_PLATFORMS": "cpu"}
-        return subprocess.Popen(
-            [sys.executable, "-c", script], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
 
-    together = [start(seed) for seed in (1, 2)]
-    (first, errors), (second, _) = (process.communicate(timeout=120) for process in together)
-    assert len(first.split()) == 4, errors
-    assert first == second
-    assert sorted(map(len, os.listdir(folder))) == [64] * 4  # four entries, no temporary files
-    third, errors = start(3).communicate(timeout=120)
-    assert third == first
-    assert errors.endswith("False\n")  # Triton is not even imported
+def test_programs_are_found_in_the_persistent_cache_of_jax(folder, tmp_path):
+    """Whatever the hash seed, a program and the kernels in it are the same bytes. Compiled for a GPU that is not here,
+    it can be found, but not loaded; tests/compiler/test_on_gpu.py loads it."""
+    script = """
+import sys, warnings, jax, jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jtile.compiler.target import Target
+from tests.compiler import test_pallas
+
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+mesh = Target.named("NVIDIA H200").make_mesh((1,), ("x",), (AxisType.Auto,))
+x = jax.ShapeDtypeStruct((1024, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+with warnings.catch_warnings(record=True) as caught:
+    jax.jit(test_pallas.call).lower(x).compile()
+print(any("Error reading persistent compilation cache entry" in str(w.message) for w in caught))
+"""
+    programs = tmp_path / "programs"
+    found = []
+    for seed in (1, 2):
+        found.append(output(script, str(programs), seed=seed))
+        [entry] = folder.iterdir()
+        entry.unlink()  # the second process compiles the kernel again, to the same bytes
+    assert found == ["False\n", "True\n"]
+    assert len(list(programs.glob("*-cache"))) == 1
