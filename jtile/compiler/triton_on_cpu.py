@@ -342,7 +342,7 @@ _LIBDEVICE = {
     "lgamma": scipy.special.gammaln,
     "log1p": np.log1p,
     "nextafter": np.nextafter,
-    "popc": np.bitwise_count,
+    "popc": lambda x: np.bitwise_count(x.view(f"uint{8 * x.dtype.itemsize}")),
     "pow": np.power,
     "rint": np.rint,
     "round": lambda x: np.trunc(x + np.copysign(0.5, x)),

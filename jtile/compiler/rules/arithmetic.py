@@ -118,6 +118,8 @@ def apply(e, name: str, shape: tuple[int, ...], dtype: np.dtype, *operands: Valu
     if bounds is not None and bounds[0] == bounds[1]:
         return constant(bounds[0], shape, dtype)
     texts = e.operands(*operands, shape=shape)
+    if kind == np.float64 and "libdevice" in template:  # which takes literals for float32
+        texts = [e.tensor(e.spread(v, shape)) if v.constant is not None else v.text for v in operands]
     if wide:
         bare = [v.text if v.constant is not None else None for v in operands]  # literals have no type to convert
         texts = [t if t == b else f"tl.cast({t}, tl.float32)" for t, b in zip(texts, bare, strict=True)]
@@ -138,19 +140,32 @@ def _finite_constant(value: Value) -> bool:
     return value.constant is not None and bool(np.isfinite(value.constant))
 
 
-def traced(e, function: Callable, *operands: Value) -> Value:
-    """What a JAX function of arrays computes."""
-    jaxpr = jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in operands))
-    (result,) = e.run(jaxpr, operands)
-    return result
+def digamma(x):
+    """The derivative of the logarithm of the gamma function (Abramowitz & Stegun 6.3.5, 6.3.7 and 6.3.18)."""
+    mirrored = x < 0.5
+    y = jnp.where(mirrored, 1 - x, x)
+    result = jnp.zeros_like(y)
+    for _ in range(10):  # digamma(y) = digamma(y + 1) - 1 / y
+        result -= jnp.where(y < 10, 1 / y, 0)
+        y = jnp.where(y < 10, y + 1, y)
+    square = 1 / (y * y)
+    series = jnp.zeros_like(y)
+    for coefficient in (1 / 12, -691 / 32760, 1 / 132, -1 / 240, 1 / 252, -1 / 120, 1 / 12):
+        series = square * (coefficient + series)
+    result += jnp.log(y) - 0.5 / y - series
+    whole = jnp.round(x)
+    reflected = result - jnp.pi / jnp.tan(jnp.pi * (x - whole))
+    pole = jnp.where(x == 0, -jnp.inf, jnp.nan)
+    return jnp.where(mirrored, jnp.where(x == whole, pole, reflected), result)
 
 
-# Written by JAX itself in simpler operations.
+# In terms of simpler operations, most of them as JAX itself writes them for XLA.
 SPECIAL: dict[str, Callable] = {
     "igamma": borrowed.igamma,
     "igammac": borrowed.igammac,
     "igamma_grad_a": borrowed.igamma_grad_a,
     "regularized_incomplete_beta": borrowed.regularized_incomplete_beta,
+    "digamma": digamma,
     "bessel_i0e": borrowed.bessel_i0e,
 }
 
@@ -160,7 +175,8 @@ def special(e, eqn, *operands: Value):
     out = eqn.outvars[0].aval
     wide = np.dtype(np.float32) if narrow_float(out.dtype) else np.dtype(out.dtype)
     given = [cast(e, e.spread(v, out.shape), wide) for v in operands]
-    return cast(e, traced(e, SPECIAL[eqn.primitive.name], *given), np.dtype(out.dtype))
+    [result] = e.compute(SPECIAL[eqn.primitive.name], *given)
+    return cast(e, result, np.dtype(out.dtype))
 
 
 @rule("sign")
@@ -187,8 +203,9 @@ def nextafter(e, eqn, x: Value, y: Value):
         raise e.unsupported(f"`nextafter` of {x.dtype} has no form in Triton", "Step through the bits of an integer.")
     shape = eqn.outvars[0].aval.shape
     if narrow_float(x.dtype):
-        return traced(e, _next_half, *(e.spread(v, shape) for v in (x, y)))
-    x_text, y_text = e.operands(x, y, shape=shape)
+        [result] = e.compute(_next_half, *(e.spread(v, shape) for v in (x, y)))
+        return result
+    x_text, y_text = (e.tensor(e.spread(v, shape)) for v in (x, y))
     return e.let(f"libdevice.nextafter({x_text}, {y_text})", shape, x.dtype, "nextafter")
 
 
@@ -234,28 +251,6 @@ def mulhi(e, eqn, x: Value, y: Value):
     else:
         text = f"tl.cast(tl.cast({a}, tl.int64) * tl.cast({b}, tl.int64) >> {bits}, {triton_type(x.dtype)})"
     return e.let(text, shape, x.dtype, "mulhi")
-
-
-@rule("pow")
-def power(e, eqn, x: Value, y: Value):
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        return elementwise(e, eqn, x, y)
-    shape = eqn.outvars[0].aval.shape
-    return traced(e, _integer_power, e.spread(x, shape), e.spread(y, shape))
-
-
-def _integer_power(x, y):
-    """x**y by repeated squaring; to a negative power all but 1 and -1 vanish."""
-
-    def step(_, carry):
-        result, square, rest = carry
-        return jnp.where(rest & 1 != 0, result * square, result), square * square, rest >> 1
-
-    one = jnp.ones_like(x)
-    bits = 8 * y.dtype.itemsize - jnp.issubdtype(y.dtype, jnp.signedinteger)
-    result = jax.lax.fori_loop(0, bits, step, (one, x, y))[0]
-    vanished = jnp.where(x == 1, one, jnp.where(x == -1, jnp.where(y & 1 != 0, -one, one), jnp.zeros_like(x)))
-    return jnp.where(y < 0, vanished, result) if jnp.issubdtype(y.dtype, jnp.signedinteger) else result
 
 
 @rule("integer_pow")
@@ -394,7 +389,7 @@ def reduce_precision(e, eqn, x: Value):
     if exponent >= given.nexp and mantissa >= given.nmant:
         return x
     wide = np.dtype(np.float64) if x.dtype == np.float64 else np.dtype(np.float32)
-    rounded = traced(e, lambda x: _reduced(x, exponent, mantissa), cast(e, x, wide))
+    [rounded] = e.compute(lambda x: _reduced(x, exponent, mantissa), cast(e, x, wide))
     return cast(e, rounded, x.dtype)
 
 

@@ -45,8 +45,9 @@ def dot_general(e, eqn, a: Value, b: Value, accumulator: Value | None = None):
         a, b = cast(e, a, common), cast(e, b, common)
     free_a = [i for i in range(len(a.shape)) if i not in (*contract_a, *batch_a)]
     free_b = [i for i in range(len(b.shape)) if i not in (*contract_b, *batch_b)]
-    a = _merged(e, a, batch_a, free_a, contract_a)
-    b = _merged(e, b, batch_b, contract_b, free_b)
+    # Only what is summed over has an axis even if it has none.
+    a = _merged(e, a, *filter(len, (batch_a, free_a)), contract_a)
+    b = _merged(e, b, *filter(len, (batch_b,)), contract_b, *filter(len, (free_b,)))
     a, b = e.filled(a, (len(a.shape) - 1,), 0), e.filled(b, (int(bool(batch_b)),), 0)
     summed = _sums_in(a.dtype, out.dtype)
     shape = (*a.shape[:-1], *b.shape[1 + bool(batch_b) :])
@@ -70,7 +71,7 @@ def dot_general(e, eqn, a: Value, b: Value, accumulator: Value | None = None):
 def _merged(e, x: Value, *groups: Sequence[int]) -> Value:
     """`x` with the axes of each group, in order, made one."""
     ordered = transposed(e, x, [axis for group in groups for axis in group])
-    return reshaped(e, ordered, tuple(math.prod(x.shape[axis] for axis in group) for group in groups if group))
+    return reshaped(e, ordered, tuple(math.prod(x.shape[axis] for axis in group) for group in groups))
 
 
 def _tensor_cores(e, eqn, a: Value, b: Value, shape: tuple[int, ...], accumulator: Value | None) -> str:

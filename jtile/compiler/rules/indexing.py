@@ -182,11 +182,9 @@ def _combination(e, eqn, x: Value):
     function = jaxpr_as_fun(jaxpr)
     for _ in x.shape:
         function = jax.vmap(function)
-    aval = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    mapped = jax.make_jaxpr(function)(aval, aval)
 
     def combine(old: Value, new: Value) -> Value:
-        (result,) = e.run(mapped, [old, new])
+        [result] = e.compute(function, old, new)
         return result
 
     return combine

@@ -11,7 +11,7 @@ import numpy as np
 from jtile import borrowed
 from jtile.compiler.kernel import Scratch, scratch_of
 from jtile.compiler.rules import rule
-from jtile.compiler.value import Affine, Block, Value, constant, tile
+from jtile.compiler.value import Affine, Block, Value, constant, float8, tile
 
 # Most elements along a side of a block that the Tensor Memory Accelerator moves.
 TMA_LIMIT = 256
@@ -162,8 +162,9 @@ def _load(e, ref: Block | Scratch, transforms, mask: Value | None = None, other:
     if tma:
         return e.let(f"{tma[0]}.load({tma[1]}){e.comment}", shape, dtype, name, zero_padded=True)
     access = locate(e, ref, transforms)
+    zero = "0.0" if float8(dtype) else "0"  # which Triton converts from no integer
     value = e.let(
-        f"tl.load({access.arguments(mask=mask, other='0', **hints)}){e.comment}", shape, dtype, name, zero_padded=True
+        f"tl.load({access.arguments(mask=mask, other=zero, **hints)}){e.comment}", shape, dtype, name, zero_padded=True
     )
     return _masked(e, value, mask, other) if other is not None and other.constant != 0 else value
 

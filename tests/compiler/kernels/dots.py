@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from tests.compiler.kernels import case, integers, like, normal
+from tests.compiler.kernels import case, integers, like, normal, whole
 
 DOTS = {
     "nn": (lambda a, b: a @ b, (16, 32), (32, 16)),
@@ -57,12 +57,72 @@ def constant_and_column(column, x):
     return pl.pallas_call(kernel, out_shape=like(x))(column, x)
 
 
-@case(integers(16, 32, dtype=np.int8), integers(32, 16, dtype=np.int8, seed=1))
-def dot_of_bytes(a, b):
-    def kernel(a_ref, b_ref, o_ref):
-        o_ref[...] = jnp.dot(a_ref[...], b_ref[...], preferred_element_type=jnp.int32)
+def _typed(*shape, dtype, seed=0):
+    if jnp.issubdtype(dtype, jnp.floating):
+        return normal(*shape, seed=seed).astype(dtype)
+    info = np.iinfo(dtype)
+    return np.random.default_rng(seed).integers(info.min, info.max, shape, dtype, endpoint=True)
 
-    return pl.pallas_call(kernel, out_shape=like(a, jnp.int32, (16, 16)))(a, b)
+
+def _float32(a, b):
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def _int32(a, b):
+    return jnp.dot(a, b, preferred_element_type=jnp.int32)
+
+
+FLOAT8, NARROWER = jnp.float8_e4m3fn, jnp.float8_e5m2
+TYPED_DOTS = {
+    "bytes": (_int32, np.int8, np.int8),
+    "unsigned_bytes": (_int32, np.uint8, np.uint8),
+    "mixed_bytes": (_int32, np.int8, np.uint8),
+    "shorts": (_int32, np.int16, np.int16),
+    "words": (jnp.dot, np.int32, np.int32),
+    "unsigned_words": (jnp.dot, np.uint32, np.uint32),
+    "bytes_kept": (jnp.dot, np.int8, np.int8),
+    "float8": (_float32, FLOAT8, FLOAT8),
+    "float8_e5m2": (_float32, NARROWER, NARROWER),
+    "float8_mixed": (_float32, FLOAT8, NARROWER),
+    "half_and_float32": (_float32, jnp.bfloat16, np.float32),
+    "half_and_float16": (_float32, jnp.bfloat16, np.float16),
+    "half_and_bytes": (_float32, np.float16, np.int8),
+    "half_kept": (jnp.dot, np.float16, np.float16),
+}
+for _name, (_function, _a, _b) in TYPED_DOTS.items():
+    case(_typed(12, 20, dtype=_a), _typed(20, 10, dtype=_b, seed=1), name=f"dot_of_{_name}")(
+        functools.partial(whole, _function)
+    )
+
+MANY_AXES = {
+    "few_terms": ("ij,jk->ik", (16, 3), (3, 16)),
+    "few_of_everything": ("ij,jk->ik", (2, 3), (3, 5)),
+    "outer": ("i,k->ik", (5,), (6,)),
+    "inner": ("i,i->", (5,), (5,)),
+    "two_batches": ("abij,abjk->abik", (2, 3, 4, 5), (2, 3, 5, 6)),
+    "two_free": ("aij,jbk->aibk", (2, 3, 16), (16, 2, 5)),
+    "two_terms": ("iab,abk->ik", (4, 3, 5), (3, 5, 6)),
+    "transposed_batch": ("ibj,kjb->bki", (4, 3, 5), (6, 5, 3)),
+    "batched_vector": ("bij,bj->bi", (3, 4, 5), (3, 5)),
+    "batched_vector_on_the_left": ("bj,bjk->bk", (3, 5), (3, 5, 4)),
+    "batched_inner": ("bi,bi->b", (3, 5), (3, 5)),
+    "no_terms": ("bi,bk->bik", (3, 5), (3, 4)),
+    "grouped_heads": ("qhgd,khd->hgqk", (8, 2, 3, 16), (8, 2, 16)),
+}
+for _name, (_subscripts, _a, _b) in MANY_AXES.items():
+    case(normal(*_a), normal(*_b, seed=1), name=f"einsum_{_name}")(
+        functools.partial(whole, functools.partial(jnp.einsum, _subscripts))
+    )
+
+
+@case(normal(12, 3, 20), normal(20, 8, seed=1), normal(12, 3, 8, seed=2))
+def dot_accumulated_after_merging(a, b, c):
+    return whole(lambda a, b, c: c + jnp.einsum("xyj,jk->xyk", a, b), a, b, c)
+
+
+@case(integers(12, 20) > 0, integers(20, 8, seed=1) > 0)
+def dot_of_bools(a, b):
+    return whole(lambda a, b: lax.dot_general(a, b, (((1,), (0,)), ((), ()))), a, b)
 
 
 @case(normal(40, 48), normal(48, 56, seed=1))

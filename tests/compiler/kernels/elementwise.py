@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tests.compiler.kernels import case, integers, normal, rowwise
+from tests.compiler.kernels import case, integers, normal, rowwise, whole
 
 X, Y = normal(10, 24), normal(10, 24, seed=1)
 POSITIVE = np.abs(X) + 0.1
@@ -63,6 +63,11 @@ UNARY = {
     "to_half_and_back": (lambda x: x.astype(jnp.float16).astype(jnp.float32), X),
     "bits": (lambda x: lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) ^ 1, jnp.float32), X),
     "reduce_precision": (lambda x: lax.reduce_precision(x, 5, 10), X),
+    "reduce_mantissa": (lambda x: lax.reduce_precision(x, 8, 3), SPECIAL * 1.3),
+    "reduce_exponent": (lambda x: lax.reduce_precision(x * 2.0 ** jnp.round(8 * x), 4, 23), X),
+    "one_minus_square": (lax.one_minus_square, X),
+    "clamp": (lambda x: lax.clamp(-x, x + 1, x.dtype.type(0.5)), X),
+    "accuracy": (lambda x: lax.exp(x, accuracy=lax.AccuracyMode.DEFAULT), X),
     "constants_only": (lambda x: x + jnp.sqrt(jnp.full(x.shape, 2.0)) + jnp.float32(1e-40), X),
     "optimization_barrier": (lambda x: lax.optimization_barrier((x, x))[0] + 1, X),
     "half_arithmetic": (lambda x: jnp.exp(x.astype(jnp.float16) / 3).astype(jnp.float32), X),
@@ -87,6 +92,17 @@ BINARY = {
 }
 for _name, (_function, _x, _y) in BINARY.items():
     case(_x, _y, name=_name)(functools.partial(rowwise, _function, 4))
+
+SPECIAL_FUNCTIONS = {
+    "digamma": (lax.digamma, np.concatenate([X * 6, np.array([[0.0, -1.0, -2.0, 1e3] * 6], np.float32)])),
+    "bessel_i0e": (lax.bessel_i0e, X * 6),
+    "igamma": (lambda x: lax.igamma(x, jnp.flip(x, 1)), POSITIVE * 3),
+    "igammac": (lambda x: lax.igammac(x, jnp.flip(x, 1)), POSITIVE * 3),
+    "igamma_grad_a": (lambda x: lax.igamma_grad_a(x, jnp.flip(x, 1)), POSITIVE[:2, :5]),
+    "betainc": (lambda x: lax.betainc(x, jnp.flip(x, 1), x / (1 + x)), POSITIVE[:4, :5] * 2),
+}
+for _name, (_function, _x) in SPECIAL_FUNCTIONS.items():
+    case(_x, name=_name)(functools.partial(whole, _function))
 
 M, N = integers(10, 24), integers(10, 24, seed=1)
 NATURAL = np.abs(N) + 1
@@ -114,6 +130,58 @@ INTEGER = {
     "bytes": (lambda x, y: jnp.maximum(x, y) + jnp.int8(1), M.astype(np.int8), N.astype(np.int8)),
     "select_among_three": (lambda x, y: lax.select_n(jnp.abs(x) % 3, x, y, x + y), M, N),
     "bools": (lambda x, y: x & ~y, M > 0, N > 0),
+    "bool_extremes": (lambda x, y: lax.max(x, y) ^ lax.min(x, ~y) ^ (x < y), M > 0, N > 0),
+    "population_count": (lambda x, y: lax.population_count(x) + 100 * lax.clz(y), M, NATURAL),
+    "population_count_of_bytes": (
+        lambda x, y: lax.population_count(x) + lax.clz(y),
+        M.astype(np.int8),
+        N.astype(np.int8),
+    ),
+    "population_count_of_shorts": (
+        lambda x, y: lax.population_count(x) + lax.clz(y),
+        M.astype(np.uint16),
+        N.astype(np.uint16),
+    ),
+    "mulhi": (lambda x, y: lax.mulhi(x * 10_000_019, y * 20_000_003), M, N),
+    "mulhi_unsigned": (
+        lambda x, y: lax.mulhi(x * 10_000_019, y * 20_000_003),
+        M.astype(np.uint32),
+        N.astype(np.uint32),
+    ),
+    "float_to_bytes": (lambda x, y: (x * 3.7).astype(jnp.int8).astype(jnp.int32) + (y * 1.9).astype(jnp.uint8), M, N),
+    "bool_to_integer": (lambda x, y: (x > 0).astype(jnp.int8).astype(jnp.int32) - (y > 0), M, N),
 }
 for _name, (_function, _x, _y) in INTEGER.items():
     case(_x, _y, name=_name)(functools.partial(rowwise, _function, 4))
+
+
+# Types
+
+NARROW = np.array([[0.0, -0.0, np.inf, -np.inf, np.nan, 1e9, -500.0, 464.0, 465.0, 61439.0, 61440.0, 0.013, 3e-5]], "f")
+TYPES = {
+    "nextafter_half": (lambda x: lax.nextafter(x.astype(jnp.float16), jnp.flip(x, 1).astype(jnp.float16)), SPECIAL),
+    "nextafter_bfloat16": (lambda x: lax.nextafter(x.astype(jnp.bfloat16), jnp.bfloat16(2)), SPECIAL),
+    "to_float8_e4m3fn": (lambda x: x.astype(jnp.float8_e4m3fn).astype(jnp.float32), NARROW),
+    "to_float8_e5m2": (lambda x: x.astype(jnp.float8_e5m2).astype(jnp.float32), NARROW),
+    "float8_arithmetic": (
+        lambda x: (x * x + jnp.exp(x)) / jnp.where(x > 0, x, 2),
+        np.asarray(X, jnp.float8_e4m3fn),
+    ),
+    "float8_reductions": (
+        lambda x: jnp.min(x, axis=1).astype(jnp.float32) + jnp.max(x, axis=1).astype(jnp.float32) + jnp.argmax(x, 1),
+        np.asarray(X, jnp.float8_e5m2),
+    ),
+    "float8_moves": (
+        lambda x: jnp.sort(jnp.concatenate([jnp.flip(x, 1)[:, 3:], x[:, :3]], axis=1), axis=1).T.reshape(-1),
+        np.asarray(X, jnp.float8_e4m3fn),
+    ),
+    "float8_comparisons": (lambda x: (x < jnp.flip(x, 1)) | (x == 0), np.asarray(X, jnp.float8_e5m2)),
+    "bits_of_words": (lambda x: lax.bitcast_convert_type(x, jnp.uint8), X),
+    "words_of_bits": (
+        lambda x: lax.bitcast_convert_type(x.reshape(-1, 4), jnp.float32),
+        integers(24, low=0, high=100, dtype=np.int8),
+    ),
+    "halves_of_words": (lambda x: lax.bitcast_convert_type(x, jnp.bfloat16)[..., 1].astype(jnp.float32), X),
+}
+for _name, (_function, _x) in TYPES.items():
+    case(_x, name=_name)(functools.partial(whole, _function))

@@ -1,12 +1,14 @@
 """Reductions and scans, along padded and unpadded axes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from tests.compiler.kernels import case, integers, like, normal, rowwise
+from tests.compiler.kernels import case, integers, like, normal, rowwise, whole
 from tests.compiler.kernels.elementwise import SPECIAL
 
 REDUCTIONS = {
@@ -68,6 +70,7 @@ for _reverse in (False, True):
         "cumprod": lax.cumprod,
         "cummax": lax.cummax,
         "cummin": lax.cummin,
+        "cumlogsumexp": lax.cumlogsumexp,
     }.items():
 
         @case(normal(6, 12), name=f"{_name}{'_reversed' * _reverse}")
@@ -99,3 +102,52 @@ def cross_entropy(logits, labels):
         return logsumexp - jnp.sum(jnp.where(hit, x, 0.0), axis=-1)
 
     return rowwise(body, 4, logits, labels, out=like(logits, shape=(6,)))
+
+
+def _argmax_of(x, axis):
+    """Several results at once: the greatest elements and where they are."""
+
+    def greater(a, b):
+        (x, i), (y, j) = a, b
+        first = (x > y) | ((x == y) & (i < j))
+        return jnp.where(first, x, y), jnp.where(first, i, j)
+
+    operands = x, lax.broadcasted_iota(jnp.int32, x.shape, axis)
+    return lax.reduce(operands, (jnp.float32(-jnp.inf), jnp.int32(2**31 - 1)), greater, (axis,))
+
+
+REDUCED = {
+    "by_a_function": (lambda x: lax.reduce(x, np.float32(0), lambda a, b: jnp.hypot(a, b), (0, 1)), normal(3, 5)),
+    "several_values": (functools.partial(_argmax_of, axis=1), normal(3, 5)),
+    "all_axes_at_once": (lambda x: jnp.argmin(x) * 100 + jnp.argmax(x), normal(3, 5)),
+    "parity": (lambda x: lax.reduce_xor(x, axes=(1,)) + lax.reduce_or(x, axes=(1,)), integers(3, 5)),
+    "truth": (
+        lambda x: jnp.all(x > -1, axis=1) ^ jnp.any(x > 1.5, axis=1) ^ lax.reduce_xor(x > 0, axes=(1,)),
+        normal(3, 5),
+    ),
+    "bytes": (
+        lambda x: jnp.max(x, axis=1) - jnp.min(x, axis=1) + jnp.sum(x, axis=1, dtype=np.int8),
+        integers(3, 5, dtype=np.int8),
+    ),
+    "halves": (lambda x: jnp.prod(x.astype(jnp.bfloat16), axis=1).astype(jnp.float32), normal(3, 5)),
+    "nothing": (lambda x: lax.reduce_sum(x, axes=()) + 1, normal(3, 5)),
+    "variance": (lambda x: jnp.var(x, axis=(0, 2)), normal(3, 5, 2)),
+    "logsumexp": (lambda x: jax.nn.logsumexp(x, axis=0), normal(3, 5)),
+}
+for _name, (_function, _x) in REDUCED.items():
+    case(_x, name=f"reduce_{_name}")(functools.partial(whole, _function))
+
+EXTREME = np.array([-np.inf, -np.inf, 1, np.inf, np.inf, -np.inf, np.nan], np.float32)
+SCANNED = {
+    "cumlogsumexp_of_infinities": (lambda x: lax.cumlogsumexp(x[:6]), EXTREME),
+    "cummax_of_nan": (lambda x: lax.cummax(x) + lax.cummin(x, reverse=True), EXTREME),
+    "cumsum_of_rows": (lambda x: jnp.cumsum(x, axis=0) + lax.cumsum(x, axis=0, reverse=True), normal(5, 3)),
+    "cumsum_of_integers": (lambda x: jnp.cumsum(x) + lax.cummax(x, reverse=True), integers(7)),
+    "associative_scan": (
+        lambda x: lax.associative_scan(lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1]), (x, x + 1), axis=1),
+        normal(2, 7),
+    ),
+    "associative_scan_reversed": (lambda x: lax.associative_scan(jnp.maximum, x, reverse=True), normal(6)),
+}
+for _name, (_function, _x) in SCANNED.items():
+    case(_x, name=f"scan_{_name}")(functools.partial(whole, _function))
