@@ -20,6 +20,7 @@ from jax._src.dispatch import (
 )
 from jax._src.lax import special as _special
 from jax._src.lib import gpu_triton as _gpu_triton
+from jax._src.random.prng import KeyTy as _KeyTy
 from jax._src.state.discharge import (
     # What a ref's indices, reshapes and bitcasts select from its contents, as operations on values.
     transform_array as transform_array,
@@ -34,6 +35,29 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 # What `ref.reshape` and `ref.bitcast` make of a ref, beside indexing it.
 RESHAPES = (_ReshapeTransform, _BitcastTransform)
+
+
+def is_key(aval) -> bool:
+    """Whether values of this type are keys of `jax.random`."""
+    return hasattr(aval, "dtype") and isinstance(aval.dtype, _KeyTy)
+
+
+def key_functions(aval):
+    """What `jax.random` does with keys of this type, as functions of their data: seed, split, fold_in, random_bits."""
+    return aval.dtype._impl
+
+
+def key_data(aval):
+    """The type of the arrays that hold values of this type: for keys that of their data."""
+    return _core.physical_aval(aval)
+
+
+def failed_check(err_tree, operands: Sequence) -> tuple[str, list]:
+    """The message of a `checkify` check, given its operands, and the values to fill in."""
+    error = jax.tree.unflatten(err_tree, operands)
+    [metadata], [payload] = error._metadata.values(), error._payload.values()
+    exception = jax.tree.unflatten(metadata, payload)
+    return exception.fmt_string, jax.tree.leaves((exception.args, exception.kwargs))
 
 
 def varying_axes(aval) -> frozenset[str]:

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 from jax.extend import source_info_util
-from jax.extend.core import Literal
+from jax.extend.core import Literal, jaxprs_in_params
 
+from jtile import borrowed
 from jtile.compiler.kernel import Kernel, Place, Scratch, Source, UnsupportedKernel
 from jtile.compiler.params import CompilerParams
-from jtile.compiler.rules import CURES, RULES, dot
+from jtile.compiler.rules import CURES, RULES, dot, random
 from jtile.compiler.value import TRITON_TYPES, Affine, Block, Value, constant, tile, triton_type
 
 # What an equation works on.
@@ -198,7 +199,7 @@ class Emitter:
         sums = dot.accumulations(equations, uses)
         for eqn in equations:
             for dtype in {v.aval.dtype for v in eqn.outvars if hasattr(v.aval, "dtype")}:
-                if isinstance(dtype, np.dtype):  # keys of random numbers have a type that is none of NumPy's
+                if isinstance(dtype, np.dtype):  # those of keys are words of 32 bits
                     self.check_type(dtype)
             if any(eqn is product for product, _ in sums.values()):
                 continue  # emitted with its sum
@@ -208,6 +209,9 @@ class Emitter:
             if eqn.outvars and eqn.outvars[0] in sums:
                 product, accumulator = sums[eqn.outvars[0]]
                 result = dot.dot_general(self, product, *map(read, product.invars), accumulator=read(accumulator))
+            elif any(borrowed.is_key(v.aval) for v in eqn.invars) and not _understands_keys(eqn):
+                result = random.moved(self, eqn, *map(read, eqn.invars))
+                result = result if eqn.primitive.multiple_results else result[0]
             elif eqn.primitive.name in RULES:
                 result = RULES[eqn.primitive.name](self, eqn, *map(read, eqn.invars))
             else:
@@ -265,7 +269,7 @@ class Emitter:
         Axes that `jax.vmap` added run slowest. Where CUDA's three axes do not suffice, one axis counts all programs.
         """
         grid, mapped = self.kernel.grid, self.kernel.mapped
-        order = [a for a in range(len(grid)) if a not in mapped] + list(reversed(mapped))
+        order = [*self.kernel.own_axes, *reversed(mapped)]
         order = [a for a in order if grid[a] != 1]
         sizes = [grid[a] for a in order]
         programs = math.prod(sizes)
@@ -332,6 +336,11 @@ class Emitter:
         return self.let(
             f"tl.where({self.inside(value.shape, axes)}, {value.text}, {text})", value.shape, value.dtype, "fill"
         )
+
+
+def _understands_keys(eqn) -> bool:
+    """Whether it is of `jax.random`, or holds a jaxpr that works on keys."""
+    return eqn.primitive.name.startswith("random_") or any(jaxprs_in_params(eqn.params))
 
 
 def _needed(equations: Sequence, results: Sequence) -> list:

@@ -81,6 +81,11 @@ class Kernel:
     where: str
 
     @property
+    def own_axes(self) -> tuple[int, ...]:
+        """The axes of the grid that the kernel's author knows of."""
+        return tuple(axis for axis in range(len(self.grid)) if axis not in self.mapped)
+
+    @property
     def inputs(self) -> tuple[Ref, ...]:
         return self.refs[: self.num_inputs]
 

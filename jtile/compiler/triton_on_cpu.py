@@ -217,7 +217,9 @@ class Builder(interpreter.InterpreterBuilder):
     def __init__(self) -> None:
         super().__init__()
         precisions = ("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6")
-        self.options = interpreter.InterpreterOptions(allowed_dot_input_precisions=precisions)
+        self.options = interpreter.InterpreterOptions(
+            allowed_dot_input_precisions=precisions, debug=True, sanitize_overflow=False
+        )
 
     # The trailing arguments, how to cache, differ between versions of Triton.
 

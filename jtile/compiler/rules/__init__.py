@@ -22,12 +22,10 @@ def rule(*primitives: str):
 # What to write in place of a primitive that has no rule.
 CURES = {
     "conv_general_dilated": "Write the convolution as `jnp.dot` over shifted loads `ref[pl.ds(i, n)]`.",
-    "threefry2x32": "Draw the random numbers outside of the kernel, or compute a counter-based hash with integers.",
-    "random_bits": "Draw the random numbers outside of the kernel, or compute a counter-based hash with integers.",
-    "debug_print": "Run with `implementation='interpret'`, or `jtile.interpret_pallas`, where printing works.",
+    "rng_bit_generator": "Make keys of the kind that is JAX's default, `jax.random.key(seed, impl='threefry2x32')`.",
     "debug_callback": "Run with `jtile.interpret_pallas`, where callbacks work.",
     "linear_solve": "Write the elimination as a loop over columns.",
 }
 
 # Each module registers its rules with the table above.
-from jtile.compiler.rules import arithmetic, control, dot, indexing, memory, reduction, shape, sort  # noqa: E402, F401
+from jtile.compiler.rules import arithmetic, control, debugging, dot, indexing, memory, random, reduction, shape, sort  # noqa: E402, F401

@@ -278,8 +278,12 @@ def integer_pow(e, eqn, x: Value):
 @rule("shift_left", "shift_right_arithmetic", "shift_right_logical")
 def shift(e, eqn, x: Value, amount: Value):
     name, out = eqn.primitive.name, eqn.outvars[0].aval
-    x_text, by = e.operands(x, amount, shape=out.shape)
     bits = x.dtype.itemsize * 8
+    if amount.constant is not None and not 0 <= amount.constant < bits:
+        if name != "shift_right_arithmetic":
+            return constant(0, out.shape, out.dtype)
+        amount = constant(bits - 1, amount.shape, amount.dtype)
+    x_text, by = e.operands(x, amount, shape=out.shape)
     as_type = triton_type(x.dtype.name if name == "shift_left" else _signedness(x.dtype, "logical" not in name))
     recast = as_type != triton_type(x.dtype)
     if recast:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
+from jtile import borrowed
 from jtile.compiler.rules import arithmetic, rule
 from jtile.compiler.value import Affine, Block, Value, constant
 
@@ -45,7 +46,8 @@ def scan(e, eqn, *operands):
         low = constant(0, (), np.int32) if counter is None else carry[counter]
         return _for(e, body, consts, carry, counter, low, _plus(e, low, length), unroll=params["unroll"])
     values = [e.let(e.tensor(v), v.shape, v.dtype, "carry") for v in carry]
-    ys = [constant(0, v.aval.shape, v.aval.dtype) for v in eqn.outvars[num_carry:]]
+    types = [borrowed.key_data(v.aval) for v in eqn.outvars[num_carry:]]
+    ys = [constant(0, t.shape, t.dtype) for t in types]
     ys = [e.let(e.tensor(y), y.shape, y.dtype, "ys") for y in ys]
     with _range(e, "0", str(length), params["unroll"]) as index:
         if params["reverse"]:
@@ -95,7 +97,8 @@ def cond(e, eqn, which: Value, *operands):
     branches = eqn.params["branches"]
     if which.constant is not None:
         return e.run(branches[min(max(int(which.constant), 0), len(branches) - 1)], operands)
-    results = [Value(e.name("either"), v.aval.shape, np.dtype(v.aval.dtype)) for v in eqn.outvars]
+    types = [borrowed.key_data(v.aval) for v in eqn.outvars]
+    results = [Value(e.name("either"), t.shape, np.dtype(t.dtype)) for t in types]
     for i, branch in enumerate(branches):
         # As in JAX, an index out of range takes the nearest branch.
         head = "else:" if i == len(branches) - 1 else f"{'el' if i else ''}if {which.text} <= {i}:"

@@ -138,8 +138,12 @@ def debug_barrier(e, eqn):
 
 @rule("program_id")
 def program_id(e, eqn):
-    own = [axis for axis in range(len(e.kernel.grid)) if axis not in e.kernel.mapped]
-    return e.ids[own[eqn.params["axis"]]]
+    return e.ids[e.kernel.own_axes[eqn.params["axis"]]]
+
+
+@rule("num_programs")
+def num_programs(e, eqn):
+    return constant(e.kernel.grid[e.kernel.own_axes[eqn.params["axis"]]], (), np.int32)
 
 
 @rule("axis_index")

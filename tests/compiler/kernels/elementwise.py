@@ -116,6 +116,11 @@ INTEGER = {
     "integer_sign": (lambda x, y: jnp.sign(x) + abs(y), M, N),
     "bitwise": (lambda x, y: (x & y) | ~(x ^ 5), M, N),
     "shift_by_a_constant": (lambda x, y: (x << 3) + (y >> 2) + lax.shift_right_logical(x, 4), M, N),
+    "shift_past_the_width": (
+        lambda x, y: (x << 32) + (y >> 40) + lax.shift_right_logical(x, 33) + lax.shift_right_arithmetic(x, 32),
+        M,
+        N,
+    ),
     "shift_by_anything": (
         lambda x, n: lax.shift_left(x, n) + lax.shift_right_logical(x, n) * 3 + lax.shift_right_arithmetic(x, n) * 7,
         M,

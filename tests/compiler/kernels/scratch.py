@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tests.compiler.kernels import case, like, normal
+from tests.compiler.kernels import case, integers, like, normal
 
 
 @case(normal(40, 48), normal(48, 56, seed=1))
@@ -69,6 +69,27 @@ def scratch_in_loops_and_branches(x):
             swapped_ref=pl.ANY((4, 12), jnp.float32),
         ),
     )(x)
+
+
+@case(normal(8, 16), integers(8, low=0, high=8))
+def scratch_by_parts(x, rows):
+    """Rows, columns, strides, arrays and masks of a scratch ref, and a ref of a ref."""
+
+    def kernel(x_ref, rows_ref, o_ref, s_ref):
+        s_ref[...] = jnp.zeros_like(s_ref)
+        s_ref[:, 3] = x_ref[:, 3]
+        s_ref[pl.ds(0, 4), pl.ds(8, 8)] = x_ref[4:, :8]
+
+        @pl.loop(0, 8)
+        def _(i):
+            s_ref[i] += x_ref[rows_ref[i]] * i
+            s_ref[rows_ref[i], i] = s_ref[i, rows_ref[i]] + 1
+
+        s_ref.at[pl.ds(4, 4)][1:3, ::2] = jnp.full((2, 8), 7.0)
+        s_ref.at[pl.ds(rows_ref[1], 1)][...] *= 2
+        o_ref[...] = s_ref[...] + s_ref[rows_ref[...], :] + s_ref[jnp.arange(8), rows_ref[...]][:, None]
+
+    return pl.pallas_call(kernel, out_shape=like(x), scratch_shapes=[pl.ANY(x.shape, x.dtype)])(x, rows)
 
 
 @case(normal(8, 16))
