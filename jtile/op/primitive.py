@@ -8,7 +8,8 @@ between kernel and reference.
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -76,7 +77,9 @@ class TileOp:
     Calling the op takes arrays in the signature's order, `None` for an absent optional operand, static arguments by
     keyword, and `implementation`: `None` takes the kernel on NVIDIA GPUs and the reference elsewhere; `"triton"`
     insists on the kernel, `"xla"` on the reference, and `"interpret"` runs the kernel in Pallas' interpreter on any
-    machine.
+    machine. Inside `jax.shard_map`, `split={"v": "model"}` tells that operands are a device's parts of larger ones,
+    whose dimension v (or `"..."`) a mesh axis, or a tuple of them, splits: results that lack v are completed over
+    devices. Under automatic and explicit axes nothing need be told.
 
     Example:
         >>> import jax.numpy as jnp
@@ -123,14 +126,20 @@ class TileOp:
         self.transpose_function = function
         return function
 
-    def __call__(self, *operands, implementation: Implementation = None, **static: Hashable) -> tuple:
+    def __call__(
+        self,
+        *operands,
+        implementation: Implementation = None,
+        split: Mapping[str, str | tuple[str, ...]] = MappingProxyType({}),
+        **static: Hashable,
+    ) -> tuple:
         if implementation not in IMPLEMENTATIONS:
             raise ValueError(
                 f"{self.name}: `implementation` must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
                 f"got {implementation!r}"
             )
         static = self._check_static(static)
-        arrays = self._check_operands(operands)
+        arrays = sharding.parts(self, self._check_operands(operands), split)
         given = [a for a in arrays if a is not None]
         call = Call(
             present=tuple(a is not None for a in arrays),
@@ -138,7 +147,7 @@ class TileOp:
             implementation=implementation,
             static=tuple(sorted(static.items())),
         )
-        return self.bind(given, call)
+        return sharding.completed(self, self.bind(given, call), split)
 
     def bind(self, given: Sequence, call: Call) -> tuple:
         """Bind the primitive to the operands that are present; `None` in the result for what is absent."""

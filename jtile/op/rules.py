@@ -250,8 +250,8 @@ def pullback_of(op: TileOp) -> TileOp:
 def _derived(op: TileOp, suffix: str, operands: Sequence[Term], results: Sequence[Term]) -> TileOp:
     from jtile.op.primitive import TileOp
 
-    optional = functools.partial(map, lambda t: t.renamed(t.name, optional=True, saved=False))
-    signature = Signature(tuple(optional(operands)), tuple(optional(results)), op.signature.whole)
+    optional = functools.partial(map, lambda t: t.renamed(t.name, optional=True, saved=False, reduction="sum"))
+    signature = Signature(tuple(optional(operands)), tuple(optional(results)), op.signature.derivative_whole)
     derived = TileOp(f"{op.name}_{suffix}", signature)
     derived.parent = op
     return derived

@@ -2,7 +2,7 @@
 
 Every dimension is a *factor* of Shardy's sharding rules. A factor keeps the mesh axes of the first operand that splits
 it, unless the kernel needs it whole. A result that lacks a split factor is a partial sum on each device, completed by
-a `psum`.
+a `psum`, or as its reduction asks.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -38,6 +39,8 @@ class Layout:
 
     op: str
     names: tuple[str, ...]  # of the operands, for errors
+    indexes: tuple[str | None, ...]  # the factor along which an operand's values are positions
+    reductions: tuple[str, ...]  # what a result is over the factors that it lacks
     operands: tuple[tuple[Dim, ...], ...]
     results: tuple[tuple[Dim, ...], ...]
     sizes: dict[str, int]
@@ -58,15 +61,14 @@ class Layout:
 
         terms = [t for t, p in zip(op.signature.operands, call.present, strict=True) if p]
         present = rules.result_shapes(op, avals, call)
+        results = [t for t, r in zip(op.signature.results, present, strict=True) if r is not None]
         return cls(
             op.name,
             tuple(t.name for t in terms),
+            tuple(t.indexes for t in terms),
+            tuple(t.reduction for t in results),
             tuple(dims(t, mask) for t, mask in zip(terms, call.groups, strict=True)),
-            tuple(
-                dims(t, (True,) * call.group_count)
-                for t, r in zip(op.signature.results, present, strict=True)
-                if r is not None
-            ),
+            tuple(dims(t, (True,) * call.group_count) for t in results),
             sizes,
             op.signature.whole,
         )
@@ -125,8 +127,8 @@ class Layout:
         split = (next((assigned[f] for f in dim if f in assigned), None) for dim in dims)
         return PartitionSpec(*(axes if axes is None or len(axes) > 1 else axes[0] for axes in split))
 
-    def summed(self, dims: Sequence[Dim], assigned: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
-        """The mesh axes over which a result with these dimensions is a partial sum."""
+    def reduced(self, dims: Sequence[Dim], assigned: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+        """The mesh axes over which a result with these dimensions is to be completed."""
         mine = {f for dim in dims for f in dim}
         return tuple(a for f, axes in assigned.items() if f not in mine for a in axes)
 
@@ -138,9 +140,7 @@ def _words(factor: str) -> str:
 
 def axes_of(spec: PartitionSpec | None, ndim: int) -> Spec:
     def axes(entry) -> tuple[str, ...]:
-        if entry is None or entry is PartitionSpec.UNCONSTRAINED:
-            return ()
-        return entry if isinstance(entry, tuple) else (entry,)
+        return () if entry is None or entry is PartitionSpec.UNCONSTRAINED else _axes(entry)
 
     return tuple(axes(entry) for entry in (*(spec or ()), *[None] * ndim)[:ndim])
 
@@ -209,8 +209,83 @@ def partitioned(op: TileOp, call: Call, function: Callable, operands: Sequence) 
 
 
 def _local(layout: Layout, assigned: dict[str, tuple[str, ...]], function: Callable, *parts: jax.Array):
-    """Run `function` on one device's parts of the operands, and complete its sums."""
-    sums = [layout.summed(dims, assigned) for dims in layout.results]
+    """Run `function` on one device's parts of the operands, and complete its results."""
     with borrowed.no_mesh():
-        results = function(*parts)
-        return tuple(jax.lax.psum(r, axes) if axes else r for r, axes in zip(results, sums, strict=True))
+        inside = (
+            _positions_inside(part, assigned[i], layout.sizes[i]) if i in assigned else part
+            for part, i in zip(parts, layout.indexes, strict=True)
+        )
+        axes = (layout.reduced(dims, assigned) for dims in layout.results)
+        return tuple(map(_completed, function(*inside), layout.reductions, axes))
+
+
+# The same where the user has split the operands, inside `shard_map`.
+
+
+def parts(op: TileOp, operands: Sequence, split: Mapping[str, str | tuple[str, ...]]) -> list:
+    """Operands that are one device's, as the op is to see them."""
+    known = {dim for term in op.signature.operands for dim in _named(term)}
+    allowed = known - op.signature.whole
+    for dim in split:
+        if dim not in allowed:
+            raise ValueError(
+                f"{op.name}: `split` names {dim!r}, and the op can be split along "
+                f"{', '.join(map(repr, sorted(allowed))) or 'no dimension'}"
+                + (f"; gather {dim!r} by jax.lax.all_gather" if dim in known else "")
+            )
+    sizes, _ = op.signature.check(op.name, [None if x is None else x.shape for x in operands])
+
+    def inside(term: Term, x):
+        if x is None or term.indexes is None or term.indexes not in split:
+            return x
+        axes = _axes(split[term.indexes])
+        return _positions_inside(x, axes, sizes[term.indexes] * math.prod(map(jax.lax.axis_size, axes)))
+
+    return list(map(inside, op.signature.operands, operands))
+
+
+def completed(op: TileOp, results: Sequence, split: Mapping[str, str | tuple[str, ...]]) -> tuple:
+    """What devices computed from their parts, put together."""
+
+    def complete(term: Term, result):
+        lacking = [_axes(axes) for dim, axes in split.items() if dim not in _named(term)]
+        return None if result is None else _completed(result, term.reduction, sum(lacking, ()))
+
+    return tuple(map(complete, op.signature.results, results))
+
+
+def _named(term: Term) -> list[str]:
+    return ["..."] * term.leading + term.factors
+
+
+def _axes(entry: str | tuple[str, ...]) -> tuple[str, ...]:
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def _positions_inside(positions: jax.Array, axes: tuple[str, ...], size: int) -> jax.Array:
+    """Positions along a dimension of this size as positions in the part of it that this device has."""
+    part = size // math.prod(map(jax.lax.axis_size, axes))
+    return positions - (jax.lax.axis_index(axes) * part).astype(positions.dtype)
+
+
+def _completed(result: jax.Array, reduction: str, axes: tuple[str, ...]) -> jax.Array:
+    """The reduction over devices of what each made of its part."""
+    if not axes:
+        return result
+    return _logsumexp(result, axes) if reduction == "logsumexp" else jax.lax.psum(result, axes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _logsumexp(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Over devices, by one exchange of one number: a maximum and then a sum would be two of two."""
+    tracked = borrowed.varying_axes(jax.typeof(x))  # by `shard_map(check_vma=True)` alone
+    return jax.nn.logsumexp(jax.lax.all_gather(x, axes, to="invarying" if tracked else "varying"), axis=0)
+
+
+@_logsumexp.defjvp
+def _logsumexp_jvp(axes, primals, tangents):
+    """The transpose of this sum exchanges nothing: every device scales the cotangent by its own share."""
+    (x,), (x_dot,) = primals, tangents
+    y = _logsumexp(x, axes)
+    share = jnp.exp(x - jnp.where(y == -jnp.inf, 0.0, y))
+    return y, jax.lax.psum(share * x_dot, axes)

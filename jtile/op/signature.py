@@ -7,18 +7,25 @@ the same one wherever it occurs; `(k g)` is one dimension of size k·g; `?` mark
 are there for the backward pass alone. Dimensions named in `whole` are never split over devices.
 
 A result that lacks a dimension of the operands must be a sum over it: where devices share that dimension out, each
-computes its part of the sum.
+computes its part of the sum. `logsumexp lse` is the logarithm of a sum of exponentials instead. The operand
+`labels[v]` holds positions along dimension v, which a device with a part of v gets as positions in that part: the
+function must make nothing of those that lie outside.
+
+    logits: ... v, labels[v]: ... -> logsumexp lse: ..., picked: ...
 """
 
 import dataclasses
 import math
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 Dim = tuple[str, ...]  # ("d",) is a plain dimension; ("k", "g") a compound one of size k·g
 Shape = tuple[int, ...]
 
-_TERM = re.compile(r"^(?P<name>[a-z]\w*)(?P<optional>\?)?: *(?P<dims>.*)$")
+_TERM = re.compile(
+    r"^((?P<reduction>logsumexp) )?(?P<name>[a-z]\w*)(\[(?P<indexes>[a-z]\w*)\])?(?P<optional>\?)?: *(?P<dims>.*)$"
+)
 _DIM = re.compile(r"\.\.\.|[a-z]\w*|\([a-z]\w*(?: [a-z]\w*)+\)")
 
 
@@ -31,6 +38,8 @@ class Term:
     leading: bool = False  # `...` stands before the named dimensions
     optional: bool = False
     saved: bool = False  # a result for the backward pass alone
+    indexes: str | None = None  # an operand of positions along this dimension
+    reduction: Literal["sum", "logsumexp"] = "sum"  # what a result is over the dimensions that it lacks
 
     def __str__(self) -> str:
         names = [d[0] if len(d) == 1 else f"({' '.join(d)})" for d in self.dims]
@@ -81,8 +90,22 @@ class Signature:
                     raise ValueError(f"`{term.name}` has dimension {factor!r} twice in {text!r}; rename one of them")
                 if factor not in known:
                     raise ValueError(f"dimension {factor!r} of `{term.name}` is not one of the operands' in {text!r}")
+            if term.indexes is not None and (term in self.results or term.indexes not in known):
+                raise ValueError(
+                    f"`{term.name}[{term.indexes}]` must be an operand, and index one's dimension, in {text!r}"
+                )
+            if term.reduction != "sum" and (term in self.operands or known <= set(term.factors)):
+                raise ValueError(f"`{term.name}` must be a result that lacks a dimension to reduce over, in {text!r}")
             if term.leading and not any(operand.leading for operand in self.operands):
                 raise ValueError(f"`{term.name}` has leading dimensions, and no operand has, in {text!r}")
+
+    @property
+    def derivative_whole(self) -> frozenset[str]:
+        """The dimensions that derivatives need whole: also those over which a result is no sum, and its tangent none of
+        the tangents that devices compute each from its part."""
+        factors = {factor for term in self.operands for factor in term.factors}
+        lacking = [factors - set(term.factors) for term in self.results if term.reduction != "sum"]
+        return self.whole.union(*lacking)
 
     def check(self, op: str, shapes: Sequence[Shape | None]) -> tuple[dict[str, int], Shape]:
         """The size of every named dimension and the shape that `...` stands for.
@@ -150,4 +173,6 @@ def _terms(side: str, text: str):
             tuple(tuple(d.strip("()").split()) for d in dims[leading:]),
             leading,
             bool(match["optional"]),
+            indexes=match["indexes"],
+            reduction="logsumexp" if match["reduction"] else "sum",
         )

@@ -2,14 +2,18 @@
 
 With x the logits of a token after the soft cap, v of them, lse = log Σ exp(x) and ε the label smoothing:
 
-    loss = (1 − ε) (lse − x[label]) + ε (lse − mean(x)) + z · lse²
-    dloss/dx = (1 + 2 z · lse) exp(x − lse) − (1 − ε) onehot(label) − ε / v
+    loss = (1 − ε) (lse − x[label]) + ε (lse − Σ x / v) + z · lse²
+
+The kernels compute the statistics lse, x[label] and Σ x, and from their cotangents the gradient of a logit:
+
+    dx = dlse · exp(x − lse) + dpicked · onehot(label) + dtotal
+
+Devices that share out the vocabulary so exchange a token's statistics, and for its gradient nothing.
 """
 
 import math
 import operator
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,24 +23,18 @@ from jaxtyping import Array, Float, Int
 from jtile.compiler.params import CompilerParams
 from jtile.op import Implementation, TileOp
 
-# Spec.
+# Spec. `total` is a result only where it is asked for. A label outside of the vocabulary picks 0.
 
-forward = TileOp("softmax_cross_entropy", "logits: ... v, labels: ... -> loss: ...; lse: ...", whole="v")
+forward = TileOp(
+    "softmax_cross_entropy", "logits: ... v, labels[v]: ... -> logsumexp lse: ..., picked: ..., total?: ..."
+)
 backward = TileOp(
     "softmax_cross_entropy_backward",
-    "logits: ... v, labels: ..., lse: ..., dloss: ... -> dlogits: ... v",
-    whole="v",
+    "logits: ... v, labels[v]: ..., lse: ..., dlse: ..., dpicked?: ..., dtotal?: ... -> dlogits: ... v",
 )
 
 
-class Options(NamedTuple):
-    ignore_index: int | None
-    label_smoothing: float
-    z_loss: float
-    logits_soft_cap: float | None
-
-
-# What reference and kernel share: a token's loss from its log-sum-exp, and the gradient of any of its logits.
+# What reference and kernel share: a token's logit at its label, and the gradient of any of its logits.
 
 
 def _capped(logits, cap):
@@ -44,54 +42,43 @@ def _capped(logits, cap):
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def _loss(logits, labels, lse, mean, options: Options):
-    def cost(x):  # lse - x; a logit of -inf has probability 0, even beside nothing else
-        return jnp.where(x == -jnp.inf, jnp.inf, lse - x)
+def _inside(labels, v):
+    return (labels >= 0) & (labels < v)
 
+
+def _picked(logits, labels, cap):
     picked = jnp.take_along_axis(logits, labels[..., None], axis=-1, mode="clip")[..., 0]
-    loss = cost(_capped(picked, options.logits_soft_cap))
-    if options.label_smoothing:
-        loss = (1 - options.label_smoothing) * loss + options.label_smoothing * cost(mean)
-    if options.z_loss:
-        loss = loss + options.z_loss * jnp.square(lse)
-    loss = jnp.where((labels >= 0) & (labels < logits.shape[-1]), loss, jnp.nan)
-    return loss if options.ignore_index is None else jnp.where(labels == options.ignore_index, 0.0, loss)
+    return jnp.where(_inside(labels, logits.shape[-1]), _capped(picked, cap), 0.0)
 
 
-def _gradient(logits, columns, labels, lse, dloss, v, options: Options):
-    """Of the logits in some columns. Labels, lse and dloss have a last dimension of 1."""
-    dloss = jnp.where((labels >= 0) & (labels < v), dloss, jnp.nan)
-    if options.ignore_index is not None:
-        dloss = jnp.where(labels == options.ignore_index, 0.0, dloss)
+def _gradient(logits, columns, labels, lse, dlse, dpicked, dtotal, *, cap):
+    """Of the logits in some columns. What there is one of for a token has a last dimension of 1."""
+    x = _capped(logits, cap)
     lse = jnp.where(lse == -jnp.inf, 0.0, lse)  # without any probability exp(x - lse) is 0, and not 0 / 0
-    x = _capped(logits, options.logits_soft_cap)
-    dx = jnp.exp(x - lse)
-    if options.z_loss:
-        dx = dx * (1 + 2 * options.z_loss * lse)
-    dx = dx - jnp.where(columns == labels, 1 - options.label_smoothing, 0.0)
-    if options.label_smoothing:
-        dx = dx - options.label_smoothing / v
-    if options.logits_soft_cap is not None:
-        dx = dx * (1 - jnp.square(x / options.logits_soft_cap))
+    dx, counts = dlse * jnp.exp(x - lse), dlse != 0
+    if dpicked is not None:
+        dx, counts = dx + jnp.where(columns == labels, dpicked, 0.0), counts | (dpicked != 0)
+    if dtotal is not None:
+        dx, counts = dx + dtotal, counts | (dtotal != 0)
+    if cap is not None:
+        dx = dx * (1 - jnp.square(x / cap))
     # A token that counts for nothing has no gradient, whatever its logits are.
-    return jnp.where(dloss == 0, 0.0, dx * dloss).astype(logits.dtype)
+    return jnp.where(counts, dx, 0.0).astype(logits.dtype)
 
 
 # Reference.
 
 
 @forward.reference
-def forward_reference(logits, labels, *, options):
-    x = _capped(logits, options.logits_soft_cap)
-    lse = jax.nn.logsumexp(x, axis=-1)
-    return _loss(logits, labels, lse, jnp.mean(x, axis=-1), options), lse
+def forward_reference(logits, labels, *, logits_soft_cap, total):
+    x = _capped(logits, logits_soft_cap)
+    return jax.nn.logsumexp(x, axis=-1), _picked(logits, labels, logits_soft_cap), jnp.sum(x, -1) if total else None
 
 
 @backward.reference
-def backward_reference(logits, labels, lse, dloss, *, options):
-    v = logits.shape[-1]
-    columns = jnp.arange(v, dtype=labels.dtype)
-    return (_gradient(logits, columns, labels[..., None], lse[..., None], dloss[..., None], v, options),)
+def backward_reference(logits, *of_token, logits_soft_cap):
+    columns = jnp.arange(logits.shape[-1])
+    return (_gradient(logits, columns, *(None if x is None else x[..., None] for x in of_token), cap=logits_soft_cap),)
 
 
 # Kernel. Blocks are read with several loads of 16 bytes a thread. Where tokens are fewer than a GPU has room for, the
@@ -107,7 +94,7 @@ def _tile(rows: int, v: int) -> tuple[int, int]:
 
 
 @forward.kernel
-def forward_kernel(logits, labels, *, options):
+def forward_kernel(logits, labels, *, logits_soft_cap, total):
     rows, v = logits.shape
     block, lanes = _tile(rows, v)
     across = min(lanes, 1024)
@@ -121,24 +108,24 @@ def forward_kernel(logits, labels, *, options):
         # Lanes keep a maximum and Σ exp(x - maximum) of their own, so that threads meet only at the end. The least
         # finite number in place of -inf keeps -inf - -inf from arising.
         def step(i, carry):
-            top, total, *sums = carry
-            x = _capped(logits_ref[:, pl.ds(i * lanes, lanes)], options.logits_soft_cap)
+            top, scaled, *sums = carry
+            x = _capped(logits_ref[:, pl.ds(i * lanes, lanes)], logits_soft_cap)
             inside = first + i * lanes + columns < v
             sums = [s + jnp.sum(x.reshape(block, -1, across), axis=1) for s in sums]  # lanes outside are 0
             x = jnp.where(inside, x, -jnp.inf).reshape(block, -1, across)
             new_top = jnp.maximum(top, jnp.max(x, axis=1))
-            total = total * jnp.exp(top - new_top) + jnp.sum(jnp.exp(x - new_top[:, None, :]), axis=1)
-            return new_top, total, *sums
+            scaled = scaled * jnp.exp(top - new_top) + jnp.sum(jnp.exp(x - new_top[:, None, :]), axis=1)
+            return new_top, scaled, *sums
 
         zeros = jnp.zeros((block, across), jnp.float32)
         start = zeros + jnp.finfo(jnp.float32).min, zeros, *[zeros for _ in sum_refs]
-        top, total, *sums = jax.lax.fori_loop(0, steps, step, start)
+        top, scaled, *sums = jax.lax.fori_loop(0, steps, step, start)
         peak = jnp.max(top, axis=1)
-        lse_ref[...] = peak + jnp.log(jnp.sum(total * jnp.exp(top - peak[:, None]), axis=1))
+        lse_ref[...] = peak + jnp.log(jnp.sum(scaled * jnp.exp(top - peak[:, None]), axis=1))
         for sum_ref, s in zip(sum_refs, sums, strict=True):
             sum_ref[...] = jnp.sum(s, axis=1)
 
-    count = 2 if options.label_smoothing else 1
+    count = 2 if total else 1
     lse, *sums = pl.pallas_call(
         softmax_cross_entropy_kernel,
         grid=(pl.cdiv(rows, block), splits),
@@ -149,33 +136,34 @@ def forward_kernel(logits, labels, *, options):
         name="softmax_cross_entropy",
     )(logits)
     lse = jax.nn.logsumexp(lse, axis=0)
-    mean = jnp.sum(sums[0], axis=0) / v if sums else None
-    return _loss(logits, labels, lse, mean, options), lse
+    return lse, _picked(logits, labels, logits_soft_cap), jnp.sum(sums[0], axis=0) if total else None
 
 
 @backward.kernel
-def backward_kernel(logits, labels, lse, dloss, *, options):
+def backward_kernel(logits, labels, lse, dlse, dpicked, dtotal, *, logits_soft_cap):
     rows, v = logits.shape
     block, lanes = _tile(rows, v)
+    of_token = [labels, lse, dlse, dpicked, dtotal]
+    given = [x for x in of_token if x is not None]
 
-    def softmax_cross_entropy_backward_kernel(logits_ref, labels_ref, lse_ref, dloss_ref, dlogits_ref):
+    def softmax_cross_entropy_backward_kernel(logits_ref, *refs):
+        *of_token_refs, dlogits_ref = refs
         columns = pl.program_id(0) * lanes + jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
-        row = lambda ref: ref[...][:, None]  # noqa: E731
-        dlogits_ref[...] = _gradient(
-            logits_ref[...], columns, row(labels_ref), row(lse_ref), row(dloss_ref), v, options
-        )
+        values = (ref[...][:, None] for ref in of_token_refs)
+        of_row = [None if x is None else next(values) for x in of_token]
+        dlogits_ref[...] = _gradient(logits_ref[...], columns, *of_row, cap=logits_soft_cap)
 
     tile = pl.BlockSpec((block, lanes), lambda j, i: (i, j))
     row = pl.BlockSpec((block,), lambda j, i: (i,))
     out = pl.pallas_call(
         softmax_cross_entropy_backward_kernel,
         grid=(pl.cdiv(v, lanes), pl.cdiv(rows, block)),  # neighbouring programs read neighbouring logits
-        in_specs=[tile, row, row, row],
+        in_specs=[tile, *[row] * len(given)],
         out_specs=[tile],
         out_shape=[logits],
         compiler_params=CompilerParams(num_warps=4, num_stages=1),
         name="softmax_cross_entropy_backward",
-    )(logits, labels, lse, dloss)
+    )(logits, *given)
     return tuple(out)
 
 
@@ -183,8 +171,9 @@ def backward_kernel(logits, labels, lse, dloss, *, options):
 
 
 @forward.transpose
-def forward_transpose(operands, results, cotangents, **options):
-    (dlogits,) = backward(*operands, results[1], cotangents[0], **options)
+def forward_transpose(operands, results, cotangents, *, total, **options):
+    del total  # it has a cotangent or not
+    (dlogits,) = backward(*operands, results[0], *cotangents, **options)
     return dlogits, None
 
 
@@ -199,6 +188,7 @@ def softmax_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     logits_soft_cap: float | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation = None,
 ) -> Float[Array, "*tokens"]:
     """Cross-entropy in nats between the softmax of logits and integer labels, one number a token.
@@ -216,6 +206,9 @@ def softmax_cross_entropy(
 
     A token whose loss has a zero cotangent gets a zero gradient even where its logits are not finite.
 
+    Logits may be split over devices along the vocabulary, too: for each token devices then exchange two numbers, three
+    with label smoothing, and none for the gradient.
+
     Args:
         logits: any leading shape, then the vocabulary, of any size from 1.
         labels: any integer dtype, from 0 to v − 1. Another label, but for `ignore_index`, makes the token's loss and
@@ -224,6 +217,8 @@ def softmax_cross_entropy(
         label_smoothing: ε, the share of the target that is spread evenly over the vocabulary: 0 ≤ ε < 1.
         z_loss: weight of the squared log-sum-exp, which keeps the logits from drifting.
         logits_soft_cap: positive; logits become cap · tanh(logits / cap) first.
+        axis_name: inside `jax.shard_map`, the mesh axis or axes that split the vocabulary: `logits` is this device's
+            part of it, `labels` count from the start of the whole. Elsewhere arrays know how they are split.
         implementation: `None`, `"triton"`, `"xla"` or `"interpret"`, see `jtile.TileOp`.
 
     Returns:
@@ -256,16 +251,35 @@ def softmax_cross_entropy(
         )
     if logits.shape[-1:] == (0,):
         raise ValueError(f"softmax_cross_entropy: the vocabulary must not be empty, but `logits` has {logits.shape}")
-    options = Options(
-        None if ignore_index is None else operator.index(ignore_index),
-        _number("label_smoothing", label_smoothing, "at least 0 and less than 1", lambda x: 0 <= x < 1),
-        _number("z_loss", z_loss, "at least 0 and finite", lambda x: 0 <= x < math.inf),
-        logits_soft_cap
-        if logits_soft_cap is None
-        else _number("logits_soft_cap", logits_soft_cap, "positive and finite, or None", lambda x: 0 < x < math.inf),
+    if ignore_index is not None:
+        ignore_index = operator.index(ignore_index)
+    label_smoothing = _number("label_smoothing", label_smoothing, "at least 0 and less than 1", lambda x: 0 <= x < 1)
+    z_loss = _number("z_loss", z_loss, "at least 0 and finite", lambda x: 0 <= x < math.inf)
+    if logits_soft_cap is not None:
+        logits_soft_cap = _number(
+            "logits_soft_cap", logits_soft_cap, "positive and finite, or None", lambda x: 0 < x < math.inf
+        )
+    labels = labels.astype(jnp.int32)
+    lse, picked, total = forward(
+        logits,
+        labels,
+        logits_soft_cap=logits_soft_cap,
+        total=label_smoothing > 0,
+        split={} if axis_name is None else {"v": axis_name},
+        implementation=implementation,
     )
-    loss, _ = forward(logits, labels.astype(jnp.int32), options=options, implementation=implementation)
-    return loss
+    v = logits.shape[-1] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
+    # A logit of -inf costs infinitely much, also where there is no other, and where -inf - -inf would not be a number.
+    top = jnp.where(lse == -jnp.inf, 0.0, lse)
+    loss = top - picked
+    if total is not None:
+        loss = (1 - label_smoothing) * loss + label_smoothing * (top - total / v)
+    if z_loss:
+        loss = loss + z_loss * jnp.square(jnp.where(jnp.isfinite(lse), lse, 0.0))
+    # Factors rather than `where`: the gradient, too, is not a number.
+    ignored = jnp.zeros(labels.shape, bool) if ignore_index is None else labels == ignore_index
+    loss = loss * jnp.where(_inside(labels, v) | ignored, 1.0, jnp.nan)
+    return jnp.where(ignored, 0.0, loss)
 
 
 def _number(name: str, value: float, rule: str, holds: Callable[[float], bool]) -> float:

@@ -170,3 +170,67 @@ def test_cotangents_are_split_as_their_operands_are():
     (dx, dw), _ = run(grad, mesh, (X, P("a")), (W, P()))
     same((dx, dw), jax.grad(lambda x, w: reference(x, w)[0].sum(), argnums=(0, 1))(X, W))
     assert split_as(dx, P("a")) and split_as(dw, P())
+
+
+# Results that are more than a sum, and operands of positions.
+
+softmax = TileOp("softmax", "x: ... v, index[v]: ... -> logsumexp lse: ..., picked: ...")
+
+
+@softmax.reference
+def softmax_reference(x, index):
+    inside = (index >= 0) & (index < x.shape[-1])
+    picked = jnp.take_along_axis(x, index[..., None], axis=-1, mode="clip")[..., 0]
+    return jax.nn.logsumexp(x, axis=-1), jnp.where(inside, picked, 0)
+
+
+LOGITS = jax.random.normal(jax.random.key(4), (6, 16)).at[1, :4].set(-jnp.inf).at[2].set(-jnp.inf)
+INDEX = jnp.array([0, 5, 7, 8, 15, 99])
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_reductions_and_positions(kind):
+    mesh = make_mesh(kind, a=2, b=2)
+    results, sent = run(lambda x, i: softmax(x, i), mesh, (LOGITS, P(None, ("a", "b"))), (INDEX, P()))
+    same(results, softmax_reference(LOGITS, INDEX))
+    assert sent == {"all-gather": 1, "all-reduce": 1}
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_reductions_and_positions_in_shard_map(check_vma):
+    mapped = jax.shard_map(
+        lambda x, i: softmax(x, i, split={"v": ("a", "b")}),
+        mesh=make_mesh(a=2, b=2),
+        in_specs=(P(None, ("a", "b")), P()),
+        out_specs=(P(), P()),
+        check_vma=check_vma,
+    )
+    finite = jnp.where(LOGITS == -jnp.inf, 0, LOGITS)
+    same(mapped(LOGITS, INDEX), softmax_reference(LOGITS, INDEX))
+    weights = jnp.arange(6.0)
+
+    def loss(f):
+        return lambda x: sum(jnp.sum(r * w) for r, w in zip(f(x, INDEX), (weights, weights**2), strict=True))
+
+    for derive in jax.grad, lambda f: lambda x: jax.jvp(f, [x], [jnp.cos(x)])[1:]:
+        same([jax.jit(derive(loss(mapped)))(finite)], [derive(loss(softmax_reference))(finite)])
+
+
+def test_derivatives_of_the_whole_gather():
+    """The tangent of a log-sum-exp is no sum of the tangents of parts."""
+    x, mesh = jnp.where(LOGITS == -jnp.inf, 0, LOGITS), make_mesh(a=4)
+    push = lambda f: lambda x: jax.jvp(lambda x: f(x, INDEX), [x], [jnp.sin(x)])[1]  # noqa: E731
+    results, _ = run(push(lambda x, i: tuple(softmax(x, i))), mesh, (x, P(None, "a")))
+    same(results, push(softmax_reference)(x))
+
+
+@pytest.mark.parametrize(
+    "dim, message",
+    [
+        ("e", "mix: `split` names 'e', and the op can be split along '...', 'n'"),
+        ("d", "mix: `split` names 'd', and the op can be split along '...', 'n'; gather 'd' by jax.lax.all_gather"),
+    ],
+)
+def test_dimensions_that_cannot_be_split(dim, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        op(X, W, split={dim: "a"})

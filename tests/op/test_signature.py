@@ -21,6 +21,14 @@ def test_parse():
     assert signature.whole == {"s", "d"}
 
 
+def test_positions_and_reductions():
+    signature = Signature.parse("x: ... v d, index[v]: ... -> logsumexp lse: ... d, picked: ...", whole="d")
+    assert signature.operands[1] == Term("index", (), leading=True, indexes="v")
+    assert signature.results[0] == Term("lse", (("d",),), leading=True, reduction="logsumexp")
+    assert signature.results[1].reduction == "sum"
+    assert signature.derivative_whole == {"v", "d"}
+
+
 @pytest.mark.parametrize("dims", ["... s (k g) d", "...", "a b", "scalar"])
 def test_terms_print_as_they_are_written(dims):
     [term] = Signature.parse(f"x: {'' if dims == 'scalar' else dims} -> y:").operands
@@ -41,6 +49,13 @@ def test_terms_print_as_they_are_written(dims):
         ("x: d -> y: ... d", "", "`y` has leading dimensions, and no operand has, in 'x: d -> y: ... d'"),
         ("x: d, x: d -> y: d", "", "`x` stands twice in 'x: d, x: d -> y: d'; every name must differ"),
         ("x: d d -> y: d", "", "`x` has dimension 'd' twice in 'x: d d -> y: d'; rename one of them"),
+        ("x: d -> y[d]:", "", "`y[d]` must be an operand, and index one's dimension, in 'x: d -> y[d]:'"),
+        ("x[e]: d -> y:", "", "`x[e]` must be an operand, and index one's dimension, in 'x[e]: d -> y:'"),
+        (
+            "x: d -> logsumexp y: d",
+            "",
+            "`y` must be a result that lacks a dimension to reduce over, in 'x: d -> logsumexp y: d'",
+        ),
         ("-> y:", "", "there are no operands in '-> y:'"),
         ("x: d ->", "", "there are no results in 'x: d ->'"),
     ],

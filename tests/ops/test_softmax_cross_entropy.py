@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jtile
 from jtile.compiler.interpret import interpret_pallas
+from jtile.compiler.target import Target
 from jtile.ops import softmax_cross_entropy as op
-from jtile.testing import equations
+from jtile.testing import collectives, equations, exchanged
 
 IMPLEMENTATIONS = ["interpret", "xla"]
 EVERYTHING = dict(ignore_index=3, label_smoothing=0.1, z_loss=1e-2, logits_soft_cap=5.0)
@@ -97,8 +100,9 @@ def test_any_division_of_the_vocabulary(monkeypatch, rows, v, programs):
     monkeypatch.setattr(op, "PROGRAMS", programs)
     logits, labels, _ = operands((rows, v))
     logits = logits - 50  # beside which a zero from past the edge would be everything
-    options = op.Options(None, 0.1, 0.0, None)
-    loss, _ = interpret_pallas(functools.partial(op.forward_kernel, options=options))(logits, labels)
+    statistics = interpret_pallas(functools.partial(op.forward_kernel, logits_soft_cap=None, total=True))
+    lse, picked, total = statistics(logits, labels)
+    loss = lse - 0.9 * picked - 0.1 * total / v
     np.testing.assert_allclose(loss, defined(logits, labels, 0.0, label_smoothing=0.1)[0], rtol=1e-6, atol=1e-5)
 
 
@@ -231,11 +235,48 @@ def test_no_tokens():
 def test_forward_makes_no_second_array_of_logits(tokens):
     """Beside blocks, nothing comes near their size, and the kernel reads them once."""
     logits, labels = jax.ShapeDtypeStruct((tokens, 128_256), jnp.bfloat16), jax.ShapeDtypeStruct((tokens,), jnp.int32)
-    forward = functools.partial(op.forward_kernel, options=op.Options(**EVERYTHING))
+    forward = functools.partial(op.forward_kernel, logits_soft_cap=5.0, total=True)
     found = list(equations(jax.make_jaxpr(forward)(logits, labels).jaxpr))
     sizes = [math.prod(v.aval.shape) for e in found for v in e.outvars if hasattr(v.aval, "shape")]
     assert max(sizes) <= max(4096, 32 * tokens)
     assert sum(e.primitive.name == "get" and math.prod(e.outvars[0].aval.shape) > 1 for e in found) == 1
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_devices_that_share_the_vocabulary_exchange_two_numbers_a_token(smoothing):
+    """Three with label smoothing, and none for the gradient, which needs no logit of another device."""
+    tokens, v = 6, 4096
+    mesh = Target.named("NVIDIA H200").make_mesh((4,), ("model",), (AxisType.Auto,))
+    shape = lambda shape, dtype, *spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))  # noqa: E731
+    logits, labels = shape((tokens, v), jnp.bfloat16, None, "model"), shape((tokens,), jnp.int32)
+
+    def loss(logits, labels):
+        return jtile.softmax_cross_entropy(logits, labels, label_smoothing=smoothing, z_loss=1e-4)
+
+    lowered = jax.jit(lambda x, i: jax.vjp(lambda x: loss(x, i), x)).lower(logits, labels)
+    forward = lowered.compile()
+    out, pull = jax.tree.map(lambda x, s: x.update(sharding=s), lowered.out_info, forward.output_shardings)
+    backward = jax.jit(lambda pull, dloss: pull(dloss)).lower(pull, out).compile()
+    assert exchanged(forward) == (3 if smoothing else 2) * tokens
+    assert not collectives(backward)
+
+
+def test_axis_name_under_shard_map():
+    """The same loss and gradient, with tokens and vocabulary split; ignored and masked entries included."""
+    logits, labels, dloss = operands((6, 400))
+    logits, labels = logits.at[1, :100].set(-jnp.inf), labels.at[1].set(250).at[4].set(-100)
+    options = EVERYTHING | dict(ignore_index=-100, label_smoothing=0.0)
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    mapped = jax.shard_map(
+        functools.partial(jtile.softmax_cross_entropy, axis_name="model", **options),
+        mesh=mesh,
+        in_specs=(P("data", "model"), P("data")),
+        out_specs=P("data"),
+    )
+    loss, pullback = jax.vjp(jax.jit(lambda x: mapped(x, labels)), logits)
+    expected, gradient = defined(logits, labels, dloss, **options)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(pullback(dloss)[0], gradient, rtol=5e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize(
