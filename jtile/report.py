@@ -7,9 +7,9 @@ from typing import Any
 import jax
 
 from jtile.compiler import launch
-from jtile.compiler.build import Compiled
+from jtile.compiler.launch import Launch
 from jtile.compiler.rewrite import equations
-from jtile.compiler.target import Target
+from jtile.compiler.target import Occupancy, Target
 from jtile.op.lowering import choose
 from jtile.op.primitive import TilePrimitive
 from jtile.op.rules import ungrouped
@@ -21,23 +21,32 @@ class KernelReport:
 
     Attributes:
       name: the kernel's name.
-      source: its Triton or Gluon source.
+      target: the chip's name.
+      source: its Triton or Gluon source, each part of what Pallas became below the line of Pallas that it came from.
       ptx: its assembly.
+      instructions: how often the assembly has each instruction that computes matrix products or moves data:
+        `ld.global.v4.b32` loads 16 bytes at once, `cp.async.bulk.tensor` copies a tile.
       registers: of a thread.
       spill_bytes: of a thread's values that found no register; zero in a good kernel.
       shared_bytes: shared memory of a thread block.
       threads: of a thread block.
+      occupancy: how many of its blocks a multiprocessor holds at once, and what there is not enough of for more.
       tensor_core_instructions: matrix products in the assembly.
+      tma_instructions: copies by the Tensor Memory Accelerator in the assembly.
     """
 
     name: str
+    target: str
     source: str = dataclasses.field(repr=False)
     ptx: str = dataclasses.field(repr=False)
+    instructions: dict[str, int] = dataclasses.field(repr=False)
     registers: int
     spill_bytes: int
     shared_bytes: int
     threads: int
+    occupancy: Occupancy
     tensor_core_instructions: int
+    tma_instructions: int
 
     def __str__(self) -> str:
         return _kernel_table([self])
@@ -81,12 +90,16 @@ def inspect(fn: Callable, *args: Any, target: str | Target | None = "NVIDIA H200
       ('double', 64, 0)
     """
     chip = Target.current() if target is None else target if isinstance(target, Target) else Target.named(target)
+    return KernelReports(report(one, chip) for one in launches(fn, args, chip))
+
+
+def launches(fn: Callable, args: Sequence, target: Target) -> list[Launch]:
+    """The kernels that a function launches on a chip, each once."""
     # A new function each time: JAX would take a lowering that it remembers, and no kernel would be seen.
     traced = jax.jit(lambda *args: fn(*args))
-    with jax.sharding.use_abstract_mesh(chip.abstract_mesh), launch.recording() as kernels:
+    with jax.sharding.use_abstract_mesh(target.abstract_mesh), launch.recording() as found:
         traced.trace(*jax.tree.map(_abstract, args)).lower(lowering_platforms=("cuda",))
-    distinct = {(k.name, k.cubin): k for k in kernels}
-    return KernelReports(map(_report, distinct.values()))
+    return list({(one.compiled.name, one.compiled.cubin): one for one in found}.values())
 
 
 def _abstract(leaf):
@@ -96,14 +109,29 @@ def _abstract(leaf):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
 
 
-def _report(kernel: Compiled) -> KernelReport:
-    return KernelReport(**{field.name: getattr(kernel, field.name) for field in dataclasses.fields(KernelReport)})
+def report(one: Launch, target: Target) -> KernelReport:
+    """What the kernel of a launch became."""
+    compiled = one.compiled
+    return KernelReport(
+        name=compiled.name,
+        target=target.name,
+        source=one.source.annotated if one.source else compiled.source,
+        ptx=compiled.ptx,
+        instructions=compiled.instructions,
+        registers=compiled.registers,
+        spill_bytes=compiled.spill_bytes,
+        shared_bytes=compiled.shared_bytes,
+        threads=compiled.threads,
+        occupancy=target.occupancy(compiled.registers, compiled.shared_bytes, compiled.threads),
+        tensor_core_instructions=compiled.tensor_core_instructions,
+        tma_instructions=compiled.tma_instructions,
+    )
 
 
 def _kernel_table(reports) -> str:
     columns = [field.name for field in dataclasses.fields(KernelReport) if field.repr]
     values = ([getattr(report, column) for column in columns] for report in reports)
-    return _table(columns, [[f"{v:,}" if isinstance(v, int) else v for v in row] for row in values], right=True)
+    return table(columns, [[f"{v:,}" if isinstance(v, int) else str(v) for v in row] for row in values], right=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +150,7 @@ class Explanation(tuple[OpReport, ...]):
 
     def __str__(self) -> str:
         rows = [(f"{r.name} ×{r.count}" if r.count > 1 else r.name, r.operands, r.runs, r.why) for r in self]
-        return "no ops" if not self else _table(("op", "operands", "runs", "why"), rows)
+        return "no ops" if not self else table(("op", "operands", "runs", "why"), rows)
 
 
 def explain(fn: Callable, *args, target: str | None = None) -> Explanation:
@@ -171,7 +199,7 @@ def _platform_here() -> str:
     return "cuda" if device.platform == "gpu" and "NVIDIA" in device.device_kind else device.platform
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
     """Rows under their header, the first column to the left and the others, if so asked, to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = (

@@ -9,6 +9,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jtile.compiler.pallas import retarget_pallas
 from jtile.compiler.params import CompilerParams
+from jtile.compiler.target import Target
 from jtile.compiler.triton_call import triton_call
 from jtile.report import KernelReport, inspect
 
@@ -64,19 +65,30 @@ def test_matrix_product(target):
     assert 0 < kernel.registers <= 255
     assert kernel.shared_bytes >= 2 * 2 * 128 * 64  # a block of each matrix, at least
     assert kernel.threads == 256
+    assert kernel.target == target
+    assert kernel.occupancy == Target.named(target).occupancy(kernel.registers, kernel.shared_bytes, 256)
+    assert sum(n for name, n in kernel.instructions.items() if "mma" in name) == kernel.tensor_core_instructions
     assert "def product_kernel(" in kernel.source and "tl.dot" in kernel.source
+    line = product_kernel.__code__.co_firstlineno
+    assert f"    # test_report.py:{line + 5}: c_ref[...] = jax.lax.fori_loop(" in kernel.source
     assert ".visible .entry product_kernel(" in kernel.ptx
 
 
 def test_fields():
-    fields = "name source ptx registers spill_bytes shared_bytes threads tensor_core_instructions".split()
+    fields = (
+        "name target source ptx instructions registers spill_bytes shared_bytes threads occupancy "
+        "tensor_core_instructions tma_instructions"
+    ).split()
     assert [f for f in KernelReport.__dataclass_fields__] == fields
 
 
 def test_printed():
     kernels = inspect(lambda a, b, x: (product(a, b), double(x)), A, B, X)
     heading, first, second = str(kernels).splitlines()
-    assert heading.split() == "name registers spill_bytes shared_bytes threads tensor_core_instructions".split()
+    columns = (
+        "name target registers spill_bytes shared_bytes threads occupancy tensor_core_instructions tma_instructions"
+    )
+    assert heading.split() == columns.split()
     assert first.split()[0] == "product_kernel" and second.split()[0] == "double_kernel"
     assert {len(line) for line in (heading, first, second)} == {len(heading)}
     assert f"{kernels[0].shared_bytes:,}" in first
@@ -120,6 +132,24 @@ def test_every_way_to_a_kernel():
     assert {k.name for k in inspect(jax.vmap(f), jax.ShapeDtypeStruct((3, 64), jnp.float32))} == {"double_kernel"}
     both = inspect(jax.value_and_grad(lambda x: f(x).sum()), X)
     assert [k.name for k in both] == ["double_kernel", "negate_kernel"]
+
+
+@pytest.mark.parametrize(
+    "target, tma, copies",
+    [
+        ("NVIDIA A100", False, {"cp.async.cg.shared.global"}),
+        (
+            "NVIDIA H200",
+            True,
+            {"cp.async.bulk.tensor.2d.shared::cta.global", "cp.async.bulk.tensor.2d.global.shared::cta"},
+        ),
+    ],
+)
+def test_instructions(target, tma, copies):
+    [kernel] = inspect(lambda a, b: product(a, b, CompilerParams(num_stages=3, tma=tma)), A, B, target=target)
+    found = {name for name in kernel.instructions if name.startswith("cp.async")}
+    assert found == copies
+    assert (kernel.tma_instructions > 0) == tma
 
 
 def test_a_kernel_launched_twice_is_listed_once():

@@ -1,6 +1,7 @@
 """Triton source to machine code: `build` compiles a kernel for a chip, or takes it from the cache."""
 
 import base64
+import collections
 import dataclasses
 import functools
 import importlib.metadata
@@ -65,10 +66,31 @@ class Compiled:
         """Threads of a block."""
         return 32 * self.num_warps
 
+    @functools.cached_property
+    def instructions(self) -> dict[str, int]:
+        """How often the assembly has each instruction that computes matrix products or moves data."""
+        found = re.findall(rf"^\s*(?:@\S+\s+)?({_NOTABLE})(?![\w:])", self.ptx, re.MULTILINE)
+        return dict(sorted(collections.Counter(found).items()))
+
     @property
     def tensor_core_instructions(self) -> int:
         """Matrix products in the assembly: `mma`, `wgmma` or `tcgen05`, by the chip's generation."""
-        return len(re.findall(r"^\s*(?:@\S+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", self.ptx, re.MULTILINE))
+        return sum(n for name, n in self.instructions.items() if "mma" in name)
+
+    @property
+    def tma_instructions(self) -> int:
+        """Copies of tiles by the Tensor Memory Accelerator in the assembly."""
+        return sum(n for name, n in self.instructions.items() if name.startswith("cp.async.bulk.tensor"))
+
+
+_NOTABLE = "|".join(
+    (
+        r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|ldmatrix|stmatrix",
+        r"cp\.async\.bulk\.tensor\.\dd\.(?:shared::cluster|global|shared::cta)\.(?:global|shared::cta)",
+        r"cp\.async\.c[ag]\.shared\.global",
+        r"(?:ld|st)\.global(?:\.[\w:]+)*|(?:atom|red)(?:\.[\w:]+)*\.global(?:\.[\w:]+)*",
+    )
+)
 
 
 def build(source: Source, params: CompilerParams, target: Target) -> Compiled:

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import dataclasses
 import hashlib
 import json
 import zlib
@@ -14,22 +15,42 @@ from jax.interpreters import mlir
 
 from jtile import borrowed
 from jtile.compiler.build import ALIGNMENT, Compiled
+from jtile.compiler.kernel import Kernel, Source
 
 CUSTOM_CALL = "triton_kernel_call_ffi"  # jaxlib's, which the CUDA plugin registers
 
 # `jax.export` refuses custom calls whose format jaxlib does not promise to keep: pass this as `disabled_checks`.
 EXPORT_CHECKS = (jax.export.DisabledSafetyCheck.custom_call(CUSTOM_CALL),)
 
-_recorded: contextvars.ContextVar[list[Compiled] | None] = contextvars.ContextVar("recorded", default=None)
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A kernel as a program launches it.
+
+    Attributes:
+      compiled: its machine code.
+      grid: programs along x, y and z.
+      kernel, source: what it was compiled from; None for a kernel written by hand.
+      first_line: where the lines of `compiled.source` begin in the file that the assembly names.
+    """
+
+    compiled: Compiled
+    grid: tuple[int, int, int]
+    kernel: Kernel | None = None
+    source: Source | None = None
+    first_line: int = 1
+
+
+_recorded: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("recorded", default=None)
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Compiled]]:
-    """Collects every kernel whose launch is lowered inside, in order."""
-    kernels: list[Compiled] = []
-    token = _recorded.set(kernels)
+def recording() -> Iterator[list[Launch]]:
+    """Collects every launch that is lowered inside, in order."""
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
     try:
-        yield kernels
+        yield launches
     finally:
         _recorded.reset(token)
 
@@ -42,8 +63,7 @@ def array(bytes_to_zero: int = 0):
 def launch(
     ctx,
     operands: Sequence,
-    compiled: Compiled,
-    grid: tuple[int, int, int],
+    launched: Launch,
     parameters: Sequence[Any],
     aliases: Mapping[int, int],
     metadata: Mapping[str, str] | None = None,
@@ -58,8 +78,8 @@ def launch(
 
     Returns: the results.
     """
-    if (kernels := _recorded.get()) is not None:
-        kernels.append(compiled)
+    if (launches := _recorded.get()) is not None:
+        launches.append(launched)
     call = jax.ffi.ffi_lowering(
         CUSTOM_CALL,
         api_version=4,
@@ -67,7 +87,7 @@ def launch(
         operand_layouts=[_row_major(a) for a in ctx.avals_in],
         result_layouts=[_row_major(a) for a in ctx.avals_out],
     )
-    return call(ctx, *operands, opaque=payload(compiled, grid, parameters, metadata))
+    return call(ctx, *operands, opaque=payload(launched.compiled, launched.grid, parameters, metadata))
 
 
 def no_programs(ctx, operands: Sequence, aliases: Mapping[int, int]) -> Sequence:

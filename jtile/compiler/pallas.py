@@ -26,7 +26,8 @@ def lower_pallas_call(ctx, *operands, compiler_params: CompilerParams, **params)
     source = source_of(kernel, compiler_params, params["debug"])
     compiled = build(source, compiler_params, Target.of_lowering(ctx))
     parameters = [launch.array() for _ in source.arguments]
-    return launch.launch(ctx, operands, compiled, source.grid, parameters, aliases, params["metadata"])
+    launched = launch.Launch(compiled, source.grid, kernel, source)
+    return launch.launch(ctx, operands, launched, parameters, aliases, params["metadata"])
 
 
 def source_of(kernel: Kernel, compiler_params: CompilerParams, debug: bool) -> Source:

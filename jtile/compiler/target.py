@@ -112,6 +112,35 @@ class Target:
         present = _local_gpu()
         return cls.of_device(present) if present is not None and present.device_kind == kind else cls.named(kind)
 
+    def occupancy(self, registers: int, shared_bytes: int, threads: int) -> Occupancy:
+        """How many blocks of a kernel a multiprocessor holds at once, as CUDA's occupancy calculator counts them.
+
+        Args:
+          registers: of a thread.
+          shared_bytes: shared memory of a block.
+          threads: of a block.
+
+        Example:
+          >>> print(Target.named("NVIDIA H200").occupancy(registers=128, shared_bytes=100_000, threads=128))
+          12% (8 of 64 warps: shared memory)
+        """
+        architecture = _ARCHITECTURES[self.compute_capability]
+        warps = math.ceil(threads / 32)
+        # A warp's registers come in units of 256, from the quarter of the multiprocessor that it runs on.
+        warps_by_registers = 65536 // 4 // (math.ceil(registers * 32 / 256) * 256) * 4
+        # A block's shared memory comes in units of 128 bytes, and the driver takes 1 KiB for its own.
+        shared = math.ceil(shared_bytes / 128) * 128 + 1024
+        limits = {
+            "registers": warps_by_registers // warps,
+            "shared memory": (architecture.shared_kib << 10) // shared,
+            "warps": architecture.threads // 32 // warps,
+            "blocks": architecture.blocks,
+        }
+        blocks = min(limits.values())
+        # Of several that bind, the first is one that the kernel could change.
+        limiter = next(name for name, limit in limits.items() if limit == blocks)
+        return Occupancy(blocks, blocks * warps, architecture.threads // 32, limiter)
+
     @property
     def abstract_mesh(self) -> jax.sharding.AbstractMesh:
         """For `jax.sharding.use_abstract_mesh`: lowering for CUDA inside it compiles for this chip.
@@ -182,22 +211,43 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
+class Occupancy:
+    """How much of a kernel a multiprocessor holds at once.
+
+    Attributes:
+      blocks: thread blocks.
+      warps: their warps.
+      most_warps: warps that the multiprocessor has room for.
+      limiter: what there is not enough of for another block: `"registers"`, `"shared memory"`, `"warps"` or `"blocks"`.
+    """
+
+    blocks: int
+    warps: int
+    most_warps: int
+    limiter: str
+
+    def __str__(self) -> str:
+        return f"{self.warps / self.most_warps:.0%} ({self.warps} of {self.most_warps} warps: {self.limiter})"
+
+
+@dataclasses.dataclass(frozen=True)
 class _Architecture:
     """Per multiprocessor. CUDA C++ Programming Guide, "Technical specifications per compute capability"."""
 
     shared_kib: int
     threads: int
+    blocks: int
     float32_lanes: int
 
 
 _ARCHITECTURES = {
-    80: _Architecture(164, 2048, 64),
-    86: _Architecture(100, 1536, 128),
-    89: _Architecture(100, 1536, 128),
-    90: _Architecture(228, 2048, 128),
-    100: _Architecture(228, 2048, 128),
-    103: _Architecture(228, 2048, 128),
-    120: _Architecture(100, 1536, 128),
+    80: _Architecture(164, 2048, 32, 64),
+    86: _Architecture(100, 1536, 16, 128),
+    89: _Architecture(100, 1536, 24, 128),
+    90: _Architecture(228, 2048, 32, 128),
+    100: _Architecture(228, 2048, 32, 128),
+    103: _Architecture(228, 2048, 32, 128),
+    120: _Architecture(100, 1536, 24, 128),
 }
 
 

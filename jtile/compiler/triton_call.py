@@ -402,7 +402,14 @@ def _lower_for_cuda(ctx, *operands, kernel, arguments, types, grid, aliases, opt
     )
     encodings = iter(compiled.descriptors)
     parameters = [p for a in arguments for p in a.launch_parameters(encodings)]
-    return launch.launch(ctx, operands, compiled, grid, parameters, dict(aliases))
+    launched = launch.Launch(compiled, grid, first_line=_first_line(kernel))
+    return launch.launch(ctx, operands, launched, parameters, dict(aliases))
+
+
+def _first_line(kernel) -> int:
+    """The line of the kernel's `def` in its file."""
+    lines, first = inspect.getsourcelines(kernel.fn)
+    return first + next(i for i, line in enumerate(lines) if line.lstrip().startswith("def "))
 
 
 def _lower_elsewhere(ctx, *operands, kernel, **_):

@@ -76,13 +76,15 @@ def lower(function, *shapes):
 
 
 def test_custom_call(compiled):
+    launched = launch.Launch(compiled, (8, 1, 1))
+
     def rule(ctx, x):
-        return launch.launch(ctx, [x], compiled, (8, 1, 1), [launch.array(), launch.array()], {0: 0})
+        return launch.launch(ctx, [x], launched, [launch.array(), launch.array()], {0: 0})
 
     with launch.recording() as outer:
         with launch.recording() as recorded:
             text = lower(rule, jax.ShapeDtypeStruct((128, 128), jnp.float32))
-        assert recorded == [compiled]
+        assert recorded == [launched]
     assert outer == []
     assert "@triton_kernel_call_ffi" in text
     assert "output_operand_alias" in text

@@ -41,9 +41,9 @@ def call(x, kernel=triple, compiler_params=CompilerParams(), **options):  # noqa
 
 def lower(function, *shapes):
     """The kernels that a function launches on an H200, and its program."""
-    with jax.sharding.use_abstract_mesh(H200.abstract_mesh), launch.recording() as kernels:
+    with jax.sharding.use_abstract_mesh(H200.abstract_mesh), launch.recording() as launches:
         program = jax.jit(lambda *args: function(*args)).trace(*shapes).lower(lowering_platforms=("cuda",))
-    return kernels, program.as_text()
+    return [one.compiled for one in launches], program.as_text()
 
 
 @pytest.fixture(scope="module")
@@ -161,11 +161,11 @@ class TestRetarget:
             z = jax.lax.fori_loop(0, 2, lambda _, z: call(z, compiler_params=None), tree["x"])
             return {"y": y, "z": z, "times": times}
 
-        with jax.sharding.use_abstract_mesh(H200.abstract_mesh), launch.recording() as kernels:
+        with jax.sharding.use_abstract_mesh(H200.abstract_mesh), launch.recording() as launches:
             lowered = jax.jit(lambda tree: retarget_pallas(f)(tree, "3")["y"] + retarget_pallas(f)(tree, "3")["z"])
             lowered.trace({"x": X}).lower(lowering_platforms=("cuda",))
-        assert {k.threads for k in kernels} == {256, 128}
-        assert all("@triton.jit" in k.source for k in kernels)
+        assert {one.compiled.threads for one in launches} == {256, 128}
+        assert all("@triton.jit" in one.compiled.source for one in launches)
 
     def test_stages_are_kept(self):
         def stages(compiler_params):

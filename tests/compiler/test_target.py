@@ -1,3 +1,4 @@
+import dataclasses
 import types
 
 import jax
@@ -83,3 +84,24 @@ def test_program_for_absent_gpus():
     product = jax.jit(jnp.dot).lower(operand("data", "model"), operand("model", None)).compile()
     assert product.as_text().count(" all-reduce(") + product.as_text().count(" all-reduce-start(") == 1
     assert product.memory_analysis().argument_size_in_bytes == (128 * 128 + 128 * 256) * 2
+
+
+@pytest.mark.parametrize(
+    "chip, registers, shared_bytes, threads, expected",
+    [
+        # As NVIDIA's occupancy calculator has them.
+        ("NVIDIA A100", 32, 0, 256, (8, 64, 64, "registers")),
+        ("NVIDIA A100", 33, 0, 256, (6, 48, 64, "registers")),
+        ("NVIDIA H200", 168, 100_000, 128, (2, 8, 64, "shared memory")),
+        ("NVIDIA H200", 255, 227 << 10, 256, (1, 8, 64, "registers")),
+        ("NVIDIA H200", 16, 0, 1024, (2, 64, 64, "warps")),
+        ("NVIDIA H200", 16, 0, 32, (32, 32, 64, "blocks")),
+        ("NVIDIA L4", 40, 0, 128, (12, 48, 48, "registers")),
+        ("NVIDIA L4", 16, 0, 32, (24, 24, 48, "blocks")),
+        ("NVIDIA A10", 16, 0, 32, (16, 16, 48, "blocks")),
+        ("NVIDIA B200", 64, 33 << 10, 128, (6, 24, 64, "shared memory")),
+    ],
+)
+def test_occupancy(chip, registers, shared_bytes, threads, expected):
+    found = Target.named(chip).occupancy(registers, shared_bytes, threads)
+    assert dataclasses.astuple(found) == expected

@@ -43,9 +43,9 @@ def scaled_sum(x, y, **options):
 
 def lower(function, *shapes):
     """The kernels that a function launches on an H200, and its program."""
-    with jax.sharding.use_abstract_mesh(H200.abstract_mesh), launch.recording() as kernels:
+    with jax.sharding.use_abstract_mesh(H200.abstract_mesh), launch.recording() as launches:
         program = jax.jit(lambda *args: function(*args)).trace(*shapes).lower(lowering_platforms=("cuda",))
-    return kernels, program.as_text()
+    return [one.compiled for one in launches], program.as_text()
 
 
 @pytest.fixture

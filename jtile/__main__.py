@@ -1,0 +1,285 @@
+"""`python -m jtile inspect MODULE:FUNCTION --args SHAPES` shows what a function's kernels become, without a GPU."""
+
+import argparse
+import ast
+import functools
+import importlib
+import importlib.util
+import operator
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jtile.compiler.build import TileTooLarge
+from jtile.compiler.launch import Launch
+from jtile.compiler.target import Target
+from jtile.page import page
+from jtile.report import KernelReport, explain, launches, report, table
+
+# A chip of each generation that Triton compiles for.
+GENERATIONS = ("NVIDIA A100", "NVIDIA L4", "NVIDIA H200", "NVIDIA B200")
+
+EXAMPLE = """example:
+  python -m jtile inspect jtile:rms_norm --args 'bf16[4096, 1024], f32[1024]' --html rms_norm.html"""
+
+
+class UsageError(ValueError):
+    """What was asked for on the command line cannot be done."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m jtile", description="Tile kernels as JAX operations: tools.")
+    commands = parser.add_subparsers(dest="command")
+    inspect_parser = commands.add_parser(
+        "inspect",
+        help="show what a function's kernels become",
+        description="Compiles the kernels of a function, without a GPU, and shows their Triton source with the line of "
+        "Pallas that each part came from, and what they use on each generation of chips.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    inspect_parser.add_argument("function", metavar="MODULE:FUNCTION", help="MODULE is a name, or a path to a .py file")
+    inspect_parser.add_argument(
+        "--args", default="", help="its arguments, as in a call: 'bf16[8, 128], (f32[128], None), epsilon=1e-6'"
+    )
+    inspect_parser.add_argument("--grad", action="store_true", help="the kernels of its gradient too")
+    inspect_parser.add_argument(
+        "--target",
+        action="append",
+        metavar="CHIP",
+        help='whose source to show, such as "NVIDIA H200" (the default); repeat it for several',
+    )
+    inspect_parser.add_argument("--only", action="store_true", help="compile for these chips alone: no comparison")
+    inspect_parser.add_argument("--html", metavar="FILE", type=pathlib.Path, help="write all of it to a page too")
+    given = parser.parse_args(arguments)
+    if given.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return inspect(given)
+    except UsageError as error:
+        print(f"jtile inspect: {error}", file=sys.stderr)
+        return 2
+
+
+def inspect(given: argparse.Namespace) -> int:
+    named = [_target(name) for name in given.target or ["NVIDIA H200"]]
+    targets = named if given.only else _with_other_generations(named)
+    function, arrays = _call(load(given.function), *parse(given.args), given.grad)
+    compiled: dict[Target, list[Launch]] = {}
+    refused: dict[Target, Exception] = {}
+    for target in targets:
+        try:
+            compiled[target] = launches(function, arrays, target)
+        except (TileTooLarge, NotImplementedError) as error:
+            refused[target] = error
+    for target, reason in refused.items():
+        print(f"{target.name}: {reason}", file=sys.stderr)
+    if not any(compiled.values()):
+        if compiled:
+            ops = explain(function, *arrays, target=targets[0].name)
+            print(f"{given.function} launches no kernels, and has " + (f"these ops:\n{ops}" if ops else "no ops."))
+        return 1
+    reports = {target: [report(one, target) for one in found] for target, found in compiled.items()}
+    _print_sources({target: reports[target] for target in named if target in reports})
+    print(_resources(reports))
+    for kernel in dict.fromkeys(r.name for found in reports.values() for r in found):
+        print(f"\nInstructions of {kernel} in the assembly:\n{_instructions(kernel, reports)}")
+    if given.html:
+        given.html.write_text(page(f"{given.function} {given.args}".strip(), compiled))
+        print(f"\nwrote {given.html}")
+    return 1 if any(target in refused for target in named) else 0
+
+
+def _target(name: str) -> Target:
+    try:
+        return Target.named(name)
+    except ValueError as error:
+        raise UsageError(f"--target: {error}") from None
+
+
+def _with_other_generations(named: Sequence[Target]) -> list[Target]:
+    """These chips, and one of each generation that is not among them, by generation."""
+    known = {target.compute_capability for target in named}
+    others = [chip for chip in map(Target.named, GENERATIONS) if chip.compute_capability not in known]
+    return sorted((*named, *others), key=lambda target: target.compute_capability)
+
+
+# What to print
+
+
+def _print_sources(reports: dict[Target, list[KernelReport]]) -> None:
+    """Each source once, for all the chips that share it."""
+    chips: dict[tuple[str, str], list[str]] = {}
+    for found in reports.values():
+        for r in found:
+            chips.setdefault((r.name, r.source), []).append(r.target)
+    for (name, source), names in chips.items():
+        print(f"Kernel {name} for {', '.join(dict.fromkeys(names))}:\n\n{source}")
+
+
+def _resources(reports: dict[Target, list[KernelReport]]) -> str:
+    head = ("kernel", "chip", "", "registers", "spills", "shared memory", "threads", "occupancy", "tensor core", "TMA")
+    rows = [
+        (
+            r.name,
+            r.target,
+            f"sm_{target.compute_capability}",
+            f"{r.registers}",
+            f"{r.spill_bytes:,} B",
+            f"{r.shared_bytes:,} B",
+            f"{r.threads:,}",
+            str(r.occupancy),
+            f"{r.tensor_core_instructions:,}",
+            f"{r.tma_instructions:,}",
+        )
+        for target, found in reports.items()
+        for r in found
+    ]
+    return table(head, sorted(rows, key=lambda row: [r[0] for r in rows].index(row[0])))
+
+
+def _instructions(kernel: str, reports: dict[Target, list[KernelReport]]) -> str:
+    counts = {
+        target: [r.instructions for r in found if r.name == kernel]
+        for target, found in reports.items()
+        if any(r.name == kernel for r in found)
+    }
+    names = sorted({name for found in counts.values() for one in found for name in one})
+    head = ("instruction", *(f"sm_{target.compute_capability}" for target in counts))
+    rows = [
+        (name, *(" + ".join(str(one.get(name, 0)) for one in found) for found in counts.values())) for name in names
+    ]
+    return table(head, rows, right=True)
+
+
+# What to inspect
+
+
+def load(what: str) -> Callable:
+    """The function `MODULE:FUNCTION`."""
+    where, colon, name = what.rpartition(":")
+    if not colon or not name:
+        raise UsageError(f"name a function as MODULE:FUNCTION, such as jtile:rms_norm; got {what!r}.")
+    module = _module(where)
+    try:
+        function = operator.attrgetter(name)(module)
+    except AttributeError as error:
+        functions = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        raise UsageError(f"{error}. {where} has {', '.join(functions) or 'no functions'}.") from None
+    if not callable(function):
+        raise UsageError(f"{what} is no function; it is {function!r}.")
+    return function
+
+
+def _module(where: str):
+    path = pathlib.Path(where)
+    if path.suffix == ".py":
+        if not path.exists():
+            raise UsageError(f"there is no file {where}.")
+        sys.path.insert(0, str(path.resolve().parent))  # as if it were run
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+        return module
+    try:
+        return importlib.import_module(where)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{where}.".startswith(f"{error.name}."):
+            raise  # found, but it imports what isn't there
+        raise UsageError(f"{error}. MODULE is a name as in `import`, or a path that ends in .py.") from None
+
+
+def parse(text: str) -> tuple[list, dict[str, Any]]:
+    """Positional and keyword arguments from text: arrays as `f32[8, 128]`, and literals, tuples, lists and dicts."""
+    try:
+        # `f32[]`, a scalar, is not Python; what stands in quotes stays as it is.
+        python = re.sub(r"('[^']*'|\"[^\"]*\")|(\w)\[\]", lambda m: m[1] or f"{m[2]}[()]", text)
+        call = ast.parse(f"f({python})", mode="eval").body
+    except SyntaxError as error:
+        raise UsageError(f"--args {text!r} does not read as the arguments of a call: {error.msg}.") from None
+    if not isinstance(call, ast.Call) or any(k.arg is None for k in call.keywords):
+        raise UsageError(f"--args {text!r} does not read as the arguments of a call.")
+    return [_value(a, text) for a in call.args], {str(k.arg): _value(k.value, text) for k in call.keywords}
+
+
+def _value(node: ast.expr, text: str) -> Any:
+    match node:
+        case ast.Subscript(ast.Name(name)):
+            return _array(name, node.slice, text)
+        case ast.Tuple(items):
+            return tuple(_value(item, text) for item in items)
+        case ast.List(items):
+            return [_value(item, text) for item in items]
+        case ast.Dict(keys, items) if None not in keys:
+            return {_value(k, text): _value(v, text) for k, v in zip(keys, items, strict=True) if k is not None}
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise UsageError(
+            f"--args: {ast.unparse(node)!r} is neither an array, such as f32[8, 128] or i32[], nor a Python literal."
+        ) from None
+
+
+def _array(name: str, node: ast.expr, text: str) -> jax.ShapeDtypeStruct:
+    if name not in DTYPES:
+        raise UsageError(f"--args: there is no type {name!r}. There are {', '.join(DTYPES)}.")
+    try:
+        shape = ast.literal_eval(node)
+    except ValueError:
+        shape = None
+    shape = shape if isinstance(shape, tuple) else (shape,)
+    if not all(type(n) is int and n >= 0 for n in shape):
+        raise UsageError(f"--args: the shape of {ast.unparse(node)!r} must be numbers, as in {name}[8, 128].")
+    dtype = np.dtype(DTYPES[name])
+    if dtype.itemsize == 8 and not jax.config.jax_enable_x64:
+        raise UsageError(f"--args: {name} has 64 bits, which JAX has with JAX_ENABLE_X64=1 in the environment.")
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+# JAX's short names and the long ones.
+DTYPES = {
+    **{f"{short}{bits}": f"{long}{bits}" for short, long in (("i", "int"), ("u", "uint")) for bits in (8, 16, 32, 64)},
+    **{f"f{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    "bf16": "bfloat16",
+    "f8_e4m3fn": "float8_e4m3fn",
+    "f8_e5m2": "float8_e5m2",
+    "bool": "bool",
+}
+DTYPES |= {long: long for long in DTYPES.values()}
+
+
+def _call(function: Callable, args: list, kwargs: dict[str, Any], grad: bool) -> tuple[Callable, list]:
+    """The function of the arrays alone, and those; its gradient for all that have one, if so asked."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    arrays = [x for x in leaves if isinstance(x, jax.ShapeDtypeStruct)]
+
+    def call(*given):
+        rest = iter(given)
+        filled = [next(rest) if isinstance(x, jax.ShapeDtypeStruct) else x for x in leaves]
+        args, kwargs = jax.tree.unflatten(tree, filled)
+        return function(*args, **kwargs)
+
+    if not grad:
+        return call, arrays
+    floating = [i for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating)]
+    if not floating:
+        raise UsageError("--grad: no argument is an array of floats, so there is nothing to differentiate by.")
+
+    def loss(*given):
+        results = [y for y in jax.tree.leaves(call(*given)) if jnp.issubdtype(y.dtype, jnp.floating)]
+        return functools.reduce(operator.add, (jnp.sum(y.astype(jnp.float32)) for y in results))
+
+    return jax.value_and_grad(loss, argnums=tuple(floating)), arrays
+
+
+if __name__ == "__main__":
+    sys.exit(main())
