@@ -111,6 +111,7 @@ def _interpreting(function: JITFunction) -> Iterator[None]:
         for fn in (function.fn, tl.standard.sum.fn):
             patches = interpreter._patch_lang(fn)
             stack.callback(patches.restore)
+        patches.set_attr(tl.tensor, "__index__", lambda self: self.handle.data.item())  # Triton 3.6 has it wrong
         patches.set_attr(tl.tensor, "__repr__", _printed)
         patches.set_attr(tl.tensor, "__str__", _printed)
         yield
@@ -220,6 +221,9 @@ class Builder(interpreter.InterpreterBuilder):
         self.options = interpreter.InterpreterOptions(
             allowed_dot_input_precisions=precisions, debug=True, sanitize_overflow=False
         )
+
+    def get_bf16(self, value):  # which Triton's lacks before 3.9
+        return TensorHandle(np.array([value], jnp.bfloat16), tl.bfloat16)
 
     # The trailing arguments, how to cache, differ between versions of Triton.
 
