@@ -2,8 +2,11 @@
 
 import pathlib
 import re
+import shlex
 
 import pytest
+
+from jtile.__main__ import main
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
@@ -16,6 +19,15 @@ def test_readme_code_runs(capsys):
         exec(compile(block, str(README), "exec"), scope)
     printed = capsys.readouterr().out
     assert "kernel" in printed and "@triton.jit" in printed
+
+
+def test_readme_commands_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    [command] = re.findall(r"^python -m jtile (.*)$", README.read_text(), re.MULTILINE)
+    assert main(shlex.split(command)) == 0
+    printed = capsys.readouterr().out
+    assert all(chip in printed for chip in ("sm_80", "sm_89", "sm_90", "sm_100"))
+    assert (tmp_path / "rms_norm.html").exists()
 
 
 @pytest.mark.parametrize("name", re.findall(r"`jtile\.(\w+)", README.read_text()))
