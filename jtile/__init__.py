@@ -5,6 +5,23 @@ from jtile.compiler.interpret import interpret_pallas
 from jtile.compiler.launch import EXPORT_CHECKS
 from jtile.compiler.pallas import retarget_pallas
 from jtile.compiler.params import CompilerParams
+from jtile.compiler.primitives import (
+    approx_tanh,
+    atomic_add,
+    atomic_and,
+    atomic_cas,
+    atomic_max,
+    atomic_min,
+    atomic_or,
+    atomic_xchg,
+    atomic_xor,
+    debug_barrier,
+    dot,
+    elementwise_inline_asm,
+    load,
+    max_contiguous,
+    store,
+)
 from jtile.compiler.triton_call import triton_call
 from jtile.debugger import debug
 from jtile.op import TileOp
@@ -19,16 +36,31 @@ __all__ = [
     "EXPORT_CHECKS",
     "CompilerParams",
     "TileOp",
+    "approx_tanh",
+    "atomic_add",
+    "atomic_and",
+    "atomic_cas",
+    "atomic_max",
+    "atomic_min",
+    "atomic_or",
+    "atomic_xchg",
+    "atomic_xor",
     "debug",
+    "debug_barrier",
+    "dot",
     "dot_product_attention",
+    "elementwise_inline_asm",
     "explain",
     "gated_activation",
     "inspect",
     "interpret_pallas",
+    "load",
+    "max_contiguous",
     "retarget_pallas",
     "rms_norm",
     "rope",
     "softmax_cross_entropy",
+    "store",
     "testing",
     "triton_call",
 ]

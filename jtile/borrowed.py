@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 from jax._src import config as _config
 from jax._src import core as _core
+from jax._src import effects as _effects
 from jax._src import sharding_impls as _sharding_impls
 from jax._src import source_info_util as _source_info_util
 from jax._src.dispatch import (
@@ -20,7 +21,24 @@ from jax._src.dispatch import (
 )
 from jax._src.lax import special as _special
 from jax._src.lib import gpu_triton as _gpu_triton
+from jax._src.pallas import core as _pallas_core
+from jax._src.pallas.pallas_call import (
+    # JAX's own lowering rule, for the kernels that are not for jtile.
+    _pallas_call_lowering as lower_pallas_call,  # noqa: F401
+)
+from jax._src.pallas.primitives import (
+    # Masked loads, and their hints to the cache; Pallas offers them only beside its own backends.
+    load as load,
+)
+from jax._src.pallas.primitives import (
+    # Masked stores, likewise.
+    store as store,
+)
 from jax._src.random.prng import KeyTy as _KeyTy
+from jax._src.state.discharge import (
+    # How a primitive that changes refs is to be interpreted, as operations on values.
+    register_discharge_rule as register_discharge_rule,
+)
 from jax._src.state.discharge import (
     # What a ref's indices, reshapes and bitcasts select from its contents, as operations on values.
     transform_array as transform_array,
@@ -29,12 +47,37 @@ from jax._src.state.discharge import (
     # The selection that was there, and the contents with another in its place.
     transform_swap_array as transform_swap_array,
 )
+from jax._src.state.primitives import (
+    # `ref.at[indices]` and indices taken apart, as Pallas' own operations do.
+    get_ref_and_transforms as get_ref_and_transforms,
+)
 from jax._src.state.types import BitcastTransform as _BitcastTransform
+from jax._src.state.types import (
+    # That a primitive reads a ref.
+    ReadEffect as ReadEffect,
+)
 from jax._src.state.types import ReshapeTransform as _ReshapeTransform
+from jax._src.state.types import (
+    # That a primitive writes a ref.
+    WriteEffect as WriteEffect,
+)
+from jax._src.state.types import (
+    # The type of what indices, reshapes and bitcasts select from a ref.
+    transform_type as transform_type,
+)
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 # What `ref.reshape` and `ref.bitcast` make of a ref, beside indexing it.
 RESHAPES = (_ReshapeTransform, _BitcastTransform)
+
+
+class _KernelEffect(_effects.Effect):
+    """Something done in a kernel, for which its equation must stay where it is."""
+
+
+kernel_effect = _KernelEffect()
+_effects.control_flow_allowed_effects.add_type(_KernelEffect)
+_pallas_core.kernel_local_effects.add_type(_KernelEffect)
 
 
 def is_key(aval) -> bool:

@@ -1,10 +1,12 @@
 """`pl.pallas_call(..., compiler_params=jtile.CompilerParams(...))`: Pallas' own lowering, handed over to jtile."""
 
+import functools
 from collections.abc import Callable
 
 from jax.experimental import pallas as pl
-from jax.extend.pallas import register_lowering_rule
+from jax.interpreters import mlir
 
+from jtile import borrowed
 from jtile.compiler import launch
 from jtile.compiler.build import build
 from jtile.compiler.emit import emit
@@ -14,9 +16,11 @@ from jtile.compiler.rewrite import map_pallas_calls
 from jtile.compiler.target import Target
 
 
-def lower_pallas_call(ctx, *operands, compiler_params: CompilerParams, **params):
-    """The lowering rule of a `pallas_call` for GPUs."""
-    [platform] = ctx.platforms or ctx.module_context.platforms
+def lower_pallas_call(platform: str, ctx, *operands, compiler_params, interpret, **params):
+    """The lowering rule of a `pallas_call` for GPUs: jtile's parameters choose jtile, and others what JAX has."""
+    if interpret or not isinstance(compiler_params, CompilerParams):
+        params |= dict(compiler_params=compiler_params, interpret=interpret)
+        return borrowed.lower_pallas_call(ctx, *operands, **params)
     kernel = kernel_of(params)
     if platform != "cuda":
         raise UnsupportedKernel(f"jtile compiles for CUDA; {kernel.name} ({kernel.where}) is lowered for {platform}.")
@@ -38,7 +42,10 @@ def source_of(kernel: Kernel, compiler_params: CompilerParams, debug: bool) -> S
     return source
 
 
-register_lowering_rule(CompilerParams, lower_pallas_call, "gpu")
+# `jax.extend.pallas.register_lowering_rule` would do, were it not that JAX loads its own backend for Triton first, and
+# fails where there is none.
+for _platform in ("cuda", "rocm"):
+    mlir.register_lowering(pl.pallas_call_p, functools.partial(lower_pallas_call, _platform), platform=_platform)
 
 
 def retarget_pallas(fn: Callable) -> Callable:

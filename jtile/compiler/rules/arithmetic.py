@@ -1,13 +1,14 @@
 """Elementwise operations."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jtile import borrowed
+from jtile.compiler.primitives import TANH_CONSTRAINTS
 from jtile.compiler.rules import rule
 from jtile.compiler.value import Interval, Value, constant, float8, inner, narrow_float, triton_type
 
@@ -434,15 +435,25 @@ def hint(e, eqn, x: Value):
 
 @rule("elementwise_inline_asm_p", "elementwise_inline_asm")  # in JAX 0.11, in 0.12
 def elementwise_inline_asm(e, eqn, *operands: Value):
-    outs = eqn.params["result_shape_dtypes"]
-    if len(outs) != 1:
-        raise e.unsupported(f"inline assembly with {len(outs)} results has no rule", "Write one block per result.")
-    arguments = ", ".join(e.tensor(v) for v in operands)
-    text = (
-        f"tl.inline_asm_elementwise(asm={eqn.params['asm']!r}, constraints={eqn.params['constraints']!r}, "
-        f"args=[{arguments}], dtype={triton_type(outs[0].dtype)}, is_pure=True, pack={eqn.params['pack']})"
+    params, outs = eqn.params, eqn.params["result_shape_dtypes"]
+    return _assembly(e, params["asm"], params["constraints"], params["pack"], operands, outs)
+
+
+@rule("approx_tanh")
+def approx_tanh(e, eqn, x: Value):
+    kind, register = TANH_CONSTRAINTS[x.dtype.name]
+    return _assembly(e, f"tanh.approx.{kind} $0, $1;", f"={register},{register}", 1, [x], [x])[0]
+
+
+def _assembly(e, asm: str, constraints: str, pack: int, operands: Sequence[Value], outs: Sequence) -> list[Value]:
+    names = [e.name("asm") for _ in outs]
+    types = ", ".join(triton_type(out.dtype) for out in outs)
+    e.line(
+        f"{', '.join(names)} = tl.inline_asm_elementwise(asm={asm!r}, constraints={constraints!r}, "
+        f"args=[{', '.join(map(e.tensor, operands))}], dtype={types if len(outs) == 1 else f'({types})'}, "
+        f"is_pure=True, pack={pack})"
     )
-    return [e.let(text, outs[0].shape, outs[0].dtype, "asm")]
+    return [Value(name, tuple(out.shape), np.dtype(out.dtype)) for name, out in zip(names, outs, strict=True)]
 
 
 def interval(name: str, operands: tuple[Value, ...], dtype) -> Interval | None:

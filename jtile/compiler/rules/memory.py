@@ -10,6 +10,7 @@ import numpy as np
 
 from jtile import borrowed
 from jtile.compiler.kernel import Scratch, scratch_of
+from jtile.compiler.primitives import ATOMIC_TYPES, Atomic
 from jtile.compiler.rules import rule
 from jtile.compiler.value import Affine, Block, Value, constant, float8, tile
 
@@ -38,7 +39,7 @@ def addupdate(e, eqn, ref: Block | Scratch, value: Value, *indices: Value):
         [total] = e.compute(jnp.add, _load(e, ref, transforms), value)
         _store(e, ref, transforms, total)
     else:
-        access = locate(e, _shared(e, "add", ref), transforms)
+        access = locate(e, _shared(e, Atomic.ADD, ref), transforms)
         e.line(f"tl.atomic_add({access.arguments(e.tensor(value))}){e.comment}")
     return []
 
@@ -63,7 +64,7 @@ def masked_swap(e, eqn, *operands):
 @rule("atomic_rmw")
 def atomic_rmw(e, eqn, *operands):
     ref, transforms, value, mask = eqn.params["args_tree"].unflatten(operands)
-    operation = eqn.params["atomic_type"].value
+    operation = Atomic(eqn.params["atomic_type"].value)
     access = locate(e, _shared(e, operation, ref), transforms)
     text = f"tl.atomic_{operation}({access.arguments(e.tensor(value), mask=mask)})"
     return e.let(text + e.comment, value.shape, value.dtype, "old")
@@ -72,7 +73,7 @@ def atomic_rmw(e, eqn, *operands):
 @rule("atomic_cas")
 def atomic_cas(e, eqn, ref: Block | Scratch, expected: Value, value: Value, *indices: Value):
     transforms = eqn.params["tree"].unflatten(indices) if "tree" in eqn.params else ()
-    block = _shared(e, "cas", ref)
+    block = _shared(e, Atomic.CAS, ref)
     access = locate(e, block, transforms)
     if access.tests:
         raise e.unsupported(
@@ -83,24 +84,16 @@ def atomic_cas(e, eqn, ref: Block | Scratch, expected: Value, value: Value, *ind
     return e.let(text + e.comment, value.shape, value.dtype, "old")
 
 
-# The types that the hardware changes atomically.
-ATOMIC = {
-    **dict.fromkeys(["and", "or", "xor"], ("int32", "int64", "uint32", "uint64")),
-    **dict.fromkeys(["max", "min", "xchg"], ("int32", "int64", "uint32", "uint64", "float32", "float64")),
-    "cas": ("int32", "int64", "uint32", "uint64", "float32", "float64"),
-    "add": ("int32", "int64", "uint32", "uint64", "float16", "bfloat16", "float32", "float64"),
-}
-
-
-def _shared(e, operation: str, ref: Block | Scratch) -> Block:
+def _shared(e, operation: Atomic, ref: Block | Scratch) -> Block:
     """The ref itself, which is one that can be changed atomically."""
     if isinstance(ref, Scratch):
         raise e.unsupported(
             f"{ref.name} is changed atomically, and is this program's alone", "Read it, and store what it is to be."
         )
-    if ref.ref.dtype.name not in ATOMIC[operation]:
+    if ref.ref.dtype.name not in ATOMIC_TYPES[operation]:
         raise e.unsupported(
-            f"there is no atomic `{operation}` of {ref.ref.dtype}", f"There is for {', '.join(ATOMIC[operation])}."
+            f"there is no atomic `{operation}` of {ref.ref.dtype}",
+            f"There is for {', '.join(ATOMIC_TYPES[operation])}.",
         )
     return ref
 

@@ -83,6 +83,7 @@ def like(x, dtype=None, shape=None):
 
 # Each module adds its kernels to the table above.
 from tests.compiler.kernels import (  # noqa: E402, F401
+    atomics,
     control,
     dots,
     elementwise,
