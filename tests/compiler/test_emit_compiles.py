@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jtile.compiler.build import build
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.target import Target
-from tests.compiler.kernels import CASES, sources
+from tests.compiler.kernels import CASES, NATIVE, sources
 from tests.compiler.kernels.elementwise import BINARY, UNARY
 
 CHIPS = ("NVIDIA A100", "NVIDIA H200", "NVIDIA B200")
@@ -80,18 +79,8 @@ def test_attention_uses_hopper(head_dim):
 
 
 def test_what_only_a_gpu_has():
-    """Pallas' interpreter runs none of these."""
-
-    def kernel(x_ref, counts_ref, lock_ref, y_ref):
-        y_ref[...] = plgpu.approx_tanh(x_ref[...])
-        plgpu.debug_barrier()
-        plgpu.atomic_max(counts_ref, pl.ds(0, 16), counts_ref[...] + 1, mask=x_ref[...] > 0)
-        plgpu.atomic_cas(lock_ref, 0, 1)
-        y_ref[...] += plgpu.load(x_ref, eviction_policy="evict_last") + plgpu.load(x_ref, volatile=True)
-
-    shapes = [((16,), "f"), ((16,), "i"), ((), "i")]
-    call = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((16,), jnp.float32))
-    ptx = compiled(call, *(np.zeros(*shape) for shape in shapes)).ptx
+    function, operands = NATIVE["ref_as_only_a_gpu_can"]
+    ptx = compiled(function, *operands).ptx
     assert "tanh.approx.f32" in ptx and "atom.global" in ptx and "cas.b32" in ptx and "L1::evict_last" in ptx
     assert "ld.volatile" in ptx
 

@@ -180,6 +180,25 @@ def special(e, eqn, *operands: Value):
     return cast(e, result, np.dtype(out.dtype))
 
 
+@rule("polynomial")
+def polynomial(e, eqn, *operands: Value):
+    """Horner's rule; the coefficient of the highest power comes last."""
+
+    def horner(x, *coefficients):
+        total = jnp.broadcast_to(coefficients[-1], jnp.broadcast_shapes(*(a.shape for a in (x, *coefficients))))
+        for coefficient in coefficients[-2::-1]:
+            total = total * x + coefficient
+        return total
+
+    return e.compute(horner, *operands)[0]
+
+
+@rule("reciprocal")
+def reciprocal(e, eqn, x: Value):
+    """Correctly rounded, whether or not an approximation would do."""
+    return e.compute(lambda x: 1 / x, x)[0]
+
+
 @rule("sign")
 def sign(e, eqn, x: Value):
     text = e.tensor(x)
@@ -416,7 +435,7 @@ def _reduced(x, exponent: int, mantissa: int):
     return jnp.where(x != x, x, rounded)
 
 
-@rule("copy", "copy_p", "stop_gradient", "name", "pvary", "pcast", "reshard")
+@rule("copy", "stop_gradient", "name")
 def identity(e, eqn, x: Value):
     return x
 
@@ -430,6 +449,8 @@ def identities(e, eqn, *values: Value):
 def hint(e, eqn, x: Value):
     """What the author knows of a value, and Triton uses."""
     name, values = eqn.primitive.name, eqn.params["values"]
+    if name == "max_contiguous" and not x.shape:
+        return x  # which says nothing of one number
     return e.let(f"tl.{name}({e.tensor(x)}, {list(values)})", x.shape, x.dtype, "hint", bounds=x.bounds)
 
 

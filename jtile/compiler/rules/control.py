@@ -12,16 +12,24 @@ from jtile import borrowed
 from jtile.compiler.rules import arithmetic, rule
 from jtile.compiler.value import Affine, Block, Value, constant
 
+# What a function called in a kernel may be wrapped in, and the parameter that holds its jaxpr.
+CALLS = {
+    "jit": "jaxpr",
+    "remat2": "jaxpr",
+    "eval_jaxpr": "call_jaxpr",
+    "composite": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vmap_call": "call",
+}
 
-@rule(
-    *("jit", "pjit", "closed_call", "core_call", "eval_jaxpr", "remat", "remat2", "checkpoint"),
-    *("custom_jvp_call", "custom_vjp_call"),
-)
+
+@rule(*CALLS)
 def call(e, eqn, *operands):
     name, outs = eqn.params.get("name"), eqn.outvars
     if name in ROUNDED_DOWN and all(_is_natural(v, outs[0].aval.dtype) for v in operands):
         return [arithmetic.apply(e, ROUNDED_DOWN[name], outs[0].aval.shape, outs[0].aval.dtype, *operands)]
-    return e.run(eqn.params["call_jaxpr"] if "call_jaxpr" in eqn.params else eqn.params["jaxpr"], operands)
+    return e.run(eqn.params[CALLS[eqn.primitive.name]], operands)
 
 
 # `a // b` and `a % b` of jax.numpy: of numbers that are not negative, the hardware's own operations.
@@ -32,6 +40,16 @@ def _is_natural(value: Value | Block, dtype) -> bool:
     if not isinstance(value, Value) or value.bounds is None or value.bounds[0] < 0:
         return False
     return value.dtype == dtype or value.constant is not None
+
+
+@rule("platform_index")
+def platform_index(e, eqn):
+    """Which branch of `jax.lax.platform_dependent` is taken; the last where it is the default."""
+    platforms = eqn.params["platforms"]
+    mine = [i for i, names in enumerate(platforms) if names is None or "cuda" in names]
+    if not mine:
+        raise e.unsupported(f"it has branches for the platforms {platforms} alone", "Add one for `cuda`, or a default.")
+    return constant(mine[0], (), np.int32)
 
 
 @rule("scan")

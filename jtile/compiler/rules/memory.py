@@ -134,11 +134,6 @@ def program_id(e, eqn):
     return e.ids[e.kernel.own_axes[eqn.params["axis"]]]
 
 
-@rule("num_programs")
-def num_programs(e, eqn):
-    return constant(e.kernel.grid[e.kernel.own_axes[eqn.params["axis"]]], (), np.int32)
-
-
 @rule("axis_index")
 def axis_index(e, eqn):
     name = eqn.params["axis_name"]

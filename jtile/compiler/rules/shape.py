@@ -28,7 +28,7 @@ def broadcast_in_dim(e, eqn, x: Value, *_):
     return e.let(text, shape, x.dtype, "spread", bounds=x.bounds, zero_padded=x.zero_padded and not repeated)
 
 
-@rule("reshape", "squeeze", "expand_dims")
+@rule("reshape", "squeeze")
 def reshape(e, eqn, x: Value):
     return reshaped(e, x, tuple(eqn.outvars[0].aval.shape))
 
@@ -91,6 +91,13 @@ def transposed(e, x: Value, order: Sequence[int]) -> Value:
     return e.let(text, shape, x.dtype, "trans", bounds=x.bounds, zero_padded=x.zero_padded)
 
 
+@rule("empty")
+def empty(e, eqn):
+    """Zeros: whatever is there would differ from run to run."""
+    out = eqn.outvars[0].aval
+    return constant(0, out.shape, out.dtype)
+
+
 @rule("iota")
 def iota(e, eqn, *_):
     shape, axis = tuple(eqn.params["shape"]), eqn.params["dimension"]
@@ -139,7 +146,7 @@ def sliced(e, x: Value, axis: int, start: int, size: int, stride: int = 1) -> Va
     steps = _halvings(x.shape[axis], start, size, stride)
     if steps is not None:
         return _halve(e, x, axis, steps)
-    return take(e, x, axis, size, f"{start} + {{}} * {stride}")
+    return take(e, x, axis, size, f"{f'{start} + ' if start else ''}{{}}{f' * {stride}' if stride > 1 else ''}")
 
 
 @rule("rev")
@@ -270,6 +277,8 @@ def _moved(x: Value, shape: tuple[int, ...], coordinates: Sequence[int | str]) -
 
 def _picked_by_number(e, x: Value, shape: tuple[int, ...], coordinates: Sequence[int | str]) -> Value:
     """The same by the number of each element in the row-major order of `x`'s tile."""
+    if max(x.shape, default=1) == 1:
+        return e.spread(reshaped(e, x, ()), shape)
     terms, stride = [], 1
     for side, coordinate in reversed(list(zip(x.tile, coordinates, strict=True))):
         if side > 1:

@@ -75,19 +75,19 @@ def _parts(e, x: Value) -> list[Value]:
     0 and NaN comes last.
     """
     text, bits = e.tensor(x), max(32, 8 * x.dtype.itemsize)
-    integer = f"tl.int{bits}"
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        text = text if x.dtype.itemsize >= 4 else f"tl.cast({text}, tl.float32)"
-        number = e.let(text, x.shape, x.dtype, "number").text
+    integer, most = f"tl.int{bits}", 2 ** (bits - 1) - 1
+    if x.dtype in (np.int32, np.int64):
+        key = x
+    elif jnp.issubdtype(x.dtype, jnp.floating):
+        number = cast(e, x, np.dtype(np.float32)).text if x.dtype.itemsize < 4 else text
         raw = f"tl.cast(tl.where({number} == 0, 0.0, {number}), {integer}, bitcast=True)"
         raw = e.let(raw, x.shape, np.int64, "bits").text
-        most = 2 ** (bits - 1) - 1
         text = f"tl.where({number} != {number}, {most}, {raw} ^ (({raw} >> {bits - 1}) & {most}))"
+        key = e.let(text, x.shape, np.int32, "key")
     elif x.dtype in (np.uint32, np.uint64):
-        text = f"tl.cast({text}, {integer}, bitcast=True) ^ {-(2 ** (bits - 1))}"
-    elif x.dtype.itemsize < 4:
-        text = f"tl.cast({text}, {integer})"
-    key = e.let(text, x.shape, np.int32, "key")
+        key = e.let(f"tl.cast({text}, {integer}, bitcast=True) ^ {-most - 1}", x.shape, np.int32, "key")
+    else:
+        key = e.let(f"tl.cast({text}, {integer})", x.shape, np.int32, "key")
     if bits == 32:
         return [key]
     low = e.let(f"tl.cast({key.text}, tl.int32) ^ {-(2**31)}", x.shape, np.int32, "key")

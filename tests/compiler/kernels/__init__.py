@@ -13,13 +13,14 @@ from jtile.compiler.params import CompilerParams
 from jtile.compiler.rewrite import map_pallas_calls
 
 CASES: dict[str, tuple[Callable, tuple]] = {}
+NATIVE: dict[str, tuple[Callable, tuple]] = {}
 
 
-def case(*operands, name: str | None = None):
-    """Registers a function of these operands that calls Pallas."""
+def case(*operands, name: str | None = None, native: bool = False):
+    """Registers a function of these operands that calls Pallas; `native` if no interpreter can run it."""
 
     def register(function):
-        CASES[name or function.__name__] = function, operands
+        (NATIVE if native else CASES)[name or function.__name__] = function, operands
         return function
 
     return register

@@ -1,9 +1,13 @@
 """Control flow."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
 from tests.compiler.kernels import case, integers, like, normal, rowwise
 
@@ -190,3 +194,53 @@ def branches_in_loops(x, kinds):
         o_ref[4] = lax.fori_loop(0, 4, step, jnp.zeros(12))
 
     return pl.pallas_call(kernel, out_shape=like(x, shape=(5, 12)))(x, kinds)
+
+
+# What functions may be wrapped in
+
+_logged = lax.composite(lambda x: jnp.log(x * x + 1), name="jtile.test")
+
+
+@jax.custom_batching.custom_vmap
+def _mapped(x):
+    return x * 3
+
+
+@_mapped.def_vmap
+def _(size, mapped, x):
+    return _mapped(x), mapped[0]
+
+
+WRAPPED = {
+    "composite": _logged,
+    "custom_vmap": _mapped,
+    "platform_dependent": lambda x: lax.platform_dependent(x, tpu=jnp.cos, default=jnp.sin),
+    "named": lambda x: checkpoint_name(x * 2, "doubled") + 1,
+    "traced_before": lambda x: jax.jit(jnp.exp).trace(x)(x),
+    "stop_gradient": lambda x: jax.grad(lambda y: jnp.sum(y * lax.stop_gradient(y) + y * y))(x),
+    "vjp": lambda x: jax.vjp(lambda y: jnp.sin(y) * y, x)[1](x)[0],
+    "checkpointed_vjp": lambda x: jax.vjp(jax.checkpoint(lambda y: jnp.exp(y) * y), x)[1](x)[0],
+    "known_multiples": lambda x: x + pl.multiple_of(pl.program_id(0) * 8, 8) + plgpu.max_contiguous(jnp.arange(12), 4),
+    "empty": lambda x: jnp.where(x > -100, x, lax.empty(x.shape, x.dtype)),
+}
+for _name, _function in WRAPPED.items():
+    case(normal(6, 12), name=f"wrapped_{_name}")(functools.partial(rowwise, _function, 4))
+
+
+@case(normal(6, 12), native=True)
+def prints_and_checks(x):
+    def body(x):
+        pl.debug_print("x is {}", x)
+        pl.debug_check(jnp.all(x < 9), "x is small")
+        return x
+
+    return rowwise(body, 4, x)
+
+
+@case(normal(6, 12), native=True)
+def grid_axes_with_names(x):
+    def kernel(x_ref, o_ref):
+        o_ref[...] = x_ref[...] + lax.axis_index("rows")
+
+    spec = pl.BlockSpec((2, 12), lambda i: (i, 0))
+    return pl.pallas_call(kernel, grid=(("rows", 3),), in_specs=[spec], out_specs=spec, out_shape=like(x))(x)

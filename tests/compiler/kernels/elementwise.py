@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 
 from tests.compiler.kernels import case, integers, normal, rowwise, whole
 
@@ -22,6 +23,7 @@ UNARY = {
     "exp": (lax.exp, X),
     "exp2": (lax.exp2, X),
     "log": (lax.log, POSITIVE),
+    "log2": (jnp.log2, POSITIVE),
     "log1p": (lax.log1p, POSITIVE),
     "expm1": (lax.expm1, X),
     "sqrt": (lax.sqrt, POSITIVE),
@@ -69,9 +71,12 @@ UNARY = {
     "clamp": (lambda x: lax.clamp(-x, x + 1, x.dtype.type(0.5)), X),
     "accuracy": (lambda x: lax.exp(x, accuracy=lax.AccuracyMode.DEFAULT), X),
     "constants_only": (lambda x: x + jnp.sqrt(jnp.full(x.shape, 2.0)) + jnp.float32(1e-40), X),
+    "reciprocal": (pltpu.reciprocal, POSITIVE),
     "optimization_barrier": (lambda x: lax.optimization_barrier((x, x))[0] + 1, X),
     "half_arithmetic": (lambda x: jnp.exp(x.astype(jnp.float16) / 3).astype(jnp.float32), X),
 }
+if hasattr(lax, "polynomial"):  # JAX 0.12
+    UNARY["polynomial"] = functools.partial(lax.polynomial, coeffs=(3.0, -2.0, 0.5)), X
 for _name, (_function, _x) in UNARY.items():
     case(_x, name=_name)(functools.partial(rowwise, _function, 4))
 

@@ -37,6 +37,7 @@ INDEXED = {
     "add_at": (lambda x, i: x.at[i].add(jnp.arange(6.0)), (7,), ANY),
     "add_at_pairs": (lambda x, i: x.at[i, i].add(x[i, 0]), (4, 7), INSIDE),
     "add_rows": (lambda x, i: x.at[i].add(x[:4] * 2), (5, 3), INSIDE),
+    "subtract_at": (lambda x, i: x.at[i].subtract(1.5), (7,), ANY),
     "greatest_at": (lambda x, i: x.at[i].max(jnp.arange(6.0) - 3).at[i].min(1.0), (7,), ANY),
     "apply_at": (lambda x, i: x.at[i[1] % 7].apply(jnp.exp), (7,), ANY),
     "set_slice": (lambda x, i: x.at[1:3, 2:5].set(0.0), (4, 7), ANY),

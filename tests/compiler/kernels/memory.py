@@ -187,3 +187,32 @@ def grouped_heads(x):
         out_specs=pl.BlockSpec((None, None, 16), lambda i, h: (i, h, 0)),
         out_shape=like(x, shape=(8, 12, 16)),
     )(x)
+
+
+@case(normal(4, 16))
+def ref_added_to(x):
+    def kernel(x_ref, o_ref):
+        o_ref[...] = x_ref[...]
+        jax.ref.addupdate(o_ref, (slice(1, 3), pl.ds(3, 5)), jnp.ones((2, 5)))
+
+    return pl.pallas_call(kernel, out_shape=like(x))(x)
+
+
+@case(normal(4, 16), integers(3, low=0, high=4), integers(5, low=0, high=16))
+def ref_gather_of_all_pairs(x, rows, columns):
+    def kernel(x_ref, rows_ref, columns_ref, o_ref):
+        o_ref[...] = x_ref[rows_ref[...][:, None], columns_ref[...][None, :]]
+
+    return pl.pallas_call(kernel, out_shape=like(x, shape=(3, 5)))(x, rows, columns)
+
+
+@case(normal(16), integers(16), np.int32(0), native=True)
+def ref_as_only_a_gpu_can(x, counts, lock):
+    def kernel(x_ref, counts_ref, lock_ref, y_ref):
+        y_ref[...] = plgpu.approx_tanh(x_ref[...])
+        plgpu.debug_barrier()
+        plgpu.atomic_max(counts_ref, pl.ds(0, 16), counts_ref[...] + 1, mask=x_ref[...] > 0)
+        plgpu.atomic_cas(lock_ref, 0, 1)
+        y_ref[...] += plgpu.load(x_ref, eviction_policy="evict_last") + plgpu.load(x_ref, volatile=True)
+
+    return pl.pallas_call(kernel, out_shape=like(x))(x, counts, lock)
