@@ -112,9 +112,15 @@ def _interpreting(function: JITFunction) -> Iterator[None]:
             patches = interpreter._patch_lang(fn)
             stack.callback(patches.restore)
         patches.set_attr(tl.tensor, "__index__", lambda self: self.handle.data.item())  # Triton 3.6 has it wrong
+        patches.set_attr(tl, "range", _counted)
         patches.set_attr(tl.tensor, "__repr__", _printed)
         patches.set_attr(tl.tensor, "__str__", _printed)
         yield
+
+
+def _counted(*ends, **_) -> Iterator[tl.tensor]:
+    """As in compiled loops the counter is a tensor, where Triton's interpreter gives a number."""
+    return map(_semantic.to_tensor, range(*ends))
 
 
 def _printed(tensor: tl.tensor) -> str:

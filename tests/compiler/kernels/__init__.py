@@ -88,6 +88,7 @@ from tests.compiler.kernels import (  # noqa: E402, F401
     control,
     dots,
     elementwise,
+    fuzzed,
     indexing,
     memory,
     random,
