@@ -198,14 +198,14 @@ class Emitter:
         self._uses.update(uses)
         sums = dot.accumulations(equations, uses)
         for eqn in equations:
-            for dtype in {v.aval.dtype for v in eqn.outvars if hasattr(v.aval, "dtype")}:
-                if isinstance(dtype, np.dtype):  # those of keys are words of 32 bits
-                    self.check_type(dtype)
             if any(eqn is product for product, _ in sums.values()):
                 continue  # emitted with its sum
             outer = self._where
             if not self._computing:
                 self._where = source_info_util.summarize(eqn.source_info) or outer
+            for dtype in {v.aval.dtype for v in eqn.outvars if hasattr(v.aval, "dtype")}:
+                if isinstance(dtype, np.dtype):  # those of keys are words of 32 bits
+                    self.check_type(dtype)
             if eqn.outvars and eqn.outvars[0] in sums:
                 product, accumulator = sums[eqn.outvars[0]]
                 result = dot.dot_general(self, product, *map(read, product.invars), accumulator=read(accumulator))

@@ -171,11 +171,16 @@ def kernel_of(params: dict[str, Any]) -> Kernel:
     for var in jaxpr.invars[mapping.slice_index_ops]:
         shape = tuple(var.aval.shape)
         block = tuple(Dimension(n, n, False) for n in shape)
-        refs.append(Ref(next(names), shape, np.dtype(var.aval.dtype), block, None))
+        refs.append(Ref(next(names), shape, var.aval.dtype, block, None))
     for block in mapping.block_mappings:
         ref_name, aval = next(names), block.array_aval
         dimensions = tuple(_dimension(d, ref_name, unsupported) for d in block.block_shape)
-        refs.append(Ref(ref_name, tuple(aval.shape), np.dtype(aval.dtype), dimensions, block.index_map_jaxpr))
+        if not isinstance(aval.dtype, np.dtype):
+            raise unsupported(
+                f"{ref_name} is an array of {aval.dtype}",
+                "Pass the data of keys, `jax.random.key_data(keys)`, and in the kernel `jax.random.wrap_key_data` it.",
+            )
+        refs.append(Ref(ref_name, tuple(aval.shape), aval.dtype, dimensions, block.index_map_jaxpr))
     scratch = [scratch_of(next(names), aval, unsupported) for aval in mapping.scratch_avals]
     return Kernel(
         name=name,

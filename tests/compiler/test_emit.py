@@ -426,6 +426,22 @@ def test_types_that_triton_lacks():
     )
 
 
+def test_types_are_refused_where_they_appear():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...] + 1
+        y_ref[...] = jnp.real(x_ref[...].astype(jnp.complex64))
+
+    line = kernel.__code__.co_firstlineno + 2
+    refuse(kernel, np.zeros(16, "f"), match=rf"at .*test_emit.py:{line}:.*Triton has no complex64")
+
+
+def test_keys_are_passed_as_data():
+    def kernel(key_ref, y_ref):
+        y_ref[...] = jax.random.bits(key_ref[...], (16,))
+
+    refuse(kernel, jax.random.key(0), dtype=jnp.uint32, match="key_ref is an array of key<fry>. .*jax.random.key_data")
+
+
 def test_accuracies():
     def kernel(x_ref, y_ref):
         y_ref[...] = lax.exp(x_ref[...], accuracy=lax.AccuracyMode.HIGHEST)

@@ -44,7 +44,32 @@ REFS = {
     ),
     "swap": lambda x, o: (
         o.__setitem__(..., x[...]),
-        o.__setitem__(..., o.swap(x[...] * 2) if hasattr(o, "swap") else x[...]),
+        o.__setitem__(..., jax.ref.swap(o, ..., x[...] * 2) + jax.ref.swap(o, ..., x[...])),
+    ),
+    "swap_of_a_part": lambda x, o: (
+        o.__setitem__(..., x[...]),
+        o.__setitem__((1, slice(0, 8)), jax.ref.swap(o, (2, pl.ds(8, 8)), x[0, 0:8])),
+    ),
+    "from_the_end": lambda x, o: o.__setitem__(..., jnp.full(o.shape, x[-1, -3]) + x[-2] + x[:, -16][:, None]),
+    "addupdate": lambda x, o: (
+        o.__setitem__(..., x[...]),
+        jax.ref.addupdate(o, (pl.ds(1, 2), slice(None)), x[:2]),
+        jax.ref.addupdate(o, ..., x[...]),
+    ),
+    "reshaped": lambda x, o: (
+        o.reshape(8, 8).__setitem__(..., x.reshape(64)[...].reshape(8, 8)),
+        o.at[pl.ds(0, 2)].reshape(32).__setitem__(..., x.at[pl.ds(2, 2), pl.ds(0, 16)].reshape(4, 8)[...].reshape(32)),
+        o.__setitem__(3, x.reshape(2, 2, 16)[1, 0] + x.reshape(8, 8).at[pl.ds(2, 4)].reshape(32)[pl.ds(16, 16)]),
+    ),
+    "bitcast": lambda x, o: (
+        o.bitcast(jnp.int32).__setitem__(..., x.bitcast(jnp.int32)[...] ^ 1),
+        o.__setitem__(0, x.bitcast(jnp.uint32)[1].astype(jnp.float32)),
+    ),
+    "part_of_a_gather": lambda x, o: o.__setitem__(
+        ..., x.at[:, (jnp.arange(16) * 7) % 16].at[pl.ds(1, 2)][:, 3:11].repeat(2, axis=1).repeat(2, axis=0)
+    ),
+    "arrays_apart": lambda x, o: o.__setitem__(
+        ..., x.reshape(4, 4, 4)[jnp.arange(4)[:, None], :, jnp.arange(4)].reshape(4, 16)
     ),
 }
 for _name, _function in REFS.items():
