@@ -15,6 +15,7 @@ from jtile import borrowed
 from jtile.compiler.kernel import Kernel, Place, Scratch, Source, UnsupportedKernel
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.rules import CURES, RULES, dot, random
+from jtile.compiler.rules.shape import array_constant
 from jtile.compiler.value import TRITON_TYPES, Affine, Block, Value, constant, tile, triton_type
 
 # What an equation works on.
@@ -237,9 +238,7 @@ class Emitter:
 
     def constant(self, number, aval) -> Value:
         if np.size(number) != 1:
-            raise self.unsupported(
-                f"it uses an array of shape {np.shape(number)} that is not an operand", "Pass the array as an operand."
-            )
+            return array_constant(self, np.asarray(number, aval.dtype))
         return constant(number, aval.shape, aval.dtype)
 
     def unsupported(self, what: str, cure: str) -> UnsupportedKernel:

@@ -375,6 +375,13 @@ def test_captured_arrays():
     with pytest.raises(ValueError, match="captures constants"):  # Pallas itself says so
         source(call(kernel), table)
 
+    def calling_kernel(x_ref, y_ref):
+        y_ref[...] = jax.jit(lambda x: x + table)(x_ref[...])
+
+    assert source(call(calling_kernel), table).count("tl.where") == 15
+    table = np.arange(256.0, dtype="f") ** 2
+    refuse(calling_kernel, table, shape=(256,), match=r"array of shape \(256,\) that is not an operand. Pass the array")
+
 
 def test_scratch_that_is_no_array():
     def kernel(x_ref, y_ref, semaphore_ref):

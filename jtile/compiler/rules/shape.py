@@ -67,6 +67,45 @@ def _follows(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
     return True
 
 
+LISTED = 64  # elements of an array constant, at most, that the source lists one by one
+
+
+def array_constant(e, array: np.ndarray) -> Value:
+    """An array that a function called in the kernel has captured: evenly spaced, or else listed.
+
+    Raises:
+      UnsupportedKernel: it is neither, and too large to be listed.
+    """
+    shape, rank = array.shape, array.ndim
+    first = array.reshape(-1)[0]
+    if array.tobytes() == first.tobytes() * array.size:
+        return constant(first, shape, array.dtype)
+    lanes = [e.lanes(n, axis, rank) for axis, n in enumerate(shape)]
+    # Along each axis its first step, which is all of them if the array is evenly spaced.
+    steps = [array[tuple(np.eye(rank, dtype=int)[axis])] - first if n > 1 else 0 for axis, n in enumerate(shape)]
+    spaced = sum((i * step for i, step in zip(np.indices(shape), steps, strict=True)), first)
+    number = " + ".join(f"{lane} * {step}" for lane, step in zip(lanes, steps, strict=True) if step)
+    if array.dtype == np.int32 and np.array_equal(spaced, array):
+        text = f"tl.broadcast_to({number} + {first}, {list(tile(shape))})"
+        return e.let(text, shape, array.dtype, "table", bounds=(int(array.min()), int(array.max())))
+    if array.size > LISTED:
+        raise e.unsupported(
+            f"it uses an array of shape {shape} that is not an operand",
+            "Pass the array as an operand of `pallas_call`.",
+        )
+    number = " + ".join(
+        f"{lane} * {math.prod(shape[axis + 1 :])}"
+        for axis, (lane, n) in enumerate(zip(lanes, shape, strict=True))
+        if n > 1
+    )
+    number = e.let(number, shape, np.int32, "number").text
+    result = e.let(e.tensor(constant(first, shape, array.dtype)), shape, array.dtype, "table")
+    for i, element in enumerate(array.reshape(-1)[1:], start=1):
+        text = constant(element, (), array.dtype).text
+        result = e.let(f"tl.where({number} == {i}, {text}, {result.text})", shape, array.dtype, "table")
+    return result
+
+
 def _renumbered(e, x: Value, shape: tuple[int, ...]) -> Value:
     """`x` in another shape, each element looked up by its number in row-major order."""
     number = " + ".join(

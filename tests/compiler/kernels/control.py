@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
@@ -221,6 +222,12 @@ WRAPPED = {
     "vjp": lambda x: jax.vjp(lambda y: jnp.sin(y) * y, x)[1](x)[0],
     "checkpointed_vjp": lambda x: jax.vjp(jax.checkpoint(lambda y: jnp.exp(y) * y), x)[1](x)[0],
     "known_multiples": lambda x: x + pl.multiple_of(pl.program_id(0) * 8, 8) + plgpu.max_contiguous(jnp.arange(12), 4),
+    "even_constant": jax.jit(lambda x: x + np.arange(12) * 3 + np.arange(7, 55).reshape(4, 12)),
+    "listed_constant": jax.jit(
+        lambda x: x * np.array([2.0, 3.0, 5.0, 7.0] * 3, np.float32) + np.eye(4, 12, dtype=np.int32)
+    ),
+    "uniform_constant": jax.jit(lambda x: x + np.full((4, 12), 2.5, np.float32)),
+    "constant_indices": jax.jit(lambda x: x[:, np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8])]),
     "empty": lambda x: jnp.where(x > -100, x, lax.empty(x.shape, x.dtype)),
 }
 for _name, _function in WRAPPED.items():
