@@ -117,8 +117,13 @@ def no_mesh(avals: Sequence = ()):
     """
     meshes = jax.sharding.get_abstract_mesh(), mesh_of(avals)
     device = next((mesh.abstract_device for mesh in meshes if mesh is not None and mesh.abstract_device), None)
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)), _config._check_vma(False):
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)), varying_unchecked():
         yield
+
+
+def varying_unchecked():
+    """A context in which nobody asks over which manual axes values vary."""
+    return _config._check_vma(False)
 
 
 def mesh_of(avals: Iterable) -> AbstractMesh | None:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
 
-from jtile.compiler.build import load, load_text
+from jtile import borrowed
+from jtile.compiler.build import load, load_text, triton_version
 from jtile.compiler.kernel import Source, kernel_of
 from jtile.compiler.launch import untouched
 from jtile.compiler.pallas import params_of, source_of
@@ -42,6 +43,7 @@ def debug(fn: Callable, *, folder: str | os.PathLike | None = None) -> Callable:
       A function with the same arguments and results.
 
     Raises:
+      ImportError: Triton is not installed.
       jtile.compiler.triton_on_cpu.OutOfBounds: when it is called, if a program reads or writes outside of an array.
       jtile.compiler.kernel.UnsupportedKernel: when it is called, if a kernel cannot become Triton source.
 
@@ -54,23 +56,40 @@ def debug(fn: Callable, *, folder: str | os.PathLike | None = None) -> Callable:
       >>> print(jtile.debug(f)(jnp.arange(4.0)))
       [0. 2. 4. 6.]
     """
+    triton_version()
     folder = None if folder is None else pathlib.Path(folder)
 
     def replace(eqn: JaxprEqn) -> Callable[..., Sequence[jax.Array]] | None:
         params = eqn.params
         if eqn.primitive.name == "pallas_call" and not params["interpret"]:
-            return functools.partial(_run_pallas, params, folder)
+            return _varying(functools.partial(_run_pallas, params, folder))
         if eqn.primitive is triton_call_p:
-            return functools.partial(_run_triton, params)
+            return _varying(functools.partial(_run_triton, params))
         if isinstance(eqn.primitive, TilePrimitive):
             on_gpu = functools.partial(execute, eqn.primitive.op, params["call"], "cuda")
-            return map_equations(on_gpu, replace)
+            return _varying(map_equations(on_gpu, replace))
         # What `jit` encloses runs here and now, not in a program of XLA's.
         if eqn.primitive.name in ("jit", "pjit") and any(map(replace, equations(params["jaxpr"]))):
             return functools.partial(evaluate, params["jaxpr"], replace)
         return None
 
     return map_equations(fn, replace)
+
+
+def _varying(fn: Callable[..., Sequence[jax.Array]]) -> Callable[..., list[jax.Array]]:
+    """`fn`, which knows nothing of meshes, for use in `shard_map(check_vma=True)`.
+
+    Its results vary over every axis that one of its operands varies over.
+    """
+
+    def call(*operands):
+        axes = frozenset().union(*(borrowed.varying_axes(jax.typeof(x)) for x in operands))
+        with borrowed.varying_unchecked():
+            results = fn(*operands)
+        missing = (tuple(sorted(axes - borrowed.varying_axes(jax.typeof(y)))) for y in results)
+        return [jax.lax.pcast(y, m, to="varying") if m else y for y, m in zip(results, missing, strict=True)]
+
+    return call
 
 
 def _on_host(

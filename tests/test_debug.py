@@ -1,6 +1,9 @@
 """`jtile.debug`: the generated source, run on the CPU."""
 
+import functools
 import os
+import pathlib
+import subprocess
 import sys
 
 import jax
@@ -11,10 +14,14 @@ import triton
 import triton.language as tl
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from triton.experimental import gluon
 
 import jtile
 from jtile.compiler.triton_on_cpu import OutOfBounds
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def normal(*shape, dtype=jnp.float32, seed=0):
@@ -29,10 +36,10 @@ def same(found, expected, tolerance=0.0):
         np.testing.assert_allclose(f, e, rtol=0, atol=tolerance * np.abs(e).max())
 
 
-def rows(kernel, x, block=4, **options):
+def rows(kernel, x, block=4, kind=None, **options):
     """`kernel` on blocks of rows of `x`."""
     spec = pl.BlockSpec((block, x.shape[1]), lambda i: (i, 0))
-    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    shape = kind or jax.ShapeDtypeStruct(x.shape, x.dtype)
     grid = (pl.cdiv(x.shape[0], block),)
     return pl.pallas_call(kernel, grid=grid, in_specs=[spec], out_specs=spec, out_shape=shape, **options)(x)
 
@@ -131,6 +138,29 @@ def test_inside_and_outside_of_transformations(around):
     function = softmax if around is not jax.jit else jax.vmap(softmax)
     for f in (jtile.debug(around(function)), around(jtile.debug(function))):
         same(f(x), expected, 4e-7)  # float32: a few units in the last place
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_under_shard_map(check_vma):
+    """Devices run their programs on threads of their own; a replicated weight's gradient is summed over them."""
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    x, scale = normal(16, 16), normal(16, seed=1)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("x"), P()), out_specs=P(), check_vma=check_vma)
+    def split(x, scale):
+        y = rows(softmax_kernel, x, kind=jax.typeof(x))
+        return jax.lax.psum(jnp.sum(jtile.rms_norm(y, scale) ** 2 * x), "x")
+
+    expected = jnp.sum(jtile.rms_norm(jax.nn.softmax(x), scale) ** 2 * x)
+    for f in (jtile.debug(split), jax.jit(jtile.debug(split)), jtile.debug(jax.jit(split))):
+        same(f(x, scale), expected, 1e-6)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("x"), P()), out_specs=P(), check_vma=check_vma)
+    def split(x, scale):
+        return jax.lax.psum(jnp.sum(jtile.rms_norm(x, scale) ** 2 * x), "x")
+
+    expected = jax.grad(lambda x, s: jnp.sum(jtile.rms_norm(x, s) ** 2 * x), argnums=(0, 1))(x, scale)
+    same(jtile.debug(jax.grad(split, argnums=(0, 1)))(x, scale), expected, 1e-6)
 
 
 def test_other_backends_kernels_and_interpreted_calls():
@@ -277,6 +307,13 @@ def test_errors_show_the_line(tmp_path):
         f(x)
     [file] = tmp_path.iterdir()
     assert caught.traceback[-1].path == file
+
+
+def test_tritons_own_variable_is_refused():
+    program = "from tests.test_debug import *; jtile.debug(softmax)(normal(4, 8))"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert "RuntimeError: TRITON_INTERPRET is set" in done.stderr
 
 
 def test_nothing_is_left_behind(monkeypatch):

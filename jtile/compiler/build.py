@@ -315,11 +315,16 @@ _READABLE_PTX = 90
 
 
 def _key(target: Target, *parts) -> str:
-    return cache.key_of(_triton_version(), borrowed.custom_call_takes_cubin(), target.compute_capability, *parts)
+    return cache.key_of(triton_version(), borrowed.custom_call_takes_cubin(), target.compute_capability, *parts)
 
 
 @functools.cache
-def _triton_version() -> str:
+def triton_version() -> str:
+    """The version installed.
+
+    Raises:
+      ImportError: none is.
+    """
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:

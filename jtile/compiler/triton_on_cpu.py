@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 import triton.language as tl
-from triton import knobs
 from triton.language.extra import libdevice
 from triton.language.semantic import TritonSemantic
 from triton.runtime import JITFunction, interpreter
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle
+from triton.runtime.jit import ConstexprFunction
 
 
 class OutOfBounds(IndexError):
@@ -53,7 +53,10 @@ def run(function: JITFunction, arguments: Sequence[Any], grid: tuple[int, int, i
 
     Raises:
       OutOfBounds: a program reads or writes outside of the arrays.
+      RuntimeError: the environment makes Triton interpret, its own way, all that it compiles.
     """
+    if not isinstance(function, JITFunction):
+        raise RuntimeError("TRITON_INTERPRET is set, with which Triton compiles nothing: unset it. jtile needs it not.")
     bases = (a.base if isinstance(a, Descriptor) else a for a in arguments)
     arrays = {p.name: a for p, a in zip(function.params, bases, strict=True) if isinstance(a, np.ndarray)}
     with _lock, _interpreting(function), np.errstate(all="ignore"):
@@ -95,8 +98,6 @@ def _interpreting(function: JITFunction) -> Iterator[None]:
     """A context in which `tl`, and functions made of it, work on NumPy arrays."""
     scope = interpreter._LangPatchScope()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(knobs.runtime.scope())
-        vars(knobs.runtime)["interpret"] = True  # functions of compile-time values give plain values
         stack.callback(scope.restore)
         scope.set_attr(interpreter, "interpreter_builder", _builder)
         scope.set_attr(interpreter, "interpreter_semantic", _semantic)
@@ -104,6 +105,7 @@ def _interpreting(function: JITFunction) -> Iterator[None]:
         scope.set_attr(interpreter.ReduceOps, "generic_reduce", _reduce)
         scope.set_attr(interpreter.ScanOps, "generic_scan", _scan)
         scope.set_attr(JITFunction, "__call__", lambda self, *args, **kwargs: _as_python(self)(*args, **kwargs))
+        scope.set_attr(ConstexprFunction, "__call__", _of_plain_values)
         for name in dir(libdevice):
             if not name.startswith("_") and callable(getattr(libdevice, name)):
                 scope.set_attr(libdevice, name, _stand_in(name))
@@ -126,6 +128,12 @@ def _counted(*ends, **_) -> Iterator[tl.tensor]:
 def _printed(tensor: tl.tensor) -> str:
     data = tensor.handle.data
     return str(data if tensor.type.is_block() else data.item())  # a scalar is an array of one number
+
+
+def _of_plain_values(self, *args, _semantic=None, **kwargs):
+    """A function of compile-time values, which are plain values here."""
+    unwrapped = {name: tl.core._unwrap_if_constexpr(value) for name, value in kwargs.items()}
+    return self.fn(*map(tl.core._unwrap_if_constexpr, args), **unwrapped)
 
 
 def _as_python(function):
