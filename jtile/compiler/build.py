@@ -23,7 +23,7 @@ from jtile.compiler.target import Target
 
 
 class TileTooLarge(ValueError):
-    """A kernel that asks for more shared memory, threads or tensor memory than a thread block may have."""
+    """A kernel that asks for more shared memory, threads, registers or tensor memory than a thread block may have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ def build(source: Source, params: CompilerParams, target: Target) -> Compiled:
       TileTooLarge: it does not fit the chip.
       NotImplementedError: Triton does not compile for the chip.
     """
-    _check_target(source.name, params.num_ctas, target)
+    _check_target(source.label, params.num_ctas, target)
     options = dict(
         num_warps=params.num_warps,
         num_stages=params.num_stages,
@@ -115,10 +115,16 @@ def build(source: Source, params: CompilerParams, target: Target) -> Compiled:
         function = load(source)
         names = function.arg_names
         aligned = {(i,): [["tt.divisibility", ALIGNMENT]] for i in range(len(names))}
-        return _compile(function, dict(zip(names, signature, strict=True)), {}, aligned, options, target, source.text)
+        types = dict(zip(names, signature, strict=True))
+        try:
+            return _compile(function, types, {}, aligned, options, target, source.text, source.label)
+        except Exception as error:
+            if line := _failed_line(error, source.text):
+                error.add_note(_origin(source, line))
+            raise
 
     key = _key(target, options, source.name, source.text, signature)
-    return _fitting(cache.fetch(key, make, _encode, _decode), source.name, params.num_stages, target)
+    return _fitting(cache.fetch(key, make, _encode, _decode), source.label, params.num_stages, target)
 
 
 def build_function(
@@ -139,17 +145,18 @@ def build_function(
 
     Raises: as `build` does.
     """
-    name = function.fn.__name__
-    _check_target(name, options.get("num_ctas", 1), target)
+    code = function.fn.__code__
+    label = f"{function.fn.__name__} ({code.co_filename}:{code.co_firstlineno})"
+    _check_target(label, options.get("num_ctas", 1), target)
     spelt = {name: _spelt(value) for name, value in constants.items()}
     # Triton's own hash of the function covers its source, less the decorator, and every function and global it uses.
     what = type(function).__name__, function.cache_key
     key = _key(target, options, *what, dict(signature), spelt, sorted(attributes.items()))
 
     def make():
-        return _compile(function, signature, constants, attributes, options, target, function.src)
+        return _compile(function, signature, constants, attributes, options, target, function.src, label)
 
-    return _fitting(cache.fetch(key, make, _encode, _decode), name, options.get("num_stages", 3), target)
+    return _fitting(cache.fetch(key, make, _encode, _decode), label, options.get("num_stages", 3), target)
 
 
 def _spelt(constant) -> str:
@@ -184,7 +191,7 @@ _TYPES = {
 }
 
 
-def _compile(function, signature, constants, attributes, options, target, text) -> Compiled:
+def _compile(function, signature, constants, attributes, options, target, text, label) -> Compiled:
     # What `triton.compile` does, less its own cache on disk, which would hold everything a second time.
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
@@ -213,7 +220,7 @@ def _compile(function, signature, constants, attributes, options, target, text) 
         for stage, run in stages.items():
             module = assembly[stage] = run(module, metadata)
     except Exception as error:
-        error.add_note(f"jtile was compiling kernel {source.name} for {target.name}.")
+        error.add_note(f"jtile was compiling kernel {label} for {target.name}.")
         if "Cannot find ptxas" in str(error):
             error.add_note(
                 "This build of Triton has no assembler of its own. Set TRITON_PTXAS_PATH and "
@@ -254,35 +261,63 @@ def load_text(name: str, text: str, file: str):
     return module[name]
 
 
-def _check_target(name: str, num_ctas: int, target: Target) -> None:
+def _failed_line(error: BaseException, text: str) -> int | None:
+    """The line of a module, counted from 1, that Triton could not compile, if it says."""
+    from triton import CompilationError
+
+    if not isinstance(error, CompilationError) or error.node is None or error.src not in text:
+        return None
+    # Triton counts the lines of the function that it was compiling.
+    return text[: text.index(error.src)].count("\n") + error.node.lineno
+
+
+def _origin(source: Source, line: int) -> str:
+    """A line of the source, and the user's line that it came from."""
+    place = source.origins[line - 1] if line <= len(source.origins) else None
+    note = f"The line of the generated source is {line}: {source.text.splitlines()[line - 1].strip()}"
+    return note + (f"\nIt came from {place.file}:{place.line}: {place.text}" if place else "")
+
+
+def _check_target(label: str, num_ctas: int, target: Target) -> None:
     if target.compute_capability < 80:
         raise NotImplementedError(
             f"Triton compiles for compute capability 8.0 (Ampere) and later; {target.name} has "
-            f"{target.compute_capability / 10}, so kernel {name} cannot run there. Use implementation='xla'."
+            f"{target.compute_capability / 10}, so kernel {label} cannot run there. Use implementation='xla'."
         )
     if num_ctas > 1 and target.compute_capability < 90:
         raise NotImplementedError(
             f"Clusters of thread blocks need compute capability 9.0 (Hopper) or later; {target.name} has "
-            f"{target.compute_capability / 10}, and kernel {name} asks for num_ctas={num_ctas}. Use num_ctas=1."
+            f"{target.compute_capability / 10}, and kernel {label} asks for num_ctas={num_ctas}. Use num_ctas=1."
         )
 
 
-def _fitting(compiled: Compiled, name: str, num_stages: int, target: Target) -> Compiled:
+# Of every chip since Ampere: threads and registers of a block, columns of a multiprocessor's tensor memory.
+MOST_THREADS, MOST_REGISTERS, MOST_COLUMNS = 1024, 65_536, 512
+
+
+def _fitting(compiled: Compiled, label: str, num_stages: int, target: Target) -> Compiled:
     """The kernel itself, if the chip can launch it."""
     if compiled.shared_bytes > target.shared_bytes_per_block:
         fewer = f", or num_stages (now {num_stages})" if num_stages > 1 else ""
         raise TileTooLarge(
-            f"Kernel {name} needs {compiled.shared_bytes:,} bytes of shared memory; a thread block on {target.name} "
+            f"Kernel {label} needs {compiled.shared_bytes:,} bytes of shared memory; a thread block on {target.name} "
             f"has {target.shared_bytes_per_block:,}. Shrink its blocks{fewer}."
         )
-    if compiled.threads > 1024:
+    if compiled.threads > MOST_THREADS:
         raise TileTooLarge(
-            f"Kernel {name} needs {compiled.threads:,} threads; a thread block has at most 1,024. Lower num_warps."
+            f"Kernel {label} needs {compiled.threads:,} threads; a thread block has at most {MOST_THREADS:,}. "
+            "Lower num_warps."
         )
-    if compiled.tensor_memory_columns > 512:
+    registers = -(-compiled.registers // 8) * 8  # as they are handed out
+    if registers * compiled.threads > MOST_REGISTERS:
         raise TileTooLarge(
-            f"Kernel {name} needs {compiled.tensor_memory_columns} columns of tensor memory; a multiprocessor of "
-            f"{target.name} has 512. Shrink its blocks."
+            f"Kernel {label} needs {registers} registers for each of {compiled.threads:,} threads; a thread block has "
+            f"{MOST_REGISTERS:,}. Lower max_registers to {MOST_REGISTERS // compiled.threads // 8 * 8}, or num_warps."
+        )
+    if compiled.tensor_memory_columns > MOST_COLUMNS:
+        raise TileTooLarge(
+            f"Kernel {label} needs {compiled.tensor_memory_columns} columns of tensor memory; a multiprocessor of "
+            f"{target.name} has {MOST_COLUMNS}. Shrink its blocks."
         )
     return compiled
 

@@ -49,7 +49,7 @@ def emit(kernel: Kernel, params: CompilerParams) -> Source:
             f"({kernel.where}) has {emitter.loops}. Merge its loops, or leave warp_specialize out."
         )
     types = tuple(ref.dtype for ref in kernel.refs)
-    return Source(kernel.name, emitter.text(), types, grid, emitter.origins())
+    return Source(kernel.name, emitter.text(), types, grid, emitter.origins(), kernel.where)
 
 
 class Line(str):

@@ -119,6 +119,7 @@ class Source:
       grid: programs to launch along x, y and z, within CUDA's limits.
       origins: for each line of `text` the user's line that it came from. It is no part of what is compiled: a kernel
         that moves in its file stays the same kernel.
+      where: the kernel function's file and line, for errors; no part of it either.
     """
 
     name: str
@@ -126,6 +127,12 @@ class Source:
     arguments: tuple[np.dtype, ...]
     grid: tuple[int, int, int]
     origins: tuple[Place | None, ...] = dataclasses.field(default=(), compare=False, repr=False)
+    where: str = dataclasses.field(default="", compare=False, repr=False)
+
+    @property
+    def label(self) -> str:
+        """What errors call the kernel."""
+        return f"{self.name} ({self.where})" if self.where else self.name
 
     @property
     def annotated(self) -> str:

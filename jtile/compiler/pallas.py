@@ -89,8 +89,9 @@ def params_of(params) -> CompilerParams:
         return given or CompilerParams()
     fields = vars(given)
     if fields.keys() - {"num_warps", "num_stages"}:
+        kernel = kernel_of(params)
         raise TypeError(
-            f"retarget_pallas: kernel {kernel_of(params).name} has compiler_params={given}, which are not Triton's: "
-            "it is written for another kind of machine. Write it with plain jax.numpy operations on refs, without them."
+            f"retarget_pallas: kernel {kernel.name} ({kernel.where}) has compiler_params={given}, not Triton's: it is "
+            "written for another kind of machine. Write it with plain jax.numpy operations on refs, without them."
         )
     return CompilerParams(**{name: value for name, value in fields.items() if value is not None})

@@ -4,8 +4,11 @@ import re
 import subprocess
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 import triton
+from jax.experimental import pallas as pl
 
 from jtile import borrowed
 from jtile.compiler import cache
@@ -13,6 +16,7 @@ from jtile.compiler.build import TileTooLarge, build, triton_type
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.target import Target
 from tests.compiler import sources
+from tests.compiler.kernels import sources as kernel_sources
 
 H200, A100, B200 = map(Target.named, ("NVIDIA H200", "NVIDIA A100", "NVIDIA B200"))
 
@@ -63,6 +67,48 @@ def test_tile_too_large():
     assert str(refused.value) == (  # 8 stages of two blocks of 128 x 64 bfloat16
         "Kernel product needs 262,144 bytes of shared memory; a thread block on NVIDIA H200 has 232,448. "
         "Shrink its blocks, or num_stages (now 8)."
+    )
+
+
+def test_more_registers_than_a_block_has():
+    with pytest.raises(TileTooLarge) as refused:
+        build(sources.product, CompilerParams(num_warps=32, max_registers=255), A100)
+    assert re.fullmatch(
+        r"Kernel product needs \d+ registers for each of 1,024 threads; a thread block has 65,536. "
+        "Lower max_registers to 64, or num_warps.",
+        str(refused.value),
+    )
+    assert build(sources.product, CompilerParams(num_warps=32, max_registers=64), A100).registers <= 64
+
+
+def test_more_tensor_memory_than_a_multiprocessor_has(monkeypatch):
+    compiled = build(sources.double, CompilerParams(), B200)
+    monkeypatch.setattr(cache, "fetch", lambda *_: dataclasses.replace(compiled, tensor_memory_columns=1024))
+    with pytest.raises(TileTooLarge, match="double needs 1024 columns of tensor memory; .* NVIDIA B200 has 512."):
+        build(sources.double, CompilerParams(), B200)
+
+
+def test_errors_name_the_line_of_the_kernel():
+    """A kernel that does not fit is refused where it is defined, and what Triton refuses where it was written."""
+
+    def exponential_kernel(x_ref, y_ref):
+        y_ref[...] = jnp.exp(x_ref[...]) / jnp.sum(x_ref[...])  # a sum over warps needs shared memory
+
+    x = jax.ShapeDtypeStruct((1024,), jnp.float32)
+    [source] = kernel_sources(pl.pallas_call(exponential_kernel, out_shape=x), x)
+    here = rf"{re.escape(__file__)}:{exponential_kernel.__code__.co_firstlineno}"
+    with pytest.raises(TileTooLarge, match=rf"Kernel exponential_kernel \({here}\) needs .* shared memory"):
+        build(source, CompilerParams(), dataclasses.replace(H200, shared_bytes_per_block=8))
+    broken = dataclasses.replace(source, text=source.text.replace("tl.exp(", "tl.no_such_function("))
+    with pytest.raises(triton.CompilationError) as error:
+        build(broken, CompilerParams(), H200)
+    compiling, origin = error.value.__notes__
+    assert re.search(rf"compiling kernel exponential_kernel \({here}\) for NVIDIA H200", compiling)
+    line = exponential_kernel.__code__.co_firstlineno + 1
+    assert re.fullmatch(
+        r"The line of the generated source is \d+: exp_1 = tl.no_such_function\(x_1\)\n"
+        rf"It came from {re.escape(__file__)}:{line}: y_ref\[...\] = jnp.exp.*",
+        origin,
     )
 
 

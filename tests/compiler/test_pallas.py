@@ -183,7 +183,7 @@ class TestRetarget:
     def test_kernels_for_other_machines(self):
         from jax.experimental.pallas import tpu as pltpu
 
-        with pytest.raises(TypeError, match="kernel triple has compiler_params=.*are not Triton's"):
+        with pytest.raises(TypeError, match=r"triple \(.*test_pallas.py:\d+\) has compiler_params=.*, not Triton's"):
             retarget_pallas(functools.partial(call, compiler_params=pltpu.CompilerParams()))(X)
 
 
