@@ -10,6 +10,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import jax
@@ -71,7 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def inspect(given: argparse.Namespace) -> int:
     named = [_target(name) for name in given.target or ["NVIDIA H200"]]
     targets = named if given.only else _with_other_generations(named)
-    function, arrays = _call(load(given.function), *parse(given.args), given.grad)
+    if given.html and not given.html.parent.is_dir():
+        raise UsageError(f"--html: there is no folder {given.html.parent} to write {given.html.name} to.")
+    function, (positional, keywords) = load(given.function), parse(given.args)
+    try:
+        signature(function).bind(*positional, **keywords)
+    except TypeError as error:
+        raise UsageError(f"--args: {error}. It is {given.function}{signature(function)}.") from None
+    function, arrays = _call(function, positional, keywords, given.grad)
     compiled: dict[Target, list[Launch]] = {}
     refused: dict[Target, Exception] = {}
     for target in targets:

@@ -168,7 +168,7 @@ def test_kernels_written_by_hand(run):
 def test_a_chip_that_it_does_not_fit(run, monkeypatch):
     arguments = ["--args", "bf16[512, 256], bf16[256, 128]"]  # blocks of 64 KiB each
     code, out, err = run("product", *arguments, "--target", "NVIDIA L4", "--target", "NVIDIA H200", "--only")
-    assert code == 1 and re.search(r"^NVIDIA L4: Kernel kernel needs [\d,]+ bytes of shared memory", err)
+    assert code == 1 and re.search(r"^NVIDIA L4: Kernel kernel .*needs [\d,]+ bytes of shared memory", err)
     assert "sm_89" not in out and "sm_90" in out
     monkeypatch.setattr("jtile.__main__.GENERATIONS", ("NVIDIA L4", "NVIDIA H200"))
     code, out, again = run("product", *arguments)  # where it is compiled for comparison alone, that is no failure
@@ -235,6 +235,15 @@ def test_a_module_that_fails_to_import_says_so(tmp_path, monkeypatch):
 def test_chips_that_are_not_known(run):
     code, _, err = run("scale", "--args", "f32[8,8], f32[8]", "--target", "H2000")
     assert code == 2 and "--target: jtile knows no chip named 'H2000'. It knows: NVIDIA A100" in err
+
+
+def test_calls_that_do_not_fit(run, tmp_path):
+    code, _, err = run("scale", "--args", "f32[8,8], blocks=8")
+    assert code == 2 and re.search(
+        r"--args: missing a required argument: 'factor'. It is .*\(x, factor, \*, block", err
+    )
+    code, _, err = run("scale", "--args", "f32[8,8], f32[8]", "--html", f"{tmp_path}/nowhere/page.html")
+    assert code == 2 and f"--html: there is no folder {tmp_path}/nowhere to write page.html to." in err
 
 
 def test_nothing_to_differentiate(run):
