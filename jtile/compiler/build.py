@@ -101,6 +101,12 @@ def build(source: Source, params: CompilerParams, target: Target) -> Compiled:
       NotImplementedError: Triton does not compile for the chip.
     """
     _check_target(source.label, params.num_ctas, target)
+    e4m3 = any(dtype == "float8_e4m3fn" for dtype in source.arguments) or "tl.float8e4nv" in source.text
+    if e4m3 and target.compute_capability < 89:
+        raise NotImplementedError(
+            f"Arithmetic with float8_e4m3fn needs compute capability 8.9 (Ada) or later; {target.name} has "
+            f"{target.compute_capability / 10}, and kernel {source.label} uses it. Use float8_e5m2 or bfloat16 there."
+        )
     options = dict(
         num_warps=params.num_warps,
         num_stages=params.num_stages,

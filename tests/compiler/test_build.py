@@ -126,6 +126,17 @@ def test_chips_that_triton_left_behind():
         build(sources.double, CompilerParams(), turing)
 
 
+def test_types_that_a_chip_lacks():
+    def widen(x_ref, y_ref):
+        y_ref[...] = x_ref[...].astype(jnp.float32)
+
+    x, y = (jax.ShapeDtypeStruct((16,), dtype) for dtype in (jnp.float8_e4m3fn, jnp.float32))
+    [source] = kernel_sources(pl.pallas_call(widen, out_shape=y), x)
+    build(source, CompilerParams(), Target.named("NVIDIA L4"))
+    with pytest.raises(NotImplementedError, match=r"needs compute capability 8.9.* A100 has 8.0, and kernel widen \("):
+        build(source, CompilerParams(), A100)
+
+
 def test_errors_of_the_compiler_name_the_kernel_and_the_chip():
     broken = dataclasses.replace(sources.double, text=sources.DOUBLE.replace("tl.load(x + i)", "undefined"))
     with pytest.raises(triton.CompilationError, match="undefined") as error:

@@ -329,6 +329,12 @@ def test_pointers_where_rows_of_the_next_matrix_would_be_read():
         assert ("make_tensor_descriptor" in source(function, np.zeros(shape, "f"), tma=True)) == found
 
 
+def test_pointers_to_arrays_of_no_elements():
+    function, operands = CASES["ref_of_no_elements"]
+    text = source(function, *operands, tma=True)
+    assert "y_ref_4x8" not in text and "x_ref_4x8" not in text
+
+
 def test_what_is_written_and_read_back_needs_pointers():
     def kernel(x_ref, y_ref):
         y_ref[...] = x_ref[...]

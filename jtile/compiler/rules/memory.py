@@ -427,7 +427,8 @@ def descriptor(e, block: Block, transforms: Sequence) -> tuple[str, str] | None:
         or shape[1] * ref.dtype.itemsize < 16
         or ref.shape[-1] * ref.dtype.itemsize % 16
         or ref.dtype == np.bool_
-        or rows > 2**31 - 1
+        or not 0 < rows <= 2**31 - 1
+        or ref.shape[-1] == 0
     ):
         return None
     inside = (0 <= i.bounds[0] and i.bounds[1] < n for i, n in zip(indices[:-1], ref.shape[:-1], strict=True))

@@ -241,3 +241,16 @@ def ref_as_only_a_gpu_can(x, counts, lock):
         y_ref[...] += plgpu.load(x_ref, eviction_policy="evict_last") + plgpu.load(x_ref, volatile=True)
 
     return pl.pallas_call(kernel, out_shape=like(x))(x, counts, lock)
+
+
+@case(np.zeros((0, 8), np.float32), np.zeros((4, 0), np.float32))
+def ref_of_no_elements(x, y):
+    """Everything lies outside of the array, and reads as 0."""
+
+    def kernel(x_ref, y_ref, o_ref):
+        o_ref[...] = x_ref[...] + y_ref[...] + 1
+
+    rows = pl.BlockSpec((4, 8), lambda i: (i, 0))
+    return pl.pallas_call(kernel, grid=(2,), in_specs=[rows, rows], out_specs=rows, out_shape=like(x, shape=(7, 8)))(
+        x, y
+    )
