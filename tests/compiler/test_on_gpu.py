@@ -1,6 +1,10 @@
 """What only a GPU can tell: that the launches do what the messages say."""
 
 import functools
+import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +12,16 @@ import numpy as np
 import pytest
 import triton
 import triton.language as tl
+from jax.experimental import pallas as pl
 
+from jtile.compiler.interpret import interpret_pallas
+from jtile.compiler.pallas import retarget_pallas
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.target import Target
 from jtile.compiler.triton_call import triton_call
 from jtile.report import inspect
 from tests.compiler import test_pallas, test_triton_call
+from tests.compiler.kernels import CASES
 
 pytestmark = pytest.mark.gpu
 
@@ -133,3 +141,137 @@ def test_exported_program_runs():
     x = random(1024, 64)
     again = jax.export.deserialize(exported(x).serialize())
     np.testing.assert_array_equal(again.call(x), 3 * x)
+
+
+# Every kernel of tests/compiler/kernels, compiled and run.
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_compute_what_pallas_does(name):
+    function, operands = CASES[name]
+    with jax.default_matmul_precision("highest"):  # the CPU has no TF32
+        found = jax.jit(retarget_pallas(function))(*operands)
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            expected = jax.jit(interpret_pallas(function))(*operands)
+    for f, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert f.shape == e.shape and f.dtype == e.dtype
+        tolerance = 2e-3 if "half" in name else 3e-5  # of float16: two units in the last place
+        np.testing.assert_allclose(np.asarray(f, np.float64), np.asarray(e, np.float64), tolerance, tolerance)
+
+
+# Sizes at which 32 bits, or CUDA's limits, are not enough.
+
+
+def double_by_rows(x, rows, **params):
+    """2 x, in blocks of so many rows."""
+
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...] * 2
+
+    spec = pl.BlockSpec((rows, *x.shape[1:]), lambda i: (i,) + (0,) * (x.ndim - 1))
+    return pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(x.shape[0], rows),),
+        in_specs=[spec],
+        out_specs=spec,
+        out_shape=x,
+        compiler_params=CompilerParams(**params),
+    )(x)
+
+
+GRIDS = [(70_000,), (2, 70_000), (2, 3, 70_000), (70_000, 3, 2), (300, 70_000), (3, 5, 4, 2), (2, 3, 2, 2, 3, 70_000)]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_grids(grid):
+    """Past 65,535 along any axis and past three axes, every program runs once, and knows its place."""
+
+    def kernel(x_ref, y_ref):
+        place = 0
+        for axis, size in enumerate(grid):
+            place = place * size + pl.program_id(axis)
+        y_ref[0] = x_ref[0] + place
+
+    spec = pl.BlockSpec((*(None for _ in grid[1:]), 1), lambda *ids: (*ids[1:], ids[0]))
+    x = jnp.ones((*grid[1:], grid[0]), jnp.int32)
+    call = pl.pallas_call(
+        kernel, grid=grid, in_specs=[spec], out_specs=spec, out_shape=x, compiler_params=CompilerParams(num_warps=1)
+    )
+    expected = np.moveaxis(1 + np.arange(math.prod(grid), dtype=np.int32).reshape(grid), 0, -1)
+    np.testing.assert_array_equal(jax.jit(call)(x), expected)
+
+
+@pytest.mark.parametrize("tma", [None, True])
+@pytest.mark.parametrize("shape, rows", [((2**23 + 3, 256), 128), ((2**31 + 77,), 8192)], ids=["matrix", "vector"])
+def test_past_two_to_the_31_elements(shape, rows, tma, hopper):
+    """Blocks beyond, the last of them ragged, are read and written where they are."""
+    x = jax.lax.broadcasted_iota(jnp.int8, shape, 0)  # wraps around
+    if len(shape) == 2:
+        x += jax.lax.broadcasted_iota(jnp.int8, shape, 1) * 3
+    y = jax.jit(functools.partial(double_by_rows, rows=rows, tma=tma))(x)
+    assert bool(jax.jit(lambda x, y: jnp.all(y == x * 2))(x, y))
+
+
+def test_rows_picked_past_two_to_the_31_elements():
+    """By indices from memory, loaded and stored."""
+    n = 2**21 + 3
+    rows = np.asarray([0, 5, 2**20, 2**21 - 1, 2**21, n - 1, 7, 2**21 + 1], np.int32)
+
+    def kernel(x_ref, rows_ref, picked_ref, y_ref):
+        picked_ref[...] = x_ref[rows_ref[...]]
+        y_ref[rows_ref[...]] = x_ref[rows_ref[...]] + 1
+
+    x = jax.lax.broadcasted_iota(jnp.int32, (n, 1024), 0).astype(jnp.int8)
+    call = pl.pallas_call(
+        kernel,
+        out_shape=(jax.ShapeDtypeStruct((len(rows), 1024), x.dtype), x),
+        input_output_aliases={0: 1},
+        compiler_params=CompilerParams(),
+    )
+    picked, y = jax.jit(call, donate_argnums=0)(x, rows)
+    before = rows.astype(np.int8)
+    np.testing.assert_array_equal(picked, np.broadcast_to(before[:, None], picked.shape))
+    np.testing.assert_array_equal(y[rows], np.broadcast_to(before[:, None] + np.int8(1), picked.shape))
+    assert int(jnp.sum(y[:, 0] != jax.lax.iota(jnp.int32, n).astype(jnp.int8))) == len(rows)  # and nowhere else
+
+
+@pytest.mark.parametrize("tma", [None, True])
+def test_no_elements_and_no_programs(tma):
+    """An empty operand reads as 0; a launch of no programs leaves an aliased operand as it was."""
+    function, operands = CASES["ref_of_no_elements"]
+    retargeted = retarget_pallas(function)
+    np.testing.assert_array_equal(jax.jit(retargeted)(*operands), np.ones((7, 8)))
+    for shape in ((0, 64), (0,)):
+        empty = jnp.zeros(shape)
+        assert jax.jit(functools.partial(double_by_rows, rows=8, tma=tma))(empty).shape == shape
+    x = random(8, 64)
+    call = functools.partial(test_pallas.call, compiler_params=CompilerParams(tma=tma))
+    np.testing.assert_array_equal(jax.jit(call)(x[:0]), x[:0])
+
+
+# Another process finds the program in JAX's persistent cache.
+
+
+def test_another_process_finds_the_compiled_program(tmp_path):
+    script = """
+import sys, jax
+from tests.compiler import test_on_gpu, test_pallas
+
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+x = test_on_gpu.random(1024, 64)
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+y = jax.jit(test_pallas.call)(x)
+print(bool((y == 3 * x).all()), events.count("/jax/compilation_cache/cache_hits") > 0)
+"""
+    outputs = []
+    for seed in "12":
+        environment = os.environ | {"PYTHONHASHSEED": seed, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        run = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        outputs.append(run.stdout.split())
+    assert outputs == [["True", "False"], ["True", "True"]]
