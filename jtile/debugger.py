@@ -19,6 +19,7 @@ from jtile.compiler.launch import untouched
 from jtile.compiler.pallas import params_of, source_of
 from jtile.compiler.rewrite import equations, evaluate, map_equations
 from jtile.compiler.triton_call import triton_call_p
+from jtile.compiler.value import stored
 from jtile.op.lowering import execute
 from jtile.op.primitive import TilePrimitive
 
@@ -129,7 +130,10 @@ def _run_pallas(params: dict[str, Any], folder: pathlib.Path | None, *operands) 
     def run(*arrays):
         from jtile.compiler import triton_on_cpu
 
-        triton_on_cpu.run(_loaded(source, folder), arrays, source.grid)
+        in_memory = [x.astype(stored(x.dtype), copy=False) for x in arrays]
+        triton_on_cpu.run(_loaded(source, folder), in_memory, source.grid)
+        for array, contents in zip(arrays, in_memory, strict=True):
+            array[...] = contents
 
     return _on_host(run, kernel.outputs, aliases, operands)
 

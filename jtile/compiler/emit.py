@@ -14,9 +14,9 @@ from jax.extend.core import Literal, jaxprs_in_params
 from jtile import borrowed
 from jtile.compiler.kernel import Kernel, Place, Scratch, Source, UnsupportedKernel
 from jtile.compiler.params import CompilerParams
-from jtile.compiler.rules import CURES, RULES, dot, random
+from jtile.compiler.rules import CURES, FOUR_BITS, RULES, dot, random
 from jtile.compiler.rules.shape import array_constant
-from jtile.compiler.value import TRITON_TYPES, Affine, Block, Value, constant, tile, triton_type
+from jtile.compiler.value import TRITON_TYPES, Affine, Block, Value, constant, four_bits, stored, tile, triton_type
 
 # What an equation works on.
 type Operand = Value | Block | Scratch
@@ -48,7 +48,7 @@ def emit(kernel: Kernel, params: CompilerParams) -> Source:
             f"CompilerParams: warp_specialize=True needs a kernel with exactly one loop; {kernel.name} "
             f"({kernel.where}) has {emitter.loops}. Merge its loops, or leave warp_specialize out."
         )
-    types = tuple(ref.dtype for ref in kernel.refs)
+    types = tuple(stored(ref.dtype) for ref in kernel.refs)
     return Source(kernel.name, emitter.text(), types, grid, emitter.origins(), kernel.where)
 
 
@@ -214,6 +214,7 @@ class Emitter:
                 result = random.moved(self, eqn, *map(read, eqn.invars))
                 result = result if eqn.primitive.multiple_results else result[0]
             elif eqn.primitive.name in RULES:
+                self.check_width(eqn)
                 result = RULES[eqn.primitive.name](self, eqn, *map(read, eqn.invars))
             else:
                 raise self.unsupported(
@@ -248,6 +249,15 @@ class Emitter:
     def check_type(self, dtype) -> None:
         if dtype.name not in TRITON_TYPES:
             raise self.unsupported(f"Triton has no {dtype.name}", f"It has {', '.join(TRITON_TYPES)}.")
+
+    def check_width(self, eqn) -> None:
+        """Numbers of four bits are moved, compared and converted: sums in the bytes that hold them would not wrap."""
+        types = {getattr(v.aval, "dtype", None) for v in (*eqn.invars, *eqn.outvars)}
+        narrow = [t.name for t in types if isinstance(t, np.dtype) and four_bits(t)]
+        if narrow and eqn.primitive.name not in FOUR_BITS and not list(jaxprs_in_params(eqn.params)):
+            raise self.unsupported(
+                f"`{eqn.primitive.name}` of {narrow[0]} has no form in Triton", "Convert to int8 first."
+            )
 
     @property
     def comment(self) -> str:

@@ -14,6 +14,7 @@ from jtile.compiler.kernel import Kernel, Source, UnsupportedKernel, kernel_of
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.rewrite import map_pallas_calls
 from jtile.compiler.target import Target
+from jtile.compiler.value import stored
 
 
 def lower_pallas_call(platform: str, ctx, *operands, compiler_params, interpret, **params):
@@ -31,7 +32,23 @@ def lower_pallas_call(platform: str, ctx, *operands, compiler_params, interpret,
     compiled = build(source, compiler_params, Target.of_lowering(ctx))
     parameters = [launch.array() for _ in source.arguments]
     launched = launch.Launch(compiled, source.grid, kernel, source)
-    return launch.launch(ctx, operands, launched, parameters, aliases, params["metadata"])
+    types = [[a.update(dtype=stored(a.dtype)) for a in avals] for avals in (ctx.avals_in, ctx.avals_out)]
+    inner = ctx.replace(avals_in=types[0], avals_out=types[1])
+    results = launch.launch(
+        inner, _converted(ctx, operands, types[0]), launched, parameters, aliases, params["metadata"]
+    )
+    return _converted(inner.replace(avals_in=types[1]), results, ctx.avals_out)
+
+
+def _converted(ctx, values, avals):
+    """The context's operands in other types."""
+    if list(ctx.avals_in) == list(avals):
+        return values
+
+    def convert(*arrays):
+        return [x.astype(a.dtype) for x, a in zip(arrays, avals, strict=True)]
+
+    return mlir.lower_fun(convert, multiple_results=True)(ctx.replace(avals_out=avals), *values)
 
 
 def source_of(kernel: Kernel, compiler_params: CompilerParams, debug: bool) -> Source:

@@ -11,10 +11,12 @@ from jtile.compiler.kernel import Ref
 
 TRITON_TYPES = {
     "bool": "tl.int1",
+    "int4": "tl.int8",  # a byte each: see `stored`
     "int8": "tl.int8",
     "int16": "tl.int16",
     "int32": "tl.int32",
     "int64": "tl.int64",
+    "uint4": "tl.uint8",
     "uint8": "tl.uint8",
     "uint16": "tl.uint16",
     "uint32": "tl.uint32",
@@ -104,6 +106,18 @@ def narrow_float(dtype) -> bool:
 def float8(dtype) -> bool:
     """Whether Triton does no arithmetic in `dtype` at all."""
     return jnp.issubdtype(dtype, jnp.floating) and np.dtype(dtype).itemsize == 1
+
+
+def four_bits(dtype) -> bool:
+    """Whether numbers of this type have four bits; Triton has a byte for each."""
+    return np.dtype(dtype).name in ("int4", "uint4")
+
+
+def stored(dtype) -> np.dtype:
+    """The type that numbers of `dtype` have in a kernel's arrays. XLA packs two of four bits into a byte: neighbours
+    could not be written by different threads."""
+    dtype = np.dtype(dtype)
+    return np.dtype(dtype.name.replace("4", "8")) if four_bits(dtype) else dtype
 
 
 def inner(bounds: Interval | None, dtype) -> Interval | None:

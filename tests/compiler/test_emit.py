@@ -455,6 +455,24 @@ def test_keys_are_passed_as_data():
     refuse(kernel, jax.random.key(0), dtype=jnp.uint32, match="key_ref is an array of key<fry>. .*jax.random.key_data")
 
 
+def test_products_of_four_bits():  # which XLA cannot compile for a CPU, and so Pallas' interpreter cannot run
+    a, b = (np.random.default_rng(seed).integers(-8, 8, (16, 32)) for seed in (0, 1))
+
+    def kernel(a_ref, b_ref, y_ref):
+        y_ref[...] = jnp.dot(a_ref[...], b_ref[...].T, preferred_element_type=jnp.int32)
+
+    found = debug(call(kernel, (16, 16), jnp.int32))(jnp.asarray(a, jnp.int4), jnp.asarray(b, jnp.int4))
+    np.testing.assert_array_equal(found, a @ b.T)
+
+
+def test_arithmetic_of_four_bits():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...] + 1
+
+    x = jax.ShapeDtypeStruct((16,), jnp.int4)
+    refuse(kernel, x, dtype=jnp.int4, match="`add` of int4 has no form in Triton. Convert to int8 first")
+
+
 def test_accuracies():
     def kernel(x_ref, y_ref):
         y_ref[...] = lax.exp(x_ref[...], accuracy=lax.AccuracyMode.HIGHEST)

@@ -57,6 +57,19 @@ def test_lowering_for_an_abstract_device():
     assert program.count("@triton_kernel_call_ffi") == 1
 
 
+def test_numbers_of_four_bits_are_unpacked():
+    """XLA packs two into a byte; the kernel has a byte for each."""
+
+    def negative(x_ref, y_ref):
+        y_ref[...] = (-x_ref[...].astype(jnp.int32)).astype(y_ref.dtype)
+
+    for dtype, byte in ((jnp.int4, "i8"), (jnp.uint4, "ui8")):
+        _, program = lower(functools.partial(call, kernel=negative), jax.ShapeDtypeStruct(X.shape, dtype))
+        [launched] = [line for line in program.splitlines() if "@triton_kernel_call_ffi" in line]
+        assert f": (tensor<1024x64x{byte}>) -> tensor<1024x64x{byte}>" in launched
+        assert program.count("stablehlo.convert") == 2
+
+
 def test_parameters_reach_the_compiler():
     [kernel], _ = lower(functools.partial(call, compiler_params=CompilerParams(num_warps=8, max_registers=32)), X)
     assert kernel.threads == 256

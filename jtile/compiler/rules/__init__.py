@@ -19,6 +19,13 @@ def rule(*primitives: str):
     return register
 
 
+# Primitives that take numbers of four bits, which lie in bytes.
+FOUR_BITS = frozenset(
+    "broadcast_in_dim clamp concatenate convert_element_type copy dot_general dynamic_slice dynamic_update_slice empty "
+    "eq freeze gather ge get gt le lt masked_load masked_swap max min name ne new_ref optimization_barrier pad reshape "
+    "rev scatter select_n slice split squeeze stack stop_gradient swap tile transpose unstack".split()
+)
+
 # Why there is no rule for a primitive, and what to write instead.
 OUTSIDE = "Compute it outside of the kernel and pass the result as an operand."
 REASONS: tuple[tuple[str, str], ...] = (

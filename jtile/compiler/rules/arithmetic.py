@@ -10,7 +10,7 @@ import numpy as np
 from jtile import borrowed
 from jtile.compiler.primitives import TANH_CONSTRAINTS
 from jtile.compiler.rules import rule
-from jtile.compiler.value import Interval, Value, constant, float8, inner, narrow_float, triton_type
+from jtile.compiler.value import Interval, Value, constant, float8, four_bits, inner, narrow_float, triton_type
 
 # Done in the operands' own type.
 PLAIN = {
@@ -359,6 +359,9 @@ def cast(e, x: Value, dtype: np.dtype) -> Value:
         text = f"tl.cast({text}, tl.float32)"
     if dtype == np.bool_:
         text = f"{text} != 0"
+    elif four_bits(dtype) and not jnp.issubdtype(x.dtype, jnp.floating):
+        text = f"tl.cast({text}, {triton_type(dtype)})"
+        text = f"{text} & 15" if dtype == jnp.uint4 else f"({text} << 4) >> 4"
     elif float8(dtype):
         text = narrowed(e, text, x.shape, dtype)
     elif jnp.issubdtype(x.dtype, jnp.floating) and jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize < 4:

@@ -12,7 +12,7 @@ from jax.extend.core import Literal
 from jtile.compiler.rules import rule
 from jtile.compiler.rules.arithmetic import cast
 from jtile.compiler.rules.shape import joined, reshaped, transposed
-from jtile.compiler.value import Value, constant, tile, triton_type
+from jtile.compiler.value import Value, constant, stored, tile, triton_type
 
 # Fewest terms that a tensor core sums in one instruction, by the operands' bytes.
 LEAST_TERMS = {1: 32, 2: 16, 4: 8, 8: 4}
@@ -40,6 +40,7 @@ def dot_general(e, eqn, a: Value, b: Value, accumulator: Value | None = None):
     """
     (contract_a, contract_b), (batch_a, batch_b) = eqn.params["dimension_numbers"]
     out = eqn.outvars[0].aval
+    a, b = cast(e, a, stored(a.dtype)), cast(e, b, stored(b.dtype))
     if {a.dtype.name, b.dtype.name} != {"float8_e4m3fn", "float8_e5m2"}:  # the one mixture that the hardware takes
         common = np.dtype(np.int8) if a.dtype == b.dtype == np.bool_ else np.dtype(jnp.promote_types(a.dtype, b.dtype))
         a, b = cast(e, a, common), cast(e, b, common)

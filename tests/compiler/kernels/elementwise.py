@@ -186,6 +186,14 @@ TYPES = {
         np.asarray(X, jnp.float8_e4m3fn),
     ),
     "float8_comparisons": (lambda x: (x < jnp.flip(x, 1)) | (x == 0), np.asarray(X, jnp.float8_e5m2)),
+    "int4": (
+        lambda x: (jnp.flip(x, 1).astype(jnp.int32) * 3).astype(jnp.int4),
+        integers(5, 6, low=-8, high=8, dtype=jnp.int4),
+    ),
+    "uint4": (
+        lambda x: jnp.where(x > 3, x.astype(jnp.float32) * 1.9, -4).astype(jnp.uint4),
+        integers(5, 6, low=0, high=16, dtype=jnp.uint4),
+    ),
     "bits_of_words": (lambda x: lax.bitcast_convert_type(x, jnp.uint8), X),
     "words_of_bits": (
         lambda x: lax.bitcast_convert_type(x.reshape(-1, 4), jnp.float32),
