@@ -38,7 +38,7 @@ def scale(x, factor, *, block=128, warps=4):
     )(x, factor)
 
 
-def product(a, b):
+def product(a, b, tma=None):
     def kernel(a_ref, b_ref, c_ref):
         c_ref[...] = jnp.dot(a_ref[...], b_ref[...], preferred_element_type=jnp.float32).astype(c_ref.dtype)
 
@@ -48,7 +48,7 @@ def product(a, b):
         in_specs=[pl.BlockSpec((128, a.shape[1]), lambda i: (i, 0)), pl.BlockSpec(b.shape, lambda i: (0, 0))],
         out_specs=pl.BlockSpec((128, b.shape[1]), lambda i: (i, 0)),
         out_shape=jax.ShapeDtypeStruct((a.shape[0], b.shape[1]), a.dtype),
-        compiler_params=jtile.CompilerParams(tma=True),
+        compiler_params=jtile.CompilerParams(tma=tma),
     )(a, b)
 
 
@@ -126,8 +126,11 @@ def test_tensor_cores_and_tma(run):
     used = {row[2]: [int(n) for n in row[-2:]] for row in rows}
     assert head[-2:] == ["tensor core", "TMA"]
     assert all(tensor_core > 0 for tensor_core, _ in used.values())
-    assert used["sm_80"][1] == used["sm_89"][1] == 0 < used["sm_90"][1]
+    assert used["sm_80"][1] == used["sm_89"][1] == 0
     assert re.search(r"wgmma\.mma_async +0 +0 +\d+ +0", out) and re.search(r"tcgen05\.mma +0 +0 +0 +[1-9]", out)
+    _, out, _ = run("product", "--args", "bf16[512, 64], bf16[64, 128], tma=True", "--only")
+    [row] = [re.split(r"  +", line) for line in out.splitlines() if re.search("^kernel .*sm_90", line)]
+    assert int(row[-1]) > 0 and re.search(r"^cp\.async\.bulk\.tensor\.2d\.\S+ +[1-9]", out, re.MULTILINE)
 
 
 def test_targets_chosen(run):
