@@ -4,7 +4,7 @@ import collections
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from jax.extend.core import Literal, jaxprs_in_params
 
 from jtile import borrowed
 from jtile.compiler.kernel import Kernel, Place, Scratch, Source, UnsupportedKernel
+from jtile.compiler.order import Order
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.rules import CURES, FOUR_BITS, RULES, dot, random
 from jtile.compiler.rules.shape import array_constant
@@ -73,6 +74,9 @@ class Emitter:
         self.kernel = kernel
         self.params = params
         self.ids: list[Value] = []  # this program's position along each axis of the grid
+        names = [ref.name for ref in kernel.refs]
+        threads = 32 * params.num_warps * params.num_ctas
+        self.order = Order(threads, {names[kernel.num_inputs + o]: names[i] for i, o in kernel.input_output_aliases})
         self.loops = 0
         self.one_way = _one_way(kernel)
         self.helpers: dict[str, None] = {}  # functions to define ahead of the kernel, in order
@@ -95,7 +99,14 @@ class Emitter:
         self.line(head)
         self._depth += 1
         start = len(self.lines)
+        self.order.enter()
         yield
+        loops = head.startswith(("for ", "while "))
+        at_end, anywhere = self.order.leave(_assigned(self.lines[start - 1 :]) if loops else None)
+        if at_end:
+            self.line("tl.debug_barrier()")
+        if anywhere and loops:  # nor may Triton load for the next turn before this one has stored
+            self.lines[start - 1] = Line(self.lines[start - 1].replace("):", ", num_stages=1):"), self.place)
         if len(self.lines) == start:
             self.line("pass")
         self._depth -= 1
@@ -350,6 +361,12 @@ class Emitter:
 def _understands_keys(eqn) -> bool:
     """Whether it is of `jax.random`, or holds a jaxpr that works on keys."""
     return eqn.primitive.name.startswith("random_") or any(jaxprs_in_params(eqn.params))
+
+
+def _assigned(lines: Iterable[str]) -> set[str]:
+    """The names that these lines of source assign."""
+    heads = (re.match(r"\s*(?:for )?([\w, ]+?) (?:=|in) ", line) for line in lines)
+    return {name for head in heads if head for name in head[1].split(", ")}
 
 
 def _needed(equations: Sequence, results: Sequence) -> list:

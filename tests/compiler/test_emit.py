@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
+import jtile
 from jtile.compiler.interpret import interpret_pallas
 from jtile.compiler.kernel import UnsupportedKernel
 from jtile.compiler.params import CompilerParams
@@ -302,6 +304,114 @@ def test_named_axes_of_the_grid():
     function = call(kernel, (4, 16), grid=(("rows", 4), ("columns", 2)), in_specs=[spec], out_specs=spec)
     text = source(jax.vmap(function), np.zeros((3, 4, 16), "f"))
     assert "pid_2 = tl.program_id(0)" not in text and "float32_1 = tl.cast(pid_2, tl.float32)" in text
+
+
+# Barriers: what a program's threads store, others of its threads read
+
+
+def body(kernel, rows=64, **params):
+    """The accesses, barriers, and heads of loops and branches of a kernel on tiles of 64 rows, or fewer."""
+    text = source(call(kernel, (rows, 16), grid=(4,)), np.zeros((rows, 16), "f"), **params)
+    kinds = {"tl.load": "load", "tl.store": "store", "tl.atomic": "atomic", "tl.debug_barrier": "barrier"}
+    lines = text.splitlines()
+    found = [next((kind for key, kind in kinds.items() if key in line), line.strip()) for line in lines]
+    return " ".join(f for f in found if f in kinds.values() or f.startswith(("for", "if", "else")))
+
+
+def test_barriers_between_patterns():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+        y_ref[0] = y_ref[1]
+        y_ref[2] = x_ref[2]
+
+    # The rows are apart from each other.
+    assert body(kernel) == "load store barrier load store load store"
+
+
+def test_one_pattern_needs_no_barrier():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+        y_ref[...] += x_ref[...]
+
+    assert body(kernel) == "load store load load store"
+    # Here there are more threads than elements: several hold the same one, and one of them stores it.
+    assert body(kernel, rows=4) == "load store barrier load load barrier store"
+    assert body(kernel, rows=64, num_warps=32) == "load store load load store"
+
+
+def test_parts_that_are_apart_need_no_barrier():
+    def kernel(x_ref, y_ref):
+        here = y_ref.at[pl.ds(pl.program_id(0) * 16, 16)]
+        here[:2] = x_ref[:2]
+        here[2:4] = here[8:10]
+
+    def overlapping(x_ref, y_ref):
+        i = pl.program_id(0) * 4
+        y_ref[pl.ds(i, 2)] = x_ref[:2]
+        y_ref[pl.ds(2, 2)] = x_ref[:2]
+
+    assert body(kernel) == "load store load store"
+    assert body(overlapping) == "load store load barrier store"
+
+
+def test_barriers_around_atomics():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = jnp.zeros(y_ref.shape)
+        jtile.atomic_add(y_ref, 0, x_ref[0])
+        jtile.atomic_add(y_ref, 1, x_ref[1])
+        y_ref[2] = y_ref[1]
+
+    assert body(kernel) == "store load barrier atomic load atomic barrier load store"
+
+
+def test_barriers_between_turns():
+    def running(x_ref, y_ref):
+        @pl.loop(1, 64)
+        def _(i):
+            y_ref[i] = y_ref[i - 1] + x_ref[i]
+
+    def by_rows(x_ref, y_ref):
+        @pl.loop(0, 64)
+        def _(i):
+            y_ref[i] = x_ref[i]
+
+    def whole(x_ref, y_ref):
+        y_ref[...] = jnp.zeros(y_ref.shape)
+
+        @pl.loop(0, 64)
+        def _(i):
+            y_ref[...] += x_ref[i]
+
+    # A turn must not begin to load, either, before the one before it has stored.
+    assert body(running) == "for i_1 in tl.range(0, 63, num_stages=1): load load barrier store barrier"
+    assert body(by_rows) == "for i_1 in tl.range(0, 64): load store"
+    assert body(whole) == "store for i_1 in tl.range(0, 64): load load store"
+
+
+def test_barriers_around_branches():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+
+        @pl.when(x_ref[0, 0] > 0)
+        def _():
+            y_ref[0] = x_ref[1]
+
+        y_ref[1] = y_ref[0]
+
+    # What was stored before the branch may be pending after it, as the branch may not be taken.
+    assert (
+        re.sub("int32_1", "c", body(kernel)) == "load store load if c <= 0: else: load barrier store barrier load store"
+    )
+
+
+def test_barriers_of_buffers_that_are_shared():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+        y_ref[0] = x_ref[1]
+
+    function = call(kernel, (64, 16), input_output_aliases={0: 0})
+    text = source(function, np.zeros((64, 16), "f"))
+    assert re.findall("tl.(load|store|debug_barrier)", text) == ["load", "store", "debug_barrier", "load", "store"]
 
 
 # Tensor Memory Accelerator, warp specialisation

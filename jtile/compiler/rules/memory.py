@@ -39,7 +39,7 @@ def addupdate(e, eqn, ref: Block | Scratch, value: Value, *indices: Value):
         [total] = e.compute(jnp.add, _load(e, ref, transforms), value)
         _store(e, ref, transforms, total)
     else:
-        access = locate(e, _shared(e, Atomic.ADD, ref), transforms)
+        access = locate(e, _shared(e, Atomic.ADD, ref), transforms, "atomic")
         e.line(f"tl.atomic_add({access.arguments(e.tensor(value))}){e.comment}")
     return []
 
@@ -65,7 +65,7 @@ def masked_swap(e, eqn, *operands):
 def atomic_rmw(e, eqn, *operands):
     ref, transforms, value, mask = eqn.params["args_tree"].unflatten(operands)
     operation = Atomic(eqn.params["atomic_type"].value)
-    access = locate(e, _shared(e, operation, ref), transforms)
+    access = locate(e, _shared(e, operation, ref), transforms, "atomic")
     text = f"tl.atomic_{operation}({access.arguments(e.tensor(value), mask=mask)})"
     return e.let(text + e.comment, value.shape, value.dtype, "old")
 
@@ -74,7 +74,7 @@ def atomic_rmw(e, eqn, *operands):
 def atomic_cas(e, eqn, ref: Block | Scratch, expected: Value, value: Value, *indices: Value):
     transforms = eqn.params["tree"].unflatten(indices) if "tree" in eqn.params else ()
     block = _shared(e, Atomic.CAS, ref)
-    access = locate(e, block, transforms)
+    access = locate(e, block, transforms, "atomic")
     if access.tests:
         raise e.unsupported(
             f"compare-and-swap has no mask, and {block.ref.name} is indexed where it may have no element",
@@ -125,6 +125,7 @@ def freeze(e, eqn, ref: Scratch):
 
 @rule("debug_barrier_p", "debug_barrier")  # in JAX 0.11, in 0.12
 def debug_barrier(e, eqn):
+    e.order.barrier()
     e.line("tl.debug_barrier()")
     return []
 
@@ -153,7 +154,7 @@ def _load(e, ref: Block | Scratch, transforms, mask: Value | None = None, other:
     tma = None if mask is not None or hints else descriptor(e, ref, transforms)
     if tma:
         return e.let(f"{tma[0]}.load({tma[1]}){e.comment}", shape, dtype, name, zero_padded=True)
-    access = locate(e, ref, transforms)
+    access = locate(e, ref, transforms, "load")
     zero = "0.0" if float8(dtype) else "0"  # which Triton converts from no integer
     value = e.let(
         f"tl.load({access.arguments(mask=mask, other=zero, **hints)}){e.comment}", shape, dtype, name, zero_padded=True
@@ -181,7 +182,7 @@ def _store(e, ref: Block | Scratch, transforms, value: Value, mask: Value | None
     if tma:
         e.line(f"{tma[0]}.store({tma[1]}, {e.tensor(value)}){e.comment}")
     else:
-        access = locate(e, ref, transforms)
+        access = locate(e, ref, transforms, "store")
         e.line(f"tl.store({access.arguments(value.text, mask=mask, **hints)}){e.comment}")
 
 
@@ -264,8 +265,8 @@ class Access:
         return ", ".join([self.pointer, *values, *texts])
 
 
-def locate(e, block: Block, transforms: Sequence) -> Access:
-    """The pointers to what `transforms` select from a block.
+def locate(e, block: Block, transforms: Sequence, kind: str) -> Access:
+    """The pointers to what `transforms` select from a block, to `kind` there: "load", "store" or "atomic".
 
     An element's offset is the sum over the array's dimensions of index * stride. Scalars come first, so that in a loop
     only a scalar changes; they are 64-bit where the array is too large for 32. A test against a bound of the array is
@@ -273,6 +274,8 @@ def locate(e, block: Block, transforms: Sequence) -> Access:
     """
     ref = block.ref
     indices, shape = indices_of(e, block, transforms)
+    if e.order.touch(kind, ref.name, shape, indices):
+        e.line("tl.debug_barrier()")
     wide = math.prod(ref.shape) > 2**31 - 1
     offset, lanes, tests = Affine(), [], []
     padded = {axis for axis, (n, p) in enumerate(zip(shape, tile(shape), strict=True)) if n != p}
