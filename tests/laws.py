@@ -5,6 +5,7 @@ import functools
 import hashlib
 import math
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -14,7 +15,8 @@ import pytest
 
 import jtile
 from jtile.compiler.target import Target
-from jtile.testing import LAWS, Case, Trial, value_and_pullback
+from jtile.testing import LAWS, Case, Trial
+from jtile.testing.laws import value_and_pullback
 
 ROWS, TYPICAL_ROWS = {"b": 4, "s": 8}, {"b": 2, "s": 1024}
 ATTENTION = "query: b s (k g) d, key: b t k d, value: b t k e -> out: b s (k g) e"
@@ -111,6 +113,28 @@ def test_law(name, law):
     trial(name).check(law)
 
 
+# The README shows the table. `python tests/laws.py` writes it there.
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+MARKS = "<!-- the laws: python tests/laws.py -->\n", "<!-- end of the laws -->"
+
+
+def table() -> str:
+    """Laws and ops, with a ✓ where some case of the op is held to the law by a test above."""
+    ops = list(dict.fromkeys(op for op, _ in CASES.values()))
+    checked = {(CASES[name][0], law) for name, law in TABLE}
+    rows = [[f"`{law}`", LAWS[law].__doc__, *("✓" if (op, law) in checked else "" for op in ops)] for law in LAWS]
+    header = ["law", "holds for", *(f"`{op.__name__}`" for op in ops)]
+    lines = [header, ["---", "---", *[":-:"] * len(ops)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def test_the_readme_shows_the_table():
+    _, _, rest = README.read_text().partition(MARKS[0])
+    assert rest.partition(MARKS[1])[0] == table(), "python tests/laws.py writes it"
+    assert all((op, law) in {(CASES[name][0], law) for name, law in TABLE} for op, _ in CASES.values() for law in LAWS)
+
+
 # On a GPU the same laws bind the compiled kernels, and so do sizes that are met in practice.
 
 SEVERAL_DEVICES = ("auto_sharding", "explicit_sharding", "gathering", "shard_map", "pmap")
@@ -180,3 +204,8 @@ def test_two_processes_lower_alike():
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert run.stdout.split() == [lowered(name) for name in CASES], run.stderr
+
+
+if __name__ == "__main__":
+    before, _, rest = README.read_text().partition(MARKS[0])
+    README.write_text(before + MARKS[0] + table() + MARKS[1] + rest.partition(MARKS[1])[2])

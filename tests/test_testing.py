@@ -11,7 +11,8 @@ import pytest
 from jax.experimental import pallas as pl
 
 from jtile import CompilerParams, TileOp
-from jtile.testing import Case, Trial, check_op, only_references
+from jtile.testing import Case, Trial, check_op
+from jtile.testing.programs import only_references
 
 CASE = Case("x: rows d, w: d -> y: rows d", {"rows": 8, "d": 20}, split="rows d")
 CASE_OF_ROWS = dataclasses.replace(CASE, split="rows")
@@ -141,7 +142,26 @@ def test_vmap_that_loops_over_launches():
 
         return call(x, w)
 
-    breaks("vmap", function, re.escape("vmap over x launches {'normalise': 3} instead of {'normalise': 1}"))
+    breaks("vmap", function, "vmap over x launches 3 kernels instead of 1")
+
+
+def test_vmap_that_repeats_operands():
+    op = make_op()
+
+    def function(x, w, implementation):
+        @jax.custom_batching.custom_vmap
+        def call(x, w):
+            return op(x, w, implementation=implementation)[0]
+
+        @call.def_vmap
+        def repeat(count, batched, x, w):
+            x = x if batched[0] else jnp.broadcast_to(x, (count, *x.shape))
+            w = w if batched[1] else jnp.broadcast_to(w, (count, *w.shape))
+            return jax.vmap(lambda x, w: op(x, w, implementation=implementation)[0])(x, w), True
+
+        return call(x, w)
+
+    breaks("vmap", function, re.escape("vmap over x repeats operands that it does not map: kernels read [(3, 20)]"))
 
 
 def test_a_batching_rule_that_is_wrong():

@@ -7,9 +7,9 @@ import pytest
 from jax.experimental import pallas as pl
 
 from jtile import CompilerParams, TileOp
+from jtile.compiler.rewrite import equations
 from jtile.op import lowering
 from jtile.op.primitive import TilePrimitive
-from jtile.testing import equations
 
 # y = w · x + shift, dw = Σ dy · x over rows.
 forward = TileOp("scale", "x: ... d, w: d, shift?: ... d -> y: ... d; kept: ..., unused: ...")

@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jtile import TileOp
-from jtile.testing import collectives
+from jtile.testing.programs import collectives
 
 # Rows may be split; `d` is needed whole; `n` is summed over.
 op = TileOp("mix", "x: ... d, w: n d -> y: ... d, total: d", whole="d")

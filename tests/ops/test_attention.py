@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jtile.compiler.rewrite import equations
 from jtile.ops import attention
 from jtile.ops.attention import dot_product_attention
-from jtile.testing import equations
 
 # Roundings of the result, and of weights and dscores before their products: a few units of the dtype. In float32 sums
 # of some hundred terms add up.

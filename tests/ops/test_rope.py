@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jtile
+from jtile.compiler.rewrite import equations
 from jtile.ops import rope
-from jtile.testing import equations
 
 IMPLEMENTATIONS = ["interpret", "xla"]
 

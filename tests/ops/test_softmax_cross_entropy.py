@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 import jtile
 from jtile.compiler.interpret import interpret_pallas
+from jtile.compiler.rewrite import equations
 from jtile.compiler.target import Target
 from jtile.ops import softmax_cross_entropy as op
-from jtile.testing import collectives, equations, exchanged
+from jtile.testing.programs import collectives, exchanged
 
 IMPLEMENTATIONS = ["interpret", "xla"]
 EVERYTHING = dict(ignore_index=3, label_smoothing=0.1, z_loss=1e-2, logits_soft_cap=5.0)

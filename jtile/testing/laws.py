@@ -1,0 +1,632 @@
+"""The laws, by subject: values and derivatives, `vmap`, control flow, devices, compilation."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Jaxpr
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jtile.compiler.launch import CUSTOM_CALL, EXPORT_CHECKS
+from jtile.compiler.rewrite import equations
+from jtile.compiler.target import Target
+from jtile.op import TileOp
+from jtile.op.signature import Term
+from jtile.report import inspect
+from jtile.testing.programs import binds, collectives, exchanged, launches, launching, repeated_operands
+from jtile.testing.trial import Arrays, Trial, floating, law
+
+TARGETS = ("NVIDIA A100", "NVIDIA H100", "NVIDIA B200")  # sm_80, sm_90 and sm_100
+
+
+# Derived functions: each takes the kernel or the reference.
+
+
+def value(f: Callable) -> Callable:
+    return lambda operands: {"value": f(operands)}
+
+
+def on_floats(f: Callable, operands: Arrays) -> Callable:
+    return lambda floats: floating(f({**operands, **floats}))
+
+
+def pullback(f: Callable) -> Callable:
+    return lambda *inputs: {"gradient": value_and_pullback(f)(*inputs)["gradient"]}
+
+
+def value_and_pullback(f: Callable) -> Callable:
+    def function(operands, cotangents):
+        out, vjp = jax.vjp(on_floats(f, operands), floating(operands))
+        return {"value": out, "gradient": vjp(cotangents)[0]}
+
+    return function
+
+
+def pushforward(f: Callable) -> Callable:
+    def function(operands, tangents):
+        _, out = jax.jvp(on_floats(f, operands), [floating(operands)], [tangents])
+        return {"tangent": out}
+
+    return function
+
+
+def linearized(f: Callable) -> Callable:
+    def function(operands, tangents):
+        _, linear = jax.linearize(on_floats(f, operands), floating(operands))
+        return {"tangent": linear(tangents)}
+
+    return function
+
+
+def forward_over_reverse(f: Callable) -> Callable:
+    def function(operands, cotangents, tangents):
+        gradient = lambda floats: pullback(f)({**operands, **floats}, cotangents)  # noqa: E731
+        return {"second": jax.jvp(gradient, [floating(operands)], [tangents])[1]["gradient"]}
+
+    return function
+
+
+def reverse_over_reverse(f: Callable) -> Callable:
+    def function(operands, cotangents, tangents):
+        gradient = lambda floats, given: pullback(f)({**operands, **floats}, given)  # noqa: E731
+        _, vjp = jax.vjp(gradient, floating(operands), cotangents)
+        return dict(zip(("second", "second by cotangent"), vjp({"gradient": tangents}), strict=True))
+
+    return function
+
+
+# Values and derivatives.
+
+
+@law
+def kernel(trial: Trial) -> None:
+    """The kernel computes what the reference does."""
+    trial.same(value, trial.operands())
+
+
+@law
+def gradient(trial: Trial) -> None:
+    """`vjp`: the backward kernels compute the gradient of the reference."""
+    trial.same(value_and_pullback, trial.operands(), trial.cotangents())
+
+
+@law
+def forward_mode(trial: Trial) -> None:
+    """`jvp` and `linearize`."""
+    trial.same(pushforward, trial.operands(), trial.tangents())
+    trial.same(linearized, trial.operands(), trial.tangents())
+
+
+@law
+def second_order(trial: Trial) -> None:
+    """Hessian-vector products: forward over reverse, and reverse over reverse."""
+    for derive in forward_over_reverse, reverse_over_reverse:
+        trial.same(derive, trial.operands(), trial.cotangents(), trial.tangents())
+
+
+@law
+def dtypes(trial: Trial) -> None:
+    """bfloat16 and float16, as exact as the reference in them."""
+    for dtype in {"bfloat16", "float16"} - {trial.case.dtype}:
+        gradient(trial.variant(dtype=dtype))
+
+
+@law
+def x64(trial: Trial) -> None:
+    """JAX's 64-bit mode changes neither values nor dtypes."""
+    inputs = trial.operands(), trial.cotangents()
+    for derive, given in (value, inputs[:1]), (value_and_pullback, inputs):
+        expected = trial.expected(derive, *given)
+        with jax.enable_x64(True):
+            trial.agree(jax.jit(derive(trial.kernel))(*given), expected)
+
+
+@law
+def shapes(trial: Trial) -> None:
+    """Sizes of 1, odd sizes, and nothing at all."""
+    case = trial.case
+    free = [name for name in case.sizes if name not in case.fixed.split()]
+    odd = {name: 3 if name in case.split.split() else 17 for name in free}
+    for sizes in dict.fromkeys(free, 1), odd:
+        gradient(trial.variant(sizes={**case.sizes, **sizes}))
+    compound = {factor for term in case.parsed.operands for dim in term.dims if len(dim) > 1 for factor in dim}
+    bounds = {bound for low_high in case.integers.values() for bound in low_high}
+    for name in case.split.split():
+        # Nothing is known of the factors of an empty product, and there is no integer below 0.
+        if name not in compound | bounds:
+            gradient(trial.variant(sizes={**case.sizes, name: 0}))
+
+
+# vmap
+
+
+def stacked(samples: Sequence[Arrays], axes: Mapping[str, int | None]) -> Arrays:
+    """The samples of every operand that has an axis stacked along it; the first sample of the others."""
+
+    def stack(name: str, first: jax.Array) -> jax.Array:
+        axis = axes[name]
+        return first if axis is None else jnp.stack([s[name] for s in samples], axis)
+
+    return {name: stack(name, first) for name, first in samples[0].items()}
+
+
+def _stacked_cotangents(trial: Trial, count: int) -> Arrays:
+    return jax.tree.map(lambda *x: jnp.stack(x), *map(trial.cotangents, range(count)))
+
+
+@law
+def vmap(trial: Trial) -> None:
+    """`vmap` over every subset of the operands, of the gradient and inside it: one launch, and no operand repeated."""
+    samples = [trial.operands(seed) for seed in range(3)]
+    cotangents = _stacked_cotangents(trial, 3)
+    on_gpu = trial.function("triton")
+
+    def program(function: Callable, *inputs) -> Jaxpr:
+        return jax.make_jaxpr(launching(function))(*inputs).jaxpr
+
+    def axes(mapped: Iterable[str], turn: int) -> dict[str, int | None]:
+        """Another axis for each operand, and another with each turn, counted from the front and from the back."""
+
+        def axis(i: int, x: jax.Array) -> int:
+            front = (i + turn) % (x.ndim + 1)
+            return front - (x.ndim + 1) * (turn % 2)
+
+        return {n: axis(i, x) if n in mapped else None for i, (n, x) in enumerate(samples[0].items())}
+
+    def check(mapped: Sequence[str], turn: int) -> None:
+        inner, outer = axes(mapped, turn), axes(mapped, turn + 1)
+        operands, moved = stacked(samples, inner), stacked(samples, outer)
+        for function, once, many in (
+            (on_gpu, samples[:1], (operands,)),
+            (value_and_pullback(on_gpu), (samples[0], trial.cotangents()), (operands, cotangents)),
+        ):
+            mapping = program(jax.vmap(function, in_axes=(inner, 0)[: len(many)]), *many)
+            found, needed = launches(mapping), launches(program(function, *once))
+            over = ", ".join(mapped)
+            assert found == needed, f"vmap over {over} launches {found} kernels instead of {needed}"
+            unmapped = {x.size for n, x in operands.items() if n not in mapped and x.size > 1}
+            repeated = repeated_operands(mapping, unmapped, 3)
+            assert not repeated, f"vmap over {over} repeats operands that it does not map: kernels read {repeated}"
+        trial.same(lambda f: jax.vmap(value_and_pullback(f), in_axes=(inner, 0)), operands, cotangents)
+        trial.same(lambda f: value_and_pullback(jax.vmap(f, in_axes=(outer,))), moved, cotangents)
+
+    subsets = [s for r in range(len(samples[0])) for s in itertools.combinations(samples[0], r + 1)]
+    for turn, mapped in enumerate(subsets):
+        check(mapped, turn)
+    for turn in range(1 + max(x.ndim for x in samples[0].values())):
+        every = axes(samples[0], turn)
+        mapping_all = functools.partial(jax.vmap, in_axes=(every,))
+        trial.same(mapping_all, stacked(samples, every))
+
+
+@law
+def nested_vmap(trial: Trial) -> None:
+    """`vmap` over one operand inside `vmap` over all, and the other way round."""
+    names = list(trial.operands())
+    everything = dict.fromkeys(names, 0)
+
+    def check(name: str) -> None:
+        one = {n: 0 if n == name else None for n in names}
+        inner = [stacked([trial.operands(10 * i + j) for j in range(3)], one) for i in range(2)]
+        operands, cotangents = stacked(inner, everything), _stacked_cotangents(trial, 2)
+        over_all = lambda f: jax.vmap(f, in_axes=(everything, 0))  # noqa: E731
+        over_one = lambda f: jax.vmap(f, in_axes=(one, None))  # noqa: E731
+        trial.same(lambda f: over_all(over_one(value_and_pullback(f))), operands, cotangents)
+        operands[name] = jnp.swapaxes(operands[name], 0, 1)
+        trial.same(lambda f: over_one(over_all(value_and_pullback(f))), operands, cotangents)
+
+    for name in dict.fromkeys((names[0], names[-1])):
+        check(name)
+
+
+# Control flow
+
+
+@law
+def scan(trial: Trial) -> None:
+    """`scan` over the operands that share the first dimension, with the others, the weights, closed over."""
+    terms = trial.case.parsed.operands
+    axes = {t.name: 0 if terms[0].dims[0] in t.dims else None for t in terms}
+    operands = stacked([trial.operands(seed) for seed in range(3)], axes)
+
+    def scanned(f):
+        def function(operands):
+            fixed = {n: x for n, x in operands.items() if axes[n] is None}
+            moving = {n: x for n, x in operands.items() if axes[n] is not None}
+            return jax.lax.scan(lambda _, xs: (None, f({**fixed, **xs})), None, moving, length=3)[1]
+
+        return value_and_pullback(function)
+
+    trial.same(scanned, operands, _stacked_cotangents(trial, 3))
+
+
+@law
+def control_flow(trial: Trial) -> None:
+    """A branch of `cond`, and its gradient, in a `while_loop`."""
+
+    def branches(f):
+        def function(repeat, operands, cotangents):
+            def branch(operands):
+                return jax.lax.cond(repeat > 1, f, lambda x: jax.tree.map(jnp.zeros_like, f(x)), operands)
+
+            def step(carry):
+                return carry[0] - 1, value_and_pullback(branch)(operands, cotangents)
+
+            nothing = jax.tree.map(jnp.zeros_like, step((0, None))[1])
+            return jax.lax.while_loop(lambda carry: carry[0] > 0, step, (repeat, nothing))[1]
+
+        return function
+
+    trial.same(branches, jnp.int32(2), trial.operands(), trial.cotangents())
+
+
+@law
+def checkpoint(trial: Trial) -> None:
+    """`checkpoint` with every policy; residuals saved by name spare the forward kernel a second run."""
+    inputs = trial.operands(), trial.cotangents()
+    program = equations(jax.make_jaxpr(pullback(trial.kernel))(*inputs).jaxpr)
+    saved = [e.params["name"] for e in program if e.primitive.name == "name"]
+    policies = jax.checkpoint_policies
+    by_name = policies.save_only_these_names(*saved)
+    offloading = dict(offload_src="device", offload_dst="pinned_host")
+    every = (
+        None,
+        policies.everything_saveable,
+        policies.nothing_saveable,
+        policies.dots_saveable,
+        policies.dots_with_no_batch_dims_saveable,
+        policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+        policies.save_anything_except_these_names(*saved),
+        policies.save_any_names_but_these(*saved[:1]),
+        policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=saved[1:], names_which_can_be_offloaded=saved[:1], **offloading
+        ),
+        policies.save_from_both_policies(policies.dots_saveable, by_name),
+        by_name,
+    )
+
+    def under_every_policy(*inputs):
+        return [value_and_pullback(jax.checkpoint(trial.kernel, policy=policy))(*inputs) for policy in every]
+
+    expected = trial.expected(value_and_pullback, *inputs)
+    for actual in jax.jit(under_every_policy)(*inputs):
+        trial.agree(actual, expected)
+    rematerialised = jax.checkpoint(trial.kernel, policy=by_name)
+    found, once = binds(pullback(rematerialised), *inputs), binds(pullback(trial.kernel), *inputs)
+    assert found == once, f"with {saved} saved, checkpoint runs {dict(found)} instead of {dict(once)}"
+
+
+@law
+def custom_vjp(trial: Trial) -> None:
+    """`custom_vjp` around the op, whose rules call the op's own."""
+
+    def wrapped(f: Callable) -> Callable:
+        def function(operands):
+            on_operands = on_floats(f, operands)
+            call = jax.custom_vjp(on_operands)
+            call.defvjp(lambda floats: jax.vjp(on_operands, floats), lambda vjp, cotangents: vjp(cotangents))
+            return call(floating(operands))
+
+        return function
+
+    inputs = trial.operands(), trial.cotangents()
+    actual = jax.jit(value_and_pullback(wrapped(trial.kernel)))(*inputs)
+    trial.agree(actual, trial.expected(value_and_pullback, *inputs))
+
+
+@law
+def donation(trial: Trial) -> None:
+    """`grad` under `jit` with donated operands, whose memory the gradients take."""
+
+    def loss(floats, operands, cotangents):
+        results = on_floats(trial.kernel, operands)(floats)
+        return sum(jnp.sum(x * cotangents[n], dtype=jnp.float32) for n, x in results.items())
+
+    inputs = trial.operands(), trial.cotangents()
+    expected = trial.expected(pullback, *inputs)
+    given = jax.tree.map(jnp.copy, floating(inputs[0]))
+    _, actual = jax.jit(jax.value_and_grad(loss), donate_argnums=0)(given, *inputs)
+    kept = [name for name, x in given.items() if not x.is_deleted()]
+    assert not kept, f"the memory of {', '.join(kept)} was donated and not used"
+    trial.agree({"gradient": actual}, expected)
+
+
+@law
+def repeats(trial: Trial) -> None:
+    """`jit` gives the same bits on every run, from one trace."""
+    traces = []
+
+    def traced(operands):
+        traces.append(operands)
+        return trial.kernel(operands)
+
+    run = jax.jit(value_and_pullback(traced))
+    first, *others = [jax.block_until_ready(run(trial.operands(), trial.cotangents())) for _ in range(10)]
+    assert len(traces) == 1, f"ten calls of a jitted function traced it {len(traces)} times"
+    for other in others:
+        jax.tree.map(np.testing.assert_array_equal, first, other)
+
+
+# Devices
+
+
+def devices() -> list[jax.Device]:
+    """Those that programs run on, or CPUs if that is only one."""
+    return jax.devices() if jax.device_count() > 1 else jax.devices("cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One dimension of a case shared out among devices."""
+
+    trial: Trial
+    dim: str
+    count: int
+
+    AXIS = "i"
+
+    @classmethod
+    def of(cls, trial: Trial, dim: str, *, times: int = 1) -> "Split":
+        """Over as many devices as can share the dimension and are there that many `times`."""
+        if devices()[0].platform == "cpu" and trial.implementation == "triton":
+            trial = Trial(trial.op, trial.case, "interpret")
+        return cls(trial, dim, math.gcd(trial.case.sizes[dim], len(devices()) // times))
+
+    @classmethod
+    def every(cls, trial: Trial, *, times: int = 1) -> "list[Split]":
+        """Each dimension named in `Case.split`."""
+        splits = [cls.of(trial, dim, times=times) for dim in trial.case.split.split()]
+        for split in splits:
+            if split.count == 1:
+                raise ValueError(
+                    f"the size of `{split.dim}`, {trial.case.sizes[split.dim]}, and the number of devices, "
+                    f"{len(devices()) // times}, need a common divisor; choose another size, or simulate devices by "
+                    'jax.config.update("jax_num_cpu_devices", 8)'
+                )
+        return splits
+
+    @classmethod
+    def others(cls, trial: Trial) -> "list[Split]":
+        """The dimensions that are not named there, but that arrays have and devices can share."""
+        dims = {dim[0]: None for term in trial.case.parsed.operands for dim in term.dims}
+        splits = [cls.of(trial, dim) for dim in dims if dim not in trial.case.split.split()]
+        return [split for split in splits if split.count > 1]
+
+    def mesh(self, kind: AxisType) -> jax.sharding.Mesh:
+        return jax.make_mesh((self.count,), (self.AXIS,), axis_types=(kind,), devices=devices()[: self.count])
+
+    def axis(self, term: Term) -> int | None:
+        """Which axis of an array this dimension is, or is the outermost factor of."""
+        return next((axis for axis, dim in enumerate(term.dims) if dim[0] == self.dim), None)
+
+    def spec(self, term: Term) -> PartitionSpec:
+        return PartitionSpec(*(self.AXIS if axis == self.axis(term) else None for axis in range(len(term.dims))))
+
+    def operand_specs(self) -> dict[str, PartitionSpec]:
+        return {t.name: self.spec(t) for t in self.trial.case.parsed.operands}
+
+    def result_specs(self) -> dict[str, PartitionSpec]:
+        return {t.name: self.spec(t) for t in self.trial.case.parsed.results}
+
+    def inputs(self, mesh) -> tuple[Arrays, Arrays]:
+        """Operands and cotangents, each device holding its part."""
+
+        def place(arrays, specs):
+            return {n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in arrays.items()}
+
+        return place(self.trial.operands(), self.operand_specs()), place(self.trial.cotangents(), self.result_specs())
+
+    def lacking(self, terms: Iterable[Term]) -> int:
+        """How many numbers there are in the floating arrays that lack the dimension, each a sum over devices."""
+        case = self.trial.case
+        return sum(math.prod(case.shape(t)) for t in terms if self.axis(t) is None and t.name not in case.integers)
+
+    def name_in(self, op: TileOp) -> str:
+        """What the op calls the dimension."""
+        places = {t.name: self.axis(t) for t in self.trial.case.parsed.operands}
+        name, place = next((name, place) for name, place in places.items() if place is not None)
+        [dims] = [t.dims for t in op.signature.operands if t.name == name]
+        [rank] = [len(t.dims) for t in self.trial.case.parsed.operands if t.name == name]
+        return dims[place - rank][0] if rank - place <= len(dims) else "..."
+
+    def on_parts(self) -> Callable[[Arrays], Arrays]:
+        """The op on one device's part, its results completed over devices, inside `shard_map` or `pmap`."""
+        trial = self.trial
+        if isinstance(trial.op, TileOp):
+            return trial.function(trial.implementation, split={self.name_in(trial.op): self.AXIS})
+        if self.dim in trial.case.axis_names:
+            return trial.function(trial.implementation, **{trial.case.axis_names[self.dim]: self.AXIS})
+        lacking = {t.name for t in trial.case.parsed.results if self.axis(t) is None}
+
+        def summed(operands):
+            return {n: jax.lax.psum(x, self.AXIS) if n in lacking else x for n, x in trial.kernel(operands).items()}
+
+        return summed
+
+
+def _on_mesh(split: Split, kind: AxisType) -> dict[str, Arrays]:
+    """Check values and gradients on a mesh, and return them."""
+    trial = split.trial
+    with jax.set_mesh(mesh := split.mesh(kind)):
+        actual = jax.jit(value_and_pullback(trial.kernel))(*split.inputs(mesh))
+    trial.agree(actual, trial.expected(value_and_pullback, trial.operands(), trial.cotangents()))
+    return actual
+
+
+@law
+def auto_sharding(trial: Trial) -> None:
+    """`jit` of sharded arrays gives what one device does."""
+    for split in Split.every(trial):
+        _on_mesh(split, AxisType.Auto)
+
+
+@law
+def explicit_sharding(trial: Trial) -> None:
+    """The same under an explicit mesh, where types tell how results are split."""
+    for split in Split.every(trial):
+        actual = _on_mesh(split, AxisType.Explicit)
+        for found, specs in (
+            (actual["value"], split.result_specs()),
+            (actual["gradient"], split.operand_specs()),
+        ):
+            for name, x in found.items():
+                spec = jax.typeof(x).sharding.spec
+                assert spec == specs[name], f"`{name}` is split as {spec} instead of {specs[name]}"
+
+
+@law
+def gathering(trial: Trial) -> None:
+    """Operands sharded along other dimensions are gathered, and results are right."""
+    cotangents = trial.cotangents()
+    for split, kind in itertools.product(Split.others(trial), (AxisType.Auto, AxisType.Explicit)):
+        with jax.set_mesh(mesh := split.mesh(kind)):
+            operands, _ = split.inputs(mesh)
+            actual = jax.jit(value_and_pullback(trial.kernel))(operands, cotangents)
+        trial.agree(actual, trial.expected(value_and_pullback, trial.operands(), cotangents))
+
+
+@law
+def exchanges(trial: Trial) -> None:
+    """Devices exchange the sums that the mathematics needs and nothing else, counted in programs for four H200s."""
+    trial, signature = Trial(trial.op, trial.case, "triton"), trial.case.parsed
+    for dim, kind in itertools.product(trial.case.split.split(), AxisType):
+        split = Split(trial, dim, math.gcd(trial.case.sizes[dim], 4))
+        axis_type = AxisType.Explicit if kind == AxisType.Explicit else AxisType.Auto
+        mesh = Target.named(TARGETS[1]).make_mesh((split.count,), (split.AXIS,), (axis_type,))
+        forward, backward = _programs(split, mesh, manual=kind == AxisType.Manual)
+        for name, program, needed in (
+            ("forward", forward, split.lacking(signature.results) * trial.case.exchanged.get(split.dim, 1)),
+            ("backward", backward, split.lacking(signature.operands)),
+        ):
+            found, numbers = collectives(program), exchanged(program)
+            assert numbers == needed, (
+                f"the {name} pass with `{split.dim}` split over {split.count} devices, {kind.name}, exchanges "
+                f"{numbers} numbers by {dict(found)}, and needs {needed}"
+            )
+
+
+def _programs(split: Split, mesh, manual: bool) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+    """The compiled forward pass, which returns what the backward pass reads, and that backward pass."""
+    trial, ins, outs = split.trial, split.operand_specs(), split.result_specs()
+    function = trial.kernel
+    if manual:
+        function = jax.shard_map(split.on_parts(), mesh=mesh, in_specs=(ins,), out_specs=outs)
+
+    def placed(shapes, shardings):
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+    with jax.set_mesh(mesh):
+        operands = placed(trial.case.shapes(), {n: NamedSharding(mesh, spec) for n, spec in ins.items()})
+        lowered = jax.jit(lambda x: jax.vjp(on_floats(function, x), floating(x))).lower(operands)
+        forward = lowered.compile()
+        out, pull = placed(lowered.out_info, forward.output_shardings)
+        return forward, jax.jit(lambda pull, cotangents: pull(cotangents)).lower(pull, out).compile()
+
+
+@law
+def shard_map(trial: Trial) -> None:
+    """`shard_map` with `check_vma` and without, fully and partly manual, gradients in and out; no `P()` for what varies."""
+    inputs = trial.operands(), trial.cotangents()
+    expected = trial.expected(value_and_pullback, *inputs)
+
+    def check(split: Split, mesh, check_vma: bool, *, outside: bool = False, inside: bool = False) -> None:
+        mapped = functools.partial(jax.shard_map, mesh=mesh, axis_names={split.AXIS}, check_vma=check_vma)
+        ins, outs = split.operand_specs(), split.result_specs()
+        function = split.on_parts()
+        if outside:
+            whole = mapped(function, in_specs=(ins,), out_specs=outs)
+            trial.agree(jax.jit(value_and_pullback(whole))(*inputs), expected)
+        if inside:
+            gradients = {n: ins[n] for n in floating(trial.operands())}
+            both = mapped(
+                value_and_pullback(function), in_specs=(ins, outs), out_specs={"value": outs, "gradient": gradients}
+            )
+            trial.agree(jax.jit(both)(*inputs), expected)
+
+    def refused(split: Split, mesh) -> bool:
+        everywhere = {n: PartitionSpec() for n in split.result_specs()}
+        mapped = jax.shard_map(trial.kernel, mesh=mesh, in_specs=(split.operand_specs(),), out_specs=everywhere)
+        try:
+            jax.eval_shape(mapped, inputs[0])
+        except ValueError:
+            return True
+        return False
+
+    # Without `check_vma` a gradient taken inside is a sum over one device's part alone, as its users expect.
+    for split in Split.every(trial):
+        mesh = split.mesh(AxisType.Auto)
+        check(split, mesh, True, outside=True, inside=True)
+        check(split, mesh, False, outside=True)
+        assert refused(split, mesh), "shard_map accepts out_specs=P() for results that differ between devices"
+    for split in Split.every(trial, times=2):
+        sizes, names, kinds = (split.count, 2), (split.AXIS, "other"), (AxisType.Auto,) * 2
+        mesh = jax.make_mesh(sizes, names, axis_types=kinds, devices=devices()[: 2 * split.count])
+        check(split, mesh, True, inside=True)
+        check(split, mesh, False, outside=True)
+
+
+@law
+def pmap(trial: Trial) -> None:
+    """`pmap` over each dimension that may be split."""
+    signature = trial.case.parsed
+    inputs = trial.operands(), trial.cotangents()
+
+    def over(split: Split) -> Callable:
+        ins = {t.name: split.axis(t) for t in signature.operands}
+        outs = {t.name: split.axis(t) for t in signature.results}
+
+        def parts(x, axis):
+            return x if axis is None else x.reshape(*x.shape[:axis], split.count, -1, *x.shape[axis + 1 :])
+
+        def whole(x, axis):
+            return x if axis is None else x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+        mapped = jax.pmap(
+            split.on_parts(),
+            axis_name=split.AXIS,
+            in_axes=(ins,),
+            out_axes=outs,
+            devices=devices()[: split.count],
+        )
+
+        def function(operands):
+            results = mapped({n: parts(x, ins[n]) for n, x in operands.items()})
+            return {n: whole(x, outs[n]) for n, x in results.items()}
+
+        return function
+
+    for split in Split.every(trial):
+        trial.agree(value_and_pullback(over(split))(*inputs), trial.expected(value_and_pullback, *inputs))
+
+
+# Compilation
+
+
+@law
+def compiles(trial: Trial) -> None:
+    """Kernels compile for sm_80, sm_90 and sm_100, with no GPU, and spill no registers."""
+    trial = trial.variant(sizes=trial.case.typical or trial.case.sizes)
+    shapes = trial.case.shapes()
+    cotangents = floating(jax.eval_shape(trial.reference, shapes))
+    for target in TARGETS:
+        reports = inspect(value_and_pullback(trial.function("triton")), shapes, cotangents, target=target)
+        assert reports, f"no kernel is launched on {target}"
+        for report in reports:
+            assert report.spill_bytes == 0, f"{report.name} spills {report.spill_bytes} bytes of registers on {target}"
+
+
+@law
+def export(trial: Trial) -> None:
+    """`jax.export` for CPU and CUDA at once, with no GPU; then read back and run."""
+    inputs = trial.operands(), trial.cotangents()
+    program = jax.jit(value_and_pullback(trial.function(None)))
+    with jax.sharding.use_abstract_mesh(Target.named(TARGETS[1]).abstract_mesh):
+        exported = jax.export.export(program, platforms=("cpu", "cuda"), disabled_checks=EXPORT_CHECKS)(*inputs)
+    assert CUSTOM_CALL in exported.mlir_module(), "the program for CUDA has no kernel"
+    again = jax.export.deserialize(exported.serialize())
+    trial.agree(jax.jit(again.call)(*inputs), trial.expected(value_and_pullback, *inputs))
