@@ -33,32 +33,20 @@ def forward_kernel(x, bias):
         y_ref[...] = jnp.square(jnp.maximum(x_ref[...] + bias_ref[...], 0))
 
     grid = pl.cdiv(x.shape[0], 32), pl.cdiv(x.shape[1], 128)
-    return pl.pallas_call(
-        squared_relu,
-        [x],
-        grid=grid,
-        in_specs=[tile, columns],
-        out_specs=[tile],
-        compiler_params=CompilerParams(num_warps=4),
-    )(x, bias)
+    spec = pl.GridSpec(grid, in_specs=[tile, columns], out_specs=[tile])
+    return pl.pallas_call(squared_relu, [x], grid_spec=spec, compiler_params=CompilerParams())(x, bias)
 
 
 @backward.kernel
 def backward_kernel(x, bias, dy):
-    def squared_relu_backward(x_ref, bias_ref, dy_ref, dx_ref, dbias_ref):
+    def squared_relu_grad(x_ref, bias_ref, dy_ref, dx_ref, dbias_ref):
         dx_ref[...] = dx = 2 * jnp.maximum(x_ref[...] + bias_ref[...], 0) * dy_ref[...]
         dbias_ref[...] = jnp.sum(dx.astype(jnp.float32), axis=0)
 
     grid = pl.cdiv(x.shape[0], 32), pl.cdiv(x.shape[1], 128)
     shapes = [x, jax.ShapeDtypeStruct((grid[0], x.shape[1]), jnp.float32)]
-    dx, dbias = pl.pallas_call(
-        squared_relu_backward,
-        shapes,
-        grid=grid,
-        in_specs=[tile, columns, tile],
-        out_specs=[tile, sums],
-        compiler_params=CompilerParams(num_warps=4),
-    )(x, bias, dy)
+    spec = pl.GridSpec(grid, in_specs=[tile, columns, tile], out_specs=[tile, sums])
+    dx, dbias = pl.pallas_call(squared_relu_grad, shapes, grid_spec=spec, compiler_params=CompilerParams())(x, bias, dy)
     return dx, jnp.sum(dbias, axis=0)
 
 

@@ -530,7 +530,7 @@ def _programs(split: Split, mesh, manual: bool) -> tuple[jax.stages.Compiled, ja
 
 @law
 def shard_map(trial: Trial) -> None:
-    """`shard_map` with `check_vma` and without, fully and partly manual, gradients in and out; no `P()` for what varies."""
+    """`shard_map` with `check_vma` and without, over all axes or some, gradients in and out; no `P()` for parts."""
     inputs = trial.operands(), trial.cotangents()
     expected = trial.expected(value_and_pullback, *inputs)
 
