@@ -1,7 +1,7 @@
 # `make demo` trains a small language model on the CPU. `make test` runs every test with the lowest supported JAX.
 # Both first make .venv with a Python that they find by themselves.
 
-.PHONY: demo test test-latest lint clean
+.PHONY: demo test test-latest test-gpu fuzz-gpu sanitize lint clean
 
 # The virtual environments have no CUDA libraries: without this JAX looks for them and complains.
 export JAX_PLATFORMS ?= cpu
@@ -17,6 +17,19 @@ test: .venv/test
 
 test-latest: .venv-latest/test
 	.venv-latest/bin/python $(pytest)
+
+# On a machine with a GPU, by the Python that jtile[cuda13] and the tests' extra are installed in.
+python ?= python
+test-gpu fuzz-gpu sanitize: export JAX_PLATFORMS :=
+
+test-gpu:
+	$(python) -m pytest -m gpu
+
+fuzz-gpu:
+	$(python) -m tests.compiler.fuzz --gpu --examples 2000 --processes 10
+
+sanitize:
+	$(python) -m tests.sanitize --processes 4
 
 lint: .venv/test
 	.venv/bin/ruff check
