@@ -70,6 +70,21 @@ def test_products_use_hopper(params):
     assert kernel.num_warps == (12 if "warp_specialize" in params else 4)
 
 
+def test_float8_products_sum_in_float32_when_asked():
+    def additions(precision):
+        def kernel(a_ref, b_ref, o_ref):
+            product = jnp.dot(a_ref[...], b_ref[...].T, precision=precision, preferred_element_type=jnp.float32)
+            o_ref[...] = product
+
+        a = jax.ShapeDtypeStruct((128, 64), jnp.float8_e4m3fn)
+        ptx = compiled(pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((128, 128), jnp.float32)), a, a).ptx
+        assert "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in ptx
+        return ptx.count("add.f32") + ptx.count("add.rn.f32")
+
+    assert additions(None) == 0
+    assert additions("highest") == 128  # a thread's share of the tile, once between two sums of 32 terms
+
+
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 def test_attention_uses_hopper(head_dim):
     function, _ = CASES["attention"]

@@ -12,7 +12,7 @@ from jax.extend.core import Literal
 from jtile.compiler.rules import rule
 from jtile.compiler.rules.arithmetic import cast
 from jtile.compiler.rules.shape import joined, reshaped, transposed
-from jtile.compiler.value import Value, constant, stored, tile, triton_type
+from jtile.compiler.value import Value, constant, float8, stored, tile, triton_type
 
 # Fewest terms that a tensor core sums in one instruction, by the operands' bytes.
 LEAST_TERMS = {1: 32, 2: 16, 4: 8, 8: 4}
@@ -30,6 +30,15 @@ PRECISIONS = {
     jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3: "bf16x3",
     jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6: "bf16x6",
 }
+
+# float8 products. By default Hopper's tensor cores sum with 14 bits (DeepSeek-V3, section 3.3.2), as XLA lets them;
+# asked for more, the sums of 32 terms are added up in float32.
+FAST_SUMS = (
+    None,
+    jax.lax.Precision.DEFAULT,
+    jax.lax.DotAlgorithmPreset.DEFAULT,
+    jax.lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM,
+)
 
 
 @rule("dot_general")
@@ -83,8 +92,11 @@ def _tensor_cores(e, eqn, a: Value, b: Value, shape: tuple[int, ...], accumulato
     operands = [e.tensor(a), e.tensor(b)]
     if accumulator is not None:
         operands.append(f"acc={e.tensor(accumulator)}")
+    precision = eqn.params["precision"]
     if a.dtype == np.float32:
-        operands.append(f'input_precision="{_precision(e, eqn.params["precision"])}"')
+        operands.append(f'input_precision="{_precision(e, precision)}"')
+    if float8(a.dtype) and not all(p in FAST_SUMS for p in _asked(precision)):
+        operands.append("max_num_imprecise_acc=32")
     return f"tl.dot({', '.join(operands)})"
 
 
@@ -143,9 +155,14 @@ def _weighted_sum(e, a: Value, b: Value, has_rows: bool, has_columns: bool, summ
     return f"tl.sum({texts[0]} * {texts[1]}, axis={axis}, dtype={triton_type(summed)})"
 
 
+def _asked(precision) -> tuple:
+    """What each operand asks for."""
+    return precision if isinstance(precision, tuple) else (precision,)
+
+
 def _precision(e, precision) -> str:
     """The most precise that either operand asks for."""
-    asked = precision if isinstance(precision, tuple) else (precision,)
+    asked = _asked(precision)
     unknown = [p for p in asked if p not in PRECISIONS]
     if unknown:
         raise e.unsupported(

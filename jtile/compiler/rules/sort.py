@@ -23,7 +23,8 @@ def sort(e, eqn, *operands: Value):
 
 @rule("top_k")
 def top_k(e, eqn, x: Value):
-    return _greatest(e, x, eqn.params["k"], eqn.params["axis"], eqn.outvars[1].aval.dtype)
+    """In the total order of floats: NaN, infinity, ... 0, -0, ... minus infinity, NaN with a sign."""
+    return _greatest(e, x, eqn.params["k"], eqn.params["axis"], eqn.outvars[1].aval.dtype, total=True)
 
 
 @rule("approx_top_k")
@@ -34,8 +35,8 @@ def approx_top_k(e, eqn, x: Value):
     return _greatest(e, x, k, axis, eqn.outvars[1].aval.dtype, descending=params["is_max_k"])
 
 
-def _greatest(e, x: Value, k: int, axis: int, index_dtype, descending: bool = True) -> list[Value]:
-    order = sliced(e, _order(e, [x], axis, descending), axis, 0, k)
+def _greatest(e, x: Value, k: int, axis: int, index_dtype, total=False, descending=True) -> list[Value]:
+    order = sliced(e, _order(e, [x], axis, total, descending), axis, 0, k)
     values = _reordered(e, x, order, axis)
     return [values, cast(e, order, np.dtype(index_dtype))]
 
@@ -45,7 +46,7 @@ def _reordered(e, x: Value, order: Value, axis: int) -> Value:
     return picked(e, x, order.shape, coordinates)
 
 
-def _order(e, keys: Sequence[Value], axis: int, descending: bool = False) -> Value:
+def _order(e, keys: Sequence[Value], axis: int, total: bool = False, descending: bool = False) -> Value:
     """Where the elements of each row come from: sorted by the first key, among equals by the next, then by place.
 
     Keys are sorted by one after the other, the last first; each sort keeps the order of equals.
@@ -53,7 +54,7 @@ def _order(e, keys: Sequence[Value], axis: int, descending: bool = False) -> Val
     rank, last, n = len(keys[0].shape), len(keys[0].shape) - 1, keys[0].shape[axis]
     swap = [*(a for a in range(rank) if a != axis), axis]
     order: Value | None = None
-    for key in itertools.chain.from_iterable(_parts(e, x) for x in reversed(keys)):
+    for key in itertools.chain.from_iterable(_parts(e, x, total) for x in reversed(keys)):
         if descending:
             key = e.let(f"~{e.tensor(key)}", key.shape, np.int32, "key")
         key = transposed(e, e.filled(key, (axis,), 2**31 - 1), swap)
@@ -68,27 +69,34 @@ def _order(e, keys: Sequence[Value], axis: int, descending: bool = False) -> Val
     return transposed(e, order, back)
 
 
-def _parts(e, x: Value) -> list[Value]:
+def _parts(e, x: Value, total: bool) -> list[Value]:
     """32-bit integers in the order of `x`, the least significant first.
 
-    A float's bits are in order as they are, apart from the sign: negative numbers count backwards. As in JAX, -0 equals
-    0 and NaN comes last.
+    A float's bits are in order as they are, apart from the sign: negative numbers count backwards. Unless the order is
+    to be total, -0 equals 0 and every NaN comes last, as in `jax.lax.sort`.
     """
-    text, bits = e.tensor(x), max(32, 8 * x.dtype.itemsize)
+    bits = 8 * x.dtype.itemsize
     integer, most = f"tl.int{bits}", 2 ** (bits - 1) - 1
-    if x.dtype in (np.int32, np.int64):
-        key = x
-    elif jnp.issubdtype(x.dtype, jnp.floating):
-        number = cast(e, x, np.dtype(np.float32)).text if x.dtype.itemsize < 4 else text
-        raw = f"tl.cast(tl.where({number} == 0, 0.0, {number}), {integer}, bitcast=True)"
-        raw = e.let(raw, x.shape, np.int64, "bits").text
-        text = f"tl.where({number} != {number}, {most}, {raw} ^ (({raw} >> {bits - 1}) & {most}))"
-        key = e.let(text, x.shape, np.int32, "key")
+    text = e.tensor(x)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        raw = e.let(f"tl.cast({text}, {integer}, bitcast=True)", x.shape, np.int64, "bits").text
+        text = f"{raw} ^ (({raw} >> {bits - 1}) & {most})"
+        if not total:
+            size = e.let(f"{raw} & {most}", x.shape, np.int64, "size").text
+            text = f"tl.where({size} > {_greatest_bits(x.dtype)}, {most}, tl.where({size} == 0, 0, {text}))"
     elif x.dtype in (np.uint32, np.uint64):
-        key = e.let(f"tl.cast({text}, {integer}, bitcast=True) ^ {-most - 1}", x.shape, np.int32, "key")
-    else:
-        key = e.let(f"tl.cast({text}, {integer})", x.shape, np.int32, "key")
-    if bits == 32:
+        text = f"tl.cast({text}, {integer}, bitcast=True) ^ {-most - 1}"
+    if bits < 32:
+        text = f"tl.cast({text}, tl.int32)"
+    key = x if text == x.text else e.let(text, x.shape, np.int32, "key")
+    if bits <= 32:
         return [key]
     low = e.let(f"tl.cast({key.text}, tl.int32) ^ {-(2**31)}", x.shape, np.int32, "key")
     return [low, e.let(f"tl.cast({key.text} >> 32, tl.int32)", x.shape, np.int32, "key")]
+
+
+def _greatest_bits(dtype) -> int:
+    """The bits of the greatest float: infinity, where the type has it."""
+    ends = np.array([np.inf, jnp.finfo(dtype).max]).astype(dtype)
+    greatest = ends[0] if np.isinf(ends[0]) else ends[1]
+    return int(greatest.view(f"int{8 * dtype.itemsize}"))

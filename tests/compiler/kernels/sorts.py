@@ -26,6 +26,8 @@ SORTS = {
         integers(6, 2, low=0, high=4),
     ),
     "top_k": (lambda x: lax.top_k(x, 3), normal(3, 11)),
+    "top_k_of_all_kinds": (lambda x: lax.top_k(x, 11)[1], TIES),
+    "narrow": (lambda x: jnp.argsort(x.astype(jnp.float8_e4m3fn)) + jnp.argsort(x.astype(jnp.float8_e5m2)), TIES),
     "top_k_of_ties": (lambda x: lax.top_k(x, 4), integers(3, 11, low=0, high=3)),
     "approximate": (lambda x: lax.approx_min_k(x, 3, recall_target=1.0), normal(3, 11)),
     "median": (lambda x: jnp.median(x, axis=1), normal(3, 11)),
