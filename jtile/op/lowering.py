@@ -104,7 +104,9 @@ def lower(op: TileOp, platform: str | None, ctx, *operands, call: Call):
 
     def run(*values):
         if sharding.settled(ctx.avals_in):
-            return list(sharding.split(op, call, function, values, ctx.avals_in))
+            mesh = borrowed.explicit_mesh(ctx.avals_in)
+            # Where all axes are manual these are a device's own arrays.
+            return function(*values) if mesh is None else list(sharding.split(op, call, mesh, values, ctx.avals_in))
         if borrowed.exporting(ctx) and borrowed.device_count(ctx) > 1:
             raise NotImplementedError(
                 f"{op.name}: jax.export cannot save a program for {borrowed.device_count(ctx)} devices in which XLA is "

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jtile import borrowed
 from jtile.op import rules
@@ -169,14 +169,11 @@ def settled(avals: Iterable) -> bool:
     return mesh is not None and AxisType.Auto not in mesh.axis_types
 
 
-def split(op: TileOp, call: Call, function: Callable, operands: Sequence, avals: Sequence) -> Sequence[jax.Array]:
-    """Run `function` on every device's part of the operands, whose types tell how they are split.
+def split(op: TileOp, call: Call, mesh: AbstractMesh, operands: Sequence, avals: Sequence) -> Sequence[jax.Array]:
+    """Run an op on every device's part of the operands, whose types tell how an explicit mesh splits them.
 
     Other than `partitioned` this leaves no Python behind for XLA to call, so the program can be exported.
     """
-    mesh = borrowed.explicit_mesh(avals)
-    if mesh is None:
-        return function(*operands)  # all axes are manual: these are a device's own arrays
     layout = Layout.of(op, operands, call)
     assigned = layout.assign([axes_of(a.sharding.spec, a.ndim) for a in avals], strict=True)
     assigned = layout.divisible(assigned, mesh)
@@ -184,7 +181,8 @@ def split(op: TileOp, call: Call, function: Callable, operands: Sequence, avals:
     # In a lowering rule the operands' types have lost their mesh: to `shard_map` they are as under automatic axes.
     mesh = mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))
     specs = [tuple(layout.place(dims, assigned) for dims in many) for many in (layout.operands, layout.results)]
-    local = functools.partial(_local, layout, assigned, function)
+    # The op is bound again, where all axes are manual: lowered there it is traced without a mesh.
+    local = functools.partial(_local, layout, assigned, functools.partial(op.settled.bind, call=call))
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.shard_map(
             local, mesh=mesh, in_specs=specs[0], out_specs=specs[1], axis_names=explicit, check_vma=False
@@ -196,13 +194,16 @@ def partitioned(op: TileOp, call: Call, function: Callable, operands: Sequence) 
     layout = Layout.of(op, operands, call)
     whole = custom_partitioning(lambda *values: tuple(function(*values)))
 
+    def alone(assigned, *parts):
+        with borrowed.no_mesh():
+            return _local(layout, assigned, function, *parts)
+
     def partition(mesh, operand_infos, result_infos):
         del result_infos
         specs = [axes_of(getattr(i.sharding, "spec", None), len(i.shape)) for i in operand_infos]
         assigned = layout.divisible(layout.assign(specs), mesh)
         shardings = lambda many: tuple(NamedSharding(mesh, layout.place(dims, assigned)) for dims in many)  # noqa: E731
-        local = functools.partial(_local, layout, assigned, function)
-        return mesh, local, shardings(layout.results), shardings(layout.operands)
+        return mesh, functools.partial(alone, assigned), shardings(layout.results), shardings(layout.operands)
 
     whole.def_partition(partition, sharding_rule=layout.rule())
     return whole(*operands)
@@ -210,13 +211,12 @@ def partitioned(op: TileOp, call: Call, function: Callable, operands: Sequence) 
 
 def _local(layout: Layout, assigned: dict[str, tuple[str, ...]], function: Callable, *parts: jax.Array):
     """Run `function` on one device's parts of the operands, and complete its results."""
-    with borrowed.no_mesh():
-        inside = (
-            _positions_inside(part, assigned[i], layout.sizes[i]) if i in assigned else part
-            for part, i in zip(parts, layout.indexes, strict=True)
-        )
-        axes = (layout.reduced(dims, assigned) for dims in layout.results)
-        return tuple(map(_completed, function(*inside), layout.reductions, axes))
+    inside = (
+        _positions_inside(part, assigned[i], layout.sizes[i]) if i in assigned else part
+        for part, i in zip(parts, layout.indexes, strict=True)
+    )
+    axes = (layout.reduced(dims, assigned) for dims in layout.results)
+    return tuple(map(_completed, function(*inside), layout.reductions, axes))
 
 
 # The same where the user has split the operands, inside `shard_map`.
