@@ -140,7 +140,7 @@ def greatest(dtype: str) -> float:
 class Body:
     """Statements drawn one after the other, each on values of those before it."""
 
-    def __init__(self, draw, values: Sequence[Value], names: Iterator[int], refs: Sequence = (), ids: int = 0):
+    def __init__(self, draw, values: Sequence[Value], names: Iterator[int], refs: Sequence["Ref"] = (), ids: int = 0):
         self.draw = draw
         self.values = list(values)
         self.lines: list[str] = []
@@ -813,13 +813,14 @@ def branch(body: Body):
 
 @dataclasses.dataclass(frozen=True)
 class Ref:
-    """What the kernel sees of an operand or result: a block."""
+    """What the kernel sees of an operand or result, a block, or memory of its own; read, and perhaps written."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     bound: float
     special: bool = False
+    writable: bool = False
 
 
 def read(body: Body, ref: Ref, index: str, shape) -> Value:
@@ -866,8 +867,36 @@ def masked(body: Body):
     other = {"bool": "True"}.get(ref.dtype, str(body.one_of((0, 1, 7))))
     bound = 1 if ref.dtype == "bool" else max(ref.bound, 7)
     value = Value(body.name(), ref.shape, ref.dtype, bound, 0.0, ref.special)
-    body.lines.append(f"{value.text} = plgpu.load({ref.name}, mask={mask.text}, other=jnp.{ref.dtype}({other}))")
+    body.lines.append(f"{value.text} = jtile.load({ref.name}, mask={mask.text}, other=jnp.{ref.dtype}({other}))")
     body.values.append(value)
+
+
+def write(body: Body):
+    """What is read afterwards, by other threads too, is what was written."""
+    refs = [ref for ref in body.refs if ref.writable]
+    if not refs:
+        raise NoOperand
+    ref = body.one_of(refs)
+    suits = lambda v: v.exact and (ref.special or not v.special)  # noqa: E731
+    if not ref.shape or body.chance(2):
+        value = body.fitting(ref.shape, ref.dtype, ref.bound, suits)
+        body.lines.append(f"{ref.name}[...] = {value.text}")
+        return
+    axis = body.draw(st.integers(0, len(ref.shape) - 1))
+    whole = Value("", ref.shape, ref.dtype, 0)
+    part = body.pick(suits, lambda v: alike(v, whole, axis) and v.shape[axis] <= ref.shape[axis])
+    part = body.tame(body.cast(part, ref.dtype), ref.bound)
+    start = body.draw(st.integers(0, ref.shape[axis] - part.shape[axis]))
+    body.lines.append(f"{ref.name}[{':, ' * axis}pl.ds({start}, {part.shape[axis]})] = {part.text}")
+
+
+def conditionally(body: Body):
+    """Writes under `pl.when`."""
+    test = body.pick(lambda v: v.shape == () and v.exact and v.dtype in ("bool", "int32"))
+    inner = body.nested()
+    write(inner)
+    body.lines.append(f"@pl.when({test.text}{' > 0' if test.dtype == 'int32' else ''})")
+    body.block(f"def {body.name('write')}():", inner)
 
 
 ELEMENTWISE: list[Callable[[Body], Any]] = [
@@ -880,7 +909,7 @@ MOVING: list[Callable[[Body], Any]] = [
     *(sort, halves, repeat),
 ]
 PRODUCTS: list[Callable[[Body], Any]] = [product, product, product, weighted_sum, batched_product]
-SLICED: list[Callable[[Body], Any]] = [sliced, masked]
+SLICED: list[Callable[[Body], Any]] = [sliced, sliced, masked, write, conditionally]
 CONTROL: list[Callable[[Body], Any]] = [loop, loop, while_loop, branch, scan_of_rows]
 FAMILIES = [ELEMENTWISE, ELEMENTWISE, REDUCING, MOVING, PRODUCTS, SLICED, CONTROL]
 
@@ -987,18 +1016,17 @@ def _input_spec(draw, block: Sequence[int], grid: Sequence[int], axes: Sequence[
     return spec
 
 
-def _output_spec(draw, block: Sequence[int], grid: Sequence[int], axes: Sequence[str]) -> _Spec:
-    """Every program has a block of its own."""
+def _output_spec(draw, block: Sequence[int], grid: Sequence[int], axes: Sequence[str], ragged: int = 3) -> _Spec:
+    """Every program has a block of its own, of which the last may lack up to so many elements."""
     spec = _Spec([], [], [])
     free = list(range(len(grid)))
     for size in block:
         if free and draw(st.integers(0, 2)):
             a = free.pop(draw(st.integers(0, len(free) - 1)))
             index = axes[a] if draw(st.integers(0, 2)) else f"{grid[a] - 1} - {axes[a]}"
-            ragged = draw(st.integers(0, min(size - 1, 3)))
             spec.block.append(str(size))
             spec.index.append(index)
-            spec.shape.append(grid[a] * size - ragged)
+            spec.shape.append(grid[a] * size - draw(st.integers(0, min(size - 1, ragged))))
         else:
             spec.block.append(str(size))
             spec.index.append("0")
@@ -1029,7 +1057,7 @@ def _store(body: Body, name: str, v: Value) -> Value:
         elif how == "masked" and v.rank:
             mask = body.pick(lambda m: m.dtype == "bool" and m.shape == v.shape)
             other = body.fitting(v.shape, v.dtype) if v.dtype not in STORED else v
-            body.lines.append(f"plgpu.store({name}.at[...], {other.text}, mask={mask.text})")
+            body.lines.append(f"jtile.store({name}.at[...], {other.text}, mask={mask.text})")
         elif how == "add" and v.dtype in ("int32", "float32") and v.exact:
             body.lines.append(f"{name}[...] += 1")
             return dataclasses.replace(v, bound=v.bound + 1)
@@ -1078,6 +1106,18 @@ def programs(draw) -> Program:
     body.refs = [ref for i, ref in enumerate(refs) if i not in aliases]
     for ref in refs:
         read(body, ref, "...", ref.shape)
+    written, own = [], []
+    for _ in range(draw(st.integers(0, 2))):  # memory to write and read: results that no edge cuts, or scratch
+        with contextlib.suppress(NoOperand):
+            v = body.pick(exact)
+            if body.chance(2):
+                ref = Ref(f"own{len(own)}_ref", v.shape, v.dtype, v.bound, v.special, writable=True)
+                own.append(ref)
+            else:
+                ref = Ref(f"written{len(written)}_ref", v.shape, v.dtype, v.bound, v.special, writable=True)
+                written.append(ref)
+            body.lines.append(f"{ref.name}[...] = {v.text}")
+            body.refs.append(ref)
     body.steps(16, [anything])
     outputs, results = [], []
     leaves = body.leaves() or body.values[-1:]
@@ -1096,6 +1136,11 @@ def programs(draw) -> Program:
             spec = _output_spec(draw, value.shape, grid, axes)
         outputs.append(spec)
         results.append(dataclasses.replace(_store(body, name, value), shape=tuple(spec.shape)))
+    for ref in written:
+        outputs.append(_output_spec(draw, ref.shape, grid, axes, ragged=0))
+        results.append(Value("", tuple(outputs[-1].shape), ref.dtype, ref.bound, special=ref.special))
+    parameters = [r.name for r in refs] + [f"{n}_ref" for n in "xyzw"[: len(results) - len(written)]]
+    parameters += [r.name for r in written + own]
     mapped = 0 if aliased or not body.chance(5) else body.one_of((2, 3))
     in_axes = [0 if body.chance(2) else None for _ in operands]
     in_axes[0] = 0
@@ -1109,12 +1154,12 @@ def programs(draw) -> Program:
         "import jax.numpy as jnp",
         "from jax import lax",
         "from jax.experimental import pallas as pl",
-        "from jax.experimental.pallas import triton as plgpu",
+        "from jax.experimental.pallas import tpu as pltpu",
         "",
         "import jtile",
         "",
         "",
-        f"def kernel({', '.join([r.name for r in refs] + ['x_ref', 'y_ref', 'z_ref', 'w_ref'][: len(results)])}):",
+        f"def kernel({', '.join(parameters)}):",
         *(f"    {line}" for line in body.lines),
         "",
         "",
@@ -1125,10 +1170,10 @@ def programs(draw) -> Program:
         f"    out_specs=[{', '.join(s.text(axes) for s in outputs)}],",
         "    out_shape=["
         + ", ".join(
-            f"jax.ShapeDtypeStruct(({_listed(s.shape)}), jnp.{v.dtype.replace('bool', 'bool_')})"
-            for s, v in zip(outputs, results, strict=True)
+            f"jax.ShapeDtypeStruct(({_listed(s.shape)}), jnp.{v.dtype})" for s, v in zip(outputs, results, strict=True)
         )
         + "],",
+        f"    scratch_shapes=[{', '.join(f'pltpu.VMEM(({_listed(r.shape)}), jnp.{r.dtype})' for r in own)}],",
         f"    input_output_aliases={aliases},",
         f"    compiler_params=jtile.CompilerParams({', '.join(f'{k}={v}' for k, v in params.items())}),",
         ")",
