@@ -13,6 +13,7 @@ from jtile.compiler.target import Occupancy, Target
 from jtile.op.lowering import choose
 from jtile.op.primitive import TilePrimitive
 from jtile.op.rules import ungrouped
+from jtile.op.sharding import moves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,12 +137,13 @@ def _kernel_table(reports) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class OpReport:
-    """What one op in a function runs, and why."""
+    """What one op in a function runs, and why, and what devices exchange for it."""
 
     name: str
     operands: str
     runs: str
     why: str
+    moves: str = ""
     count: int = 1
 
 
@@ -149,8 +151,10 @@ class Explanation(tuple[OpReport, ...]):
     """The ops of a function in order of appearance; prints as a table."""
 
     def __str__(self) -> str:
-        rows = [(f"{r.name} ×{r.count}" if r.count > 1 else r.name, r.operands, r.runs, r.why) for r in self]
-        return "no ops" if not self else table(("op", "operands", "runs", "why"), rows)
+        rows = [(f"{r.name} ×{r.count}" if r.count > 1 else r.name, r.operands, r.runs, r.why, r.moves) for r in self]
+        columns = 5 if any(r.moves for r in self) else 4
+        header = ("op", "operands", "runs", "why", "devices exchange")[:columns]
+        return table(header, [row[:columns] for row in rows]) if self else "no ops"
 
 
 def explain(fn: Callable, *args, target: str | None = None) -> Explanation:
@@ -164,7 +168,9 @@ def explain(fn: Callable, *args, target: str | None = None) -> Explanation:
         target: the GPU to explain for, such as `"NVIDIA H200"`; `None` is where `fn` would run here.
 
     Returns:
-        One report for each op, equal calls counted together. It prints as a table.
+        One report for each op, equal calls counted together. It prints as a table. On a mesh it notes what devices
+        exchange: on explicit axes what this call does, on automatic ones, which XLA is to use yet, what splitting a
+        dimension would cost.
 
     Raises:
         NotImplementedError: an op was asked for an implementation that cannot serve it.
@@ -189,7 +195,7 @@ def explain(fn: Callable, *args, target: str | None = None) -> Explanation:
         avals: list[Any] = [v.aval for v in eqn.invars]
         choice = choose(op, ungrouped(avals, call), call, platform)
         operands = ", ".join(f"{a.dtype.name}[{','.join(map(str, a.shape))}]" for a in avals)
-        report = OpReport(op.name, operands, choice.runs, choice.why)
+        report = OpReport(op.name, operands, choice.runs, choice.why, moves(op, call, avals))
         counts[report] = counts.get(report, 0) + 1
     return Explanation(dataclasses.replace(report, count=count) for report, count in counts.items())
 

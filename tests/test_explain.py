@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jtile
 
@@ -48,3 +50,31 @@ def test_a_function_without_ops_and_an_unknown_target():
     assert str(jtile.explain(jnp.sin, X)) == "no ops"
     with pytest.raises(ValueError, match="NVIDIA H200"):
         jtile.explain(loss, X, SCALE, target="NVIDIA H2000")
+
+
+@pytest.mark.parametrize(
+    "kind, forward, backward",
+    [
+        (AxisType.Explicit, "all of dimension `d` of `x`", "all of dimension `d` of `h`, the sum of `dscale`"),
+        (AxisType.Auto, *["all of dimension `d` where it is split"] * 2),
+    ],
+)
+def test_notes_what_devices_exchange(kind, forward, backward):
+    mesh = AbstractMesh((2, 2), ("a", "b"), (kind,) * 2)
+    x = X.update(sharding=NamedSharding(mesh, P("a", "b")))
+    scale = SCALE.update(sharding=NamedSharding(mesh, P()))
+
+    def loss(x, scale):
+        return jnp.sum(jnp.square(jtile.rms_norm(x, scale)) * x)
+
+    found = jtile.explain(jax.grad(loss, 1), x, scale)
+    assert [(r.name, r.moves) for r in found] == [("rms_norm", forward), ("rms_norm_backward", backward)]
+    assert "devices exchange" in str(found) and "devices exchange" not in str(jtile.explain(jtile.rms_norm, X, SCALE))
+
+
+def test_notes_reductions_along_a_split_vocabulary():
+    mesh = AbstractMesh((2,), ("model",), (AxisType.Explicit,))
+    logits = jax.ShapeDtypeStruct((4, 8), jnp.float32, sharding=NamedSharding(mesh, P(None, "model")))
+    labels = jax.ShapeDtypeStruct((4,), jnp.int32, sharding=NamedSharding(mesh, P()))
+    [found] = jtile.explain(jtile.softmax_cross_entropy, logits, labels)
+    assert found.moves == "the logsumexp of `lse`, the sum of `picked`"

@@ -169,6 +169,35 @@ def settled(avals: Iterable) -> bool:
     return mesh is not None and AxisType.Auto not in mesh.axis_types
 
 
+def moves(op: TileOp, call: Call, avals: Sequence) -> str:
+    """What devices exchange for a call on a mesh, in words."""
+    mesh = borrowed.mesh_of(avals)
+    if mesh is None or mesh.size == 1:
+        return ""
+    layout = Layout.of(op, avals, call)
+    if AxisType.Auto in mesh.axis_types:
+        kept = {f for dims in layout.operands for dim in dims for f in dim if layout.sizes[f] > 1} & layout.whole
+        return f"all of {', '.join(map(_words, sorted(kept)))} where it is split" if kept else ""
+    specs = [axes_of(a.sharding.spec, a.ndim) for a in avals]
+    assigned = layout.divisible(layout.assign(specs, strict=True), mesh)
+    operands = zip(layout.names, layout.operands, specs, strict=True)
+    found = [
+        f"all of {_words(dim[0])} of `{name}`"
+        for name, dims, spec in operands
+        for dim, axes in zip(dims, spec, strict=True)
+        if axes and not any(assigned.get(f) == axes for f in dim)
+    ]
+    present = [
+        t for t, r in zip(op.signature.results, rules.result_shapes(op, avals, call), strict=True) if r is not None
+    ]
+    found += [
+        f"the {t.reduction} of `{t.name}`"
+        for t, dims in zip(present, layout.results, strict=True)
+        if layout.reduced(dims, assigned)
+    ]
+    return ", ".join(found)
+
+
 def split(op: TileOp, call: Call, mesh: AbstractMesh, operands: Sequence, avals: Sequence) -> Sequence[jax.Array]:
     """Run an op on every device's part of the operands, whose types tell how an explicit mesh splits them.
 
