@@ -1,4 +1,8 @@
-"""`python -m bench run [--filter TEXT]` measures; `python -m bench report` prints the newest results as Markdown."""
+"""Measures jtile on this machine's GPU.
+
+`python -m bench run [--filter TEXT]` measures the ops, `python -m bench pallas [--filter TEXT]` Pallas kernels through
+jtile and through JAX's own backend; `python -m bench report` prints the newest results as Markdown.
+"""
 
 import argparse
 import datetime
@@ -14,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench import pallas
 from bench.cases import CASES, Case
 from bench.timing import seconds
 
@@ -24,31 +29,33 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    run_parser = commands.add_parser("run", help="measure every case on this machine's GPU")
-    run_parser.add_argument("--filter", default="", help="only cases whose name contains this")
-    run_parser.add_argument(
-        "--output", type=pathlib.Path, help="file to write (default: bench/results/<chip>/<date>.json)"
-    )
+    for name, what in (("run", "the ops"), ("pallas", "Pallas kernels through jtile and through JAX's own backend")):
+        run_parser = commands.add_parser(name, help=f"measure {what} on this machine's GPU")
+        run_parser.add_argument("--filter", default="", help="only cases whose name contains this")
+        run_parser.add_argument("--output", type=pathlib.Path, help="file to write (default: in bench/results/<chip>/)")
     commands.add_parser("report", help="print the newest results of every chip as Markdown")
     arguments = parser.parse_args()
     if arguments.command == "run":
-        run(arguments.filter, arguments.output)
+        run(CASES, measure, lambda rows: "\n".join(map(show, rows)), "", arguments)
+    elif arguments.command == "pallas":
+        print(pallas.summary(run(pallas.CASES, pallas.measure, pallas.show, "pallas_", arguments)))
     else:
         print(report())
 
 
-def run(pattern: str, output: pathlib.Path | None) -> None:
+def run(cases, measure, show, prefix: str, arguments) -> list[dict]:
+    """Measures the cases chosen, prints each as it is done, and writes them all to a file."""
     device = jax.devices()[0]
     if device.platform != "gpu":
         sys.exit(f"bench measures GPUs, and JAX sees only {device.device_kind}")
-    chosen = [case for case in CASES if pattern in case.name]
+    chosen = [case for case in cases if arguments.filter in case.name]
     if not chosen:
-        sys.exit(f"no case contains {pattern!r}; there are: {', '.join(c.name for c in CASES)}")
-    rows = []
+        sys.exit(f"no case contains {arguments.filter!r}; there are: {', '.join(c.name for c in cases)}")
+    rows: list[dict] = []
     for i, case in enumerate(chosen):
-        for row in measure(case):
-            rows.append(row)
-            print(f"[{i + 1}/{len(chosen)}] {show(row)}", flush=True)
+        measured = measure(case)
+        rows += measured
+        print(f"[{i + 1}/{len(chosen)}] {show(measured)}", flush=True)
     result = {
         "date": datetime.date.today().isoformat(),
         "chip": device.device_kind,
@@ -57,10 +64,12 @@ def run(pattern: str, output: pathlib.Path | None) -> None:
         "commit": commit(),
         "rows": rows,
     }
-    path = output or RESULTS / device.device_kind.replace(" ", "_") / f"{result['date']}.json"
+    folder = RESULTS / device.device_kind.replace(" ", "_")
+    path = arguments.output or folder / f"{prefix}{result['date']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(f"wrote {path}")
+    return rows
 
 
 def measure(case: Case) -> list[dict]:
@@ -144,7 +153,7 @@ def report() -> str:
     """The newest results of every chip, as Markdown tables: rates, and jtile's time against the rival's."""
     lines = []
     for folder in sorted(p for p in RESULTS.iterdir() if p.is_dir()):
-        result = json.loads(max(folder.glob("*.json")).read_text())
+        result = json.loads(max(folder.glob("2*.json")).read_text())
         versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
         lines += [f"{result['chip']}, {result['date']}, {versions}:", ""]
         lines += ["| case | pass | jtile | rival | speed-up |", "| --- | --- | --- | --- | --- |"]

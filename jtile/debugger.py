@@ -14,9 +14,10 @@ from jax.extend.core import JaxprEqn
 
 from jtile import borrowed
 from jtile.compiler.build import load, load_text, triton_version
+from jtile.compiler.emit import emit
 from jtile.compiler.kernel import Source, kernel_of
 from jtile.compiler.launch import untouched
-from jtile.compiler.pallas import params_of, source_of
+from jtile.compiler.pallas import params_of
 from jtile.compiler.rewrite import equations, evaluate, map_equations
 from jtile.compiler.triton_call import triton_call_p
 from jtile.compiler.value import stored
@@ -125,13 +126,16 @@ def _run_pallas(params: dict[str, Any], folder: pathlib.Path | None, *operands) 
     aliases = dict(kernel.input_output_aliases)
     if 0 in kernel.grid:
         return untouched(operands, kernel.outputs, aliases)
-    source = source_of(kernel, params_of(params), params["debug"])
+    source = emit(kernel, params_of(params))
+    if params["debug"]:
+        print(f"The Triton source of pallas_call {kernel.name} ({kernel.where}):\n{source.annotated}")
 
     def run(*arrays):
         from jtile.compiler import triton_on_cpu
 
         in_memory = [x.astype(stored(x.dtype), copy=False) for x in arrays]
-        triton_on_cpu.run(_loaded(source, folder), in_memory, source.grid)
+        buffers = (in_memory[i] for i in source.buffers)
+        triton_on_cpu.run(_loaded(source, folder), [a.on_cpu(buffers) for a in source.arguments], source.grid)
         for array, contents in zip(arrays, in_memory, strict=True):
             array[...] = contents
 

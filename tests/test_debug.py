@@ -311,7 +311,7 @@ def test_breakpoint(tmp_path, monkeypatch):
 def test_an_access_outside_of_an_array_raises(tmp_path):
     f, x = jtile.debug(softmax, folder=tmp_path), normal(8, 16)
     f(x)
-    edited(tmp_path, "tl.load(x_ref + ", "tl.load(x_ref + 60 + ")
+    edited(tmp_path, "tl.load(x_ref_block + ", "tl.load(x_ref_block + 60 + ")
     match = r"Program \(1, 0, 0\) of kernel softmax_kernel reads element 128 of x_ref, which has 128"
     with pytest.raises(OutOfBounds, match=match):
         f(x)

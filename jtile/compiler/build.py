@@ -13,10 +13,9 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from jtile import borrowed
 from jtile.compiler import cache
+from jtile.compiler.arguments import ALIGNMENT, Array
 from jtile.compiler.kernel import Source
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.target import Target
@@ -101,7 +100,7 @@ def build(source: Source, params: CompilerParams, target: Target) -> Compiled:
       NotImplementedError: Triton does not compile for the chip.
     """
     _check_target(source.label, params.num_ctas, target)
-    e4m3 = any(dtype == "float8_e4m3fn" for dtype in source.arguments) or "tl.float8e4nv" in source.text
+    e4m3 = any(argument.dtype == "float8_e4m3fn" for argument in source.arguments) or "tl.float8e4nv" in source.text
     if e4m3 and target.compute_capability < 89:
         raise NotImplementedError(
             f"Arithmetic with float8_e4m3fn needs compute capability 8.9 (Ada) or later; {target.name} has "
@@ -115,12 +114,13 @@ def build(source: Source, params: CompilerParams, target: Target) -> Compiled:
     )
     if "tl.device_assert(" in source.text:  # which Triton else leaves out; integers wrap around all the same
         options |= {"debug": True, "sanitize_overflow": False}
-    signature = [f"*{triton_type(dtype)}" for dtype in source.arguments]
+    signature = [argument.triton_type for argument in source.arguments]
 
     def make():
         function = load(source)
         names = function.arg_names
-        aligned = {(i,): [["tt.divisibility", ALIGNMENT]] for i in range(len(names))}
+        pointers = (i for i, argument in enumerate(source.arguments) if isinstance(argument, Array))
+        aligned = {(i,): [["tt.divisibility", ALIGNMENT]] for i in pointers}
         types = dict(zip(names, signature, strict=True))
         try:
             return _compile(function, types, {}, aligned, options, target, source.text, source.label)
@@ -171,30 +171,6 @@ def _spelt(constant) -> str:
     if " at 0x" in text:
         raise TypeError(f"A constexpr value is known to the cache by its repr; {text} does not tell what it is.")
     return text
-
-
-ALIGNMENT = 16  # bytes: XLA aligns buffers to at least this, and Triton then loads 16 bytes at once
-
-
-def triton_type(dtype: np.dtype) -> str:
-    """Triton's name for an element type."""
-    kind = np.dtype(dtype).name
-    if kind not in _TYPES:
-        raise NotImplementedError(f"Triton has no element type {kind}; it has {', '.join(_TYPES)}.")
-    return _TYPES[kind]
-
-
-_TYPES = {
-    "bool": "i1",
-    **{f"int{bits}": f"i{bits}" for bits in (8, 16, 32, 64)},
-    **{f"uint{bits}": f"u{bits}" for bits in (8, 16, 32, 64)},
-    "float16": "fp16",
-    "bfloat16": "bf16",
-    "float32": "fp32",
-    "float64": "fp64",
-    "float8_e4m3fn": "fp8e4nv",
-    "float8_e5m2": "fp8e5",
-}
 
 
 def _compile(function, signature, constants, attributes, options, target, text, label) -> Compiled:

@@ -4,7 +4,7 @@ import collections
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -12,12 +12,24 @@ from jax.extend import source_info_util
 from jax.extend.core import Literal, jaxprs_in_params
 
 from jtile import borrowed
-from jtile.compiler.kernel import Kernel, Place, Scratch, Source, UnsupportedKernel
+from jtile.compiler.arguments import Array, Descriptor
+from jtile.compiler.kernel import Kernel, Place, Ref, Scratch, Source, UnsupportedKernel
 from jtile.compiler.order import Order
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.rules import CURES, FOUR_BITS, RULES, dot, random
 from jtile.compiler.rules.shape import array_constant
-from jtile.compiler.value import TRITON_TYPES, Affine, Block, Value, constant, four_bits, stored, tile, triton_type
+from jtile.compiler.value import (
+    TRITON_TYPES,
+    Affine,
+    Block,
+    Value,
+    constant,
+    four_bits,
+    is_wide,
+    stored,
+    tile,
+    triton_type,
+)
 
 # What an equation works on.
 type Operand = Value | Block | Scratch
@@ -26,31 +38,26 @@ type Operand = Value | Block | Scratch
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
 
+class CannotSpecialize(ValueError):
+    """A kernel whose loads and products cannot have warps of their own."""
+
+
 def emit(kernel: Kernel, params: CompilerParams) -> Source:
-    """The kernel as Triton source.
+    """The kernel as Triton source. What `params` leave open is not used.
 
     Raises:
       UnsupportedKernel: the kernel uses what jtile cannot write in Triton.
-      ValueError: `params` ask for what this kernel cannot have.
+      CannotSpecialize: `params` ask for specialised warps, which this kernel cannot have.
     """
-    emitter = Emitter(kernel, params)
-    for ref in kernel.refs:
-        emitter.check_type(ref.dtype)
-    grid = emitter.program_ids()
-    blocks: list[Block] = []
-    for ref in kernel.refs:
-        starts: Sequence = [0] * len(ref.block)
-        if ref.index_map is not None:
-            starts = emitter.run(ref.index_map, [*emitter.ids, *blocks[: kernel.num_prefetched]])
-        blocks.append(Block(ref, tuple(Affine.of(i) * d.step for i, d in zip(starts, ref.block, strict=True))))
-    emitter.run(kernel.jaxpr, [*blocks, *map(emitter.allocate, kernel.scratch)])
-    if params.warp_specialize and emitter.loops != 1:
-        raise ValueError(
-            f"CompilerParams: warp_specialize=True needs a kernel with exactly one loop; {kernel.name} "
-            f"({kernel.where}) has {emitter.loops}. Merge its loops, or leave warp_specialize out."
-        )
-    types = tuple(stored(ref.dtype) for ref in kernel.refs)
-    return Source(kernel.name, emitter.text(), types, grid, emitter.origins(), kernel.where)
+    pointers: set[str] = set()
+    while True:
+        emitter = Emitter(kernel, params, pointers)
+        source = emitter.source()
+        # An output's buffer is passed once, so several ways to write it must share a pointer.
+        shared = {ref.name for ref in kernel.outputs if len(emitter.parameters[ref.name]) > 1}
+        if not shared:
+            return source
+        pointers |= shared
 
 
 class Line(str):
@@ -70,24 +77,78 @@ class Emitter:
     Every name is assigned once, except for the values that loops and branches carry.
     """
 
-    def __init__(self, kernel: Kernel, params: CompilerParams):
+    def __init__(self, kernel: Kernel, params: CompilerParams, pointers: set[str]):
         self.kernel = kernel
         self.params = params
+        self.pointers = pointers  # refs that may not be reached by descriptors
+        # How each ref is passed, by the parameter's name.
+        self.parameters: dict[str, dict[str, Array | Descriptor]] = {ref.name: {} for ref in kernel.refs}
         self.ids: list[Value] = []  # this program's position along each axis of the grid
         names = [ref.name for ref in kernel.refs]
         threads = 32 * params.num_warps * params.num_ctas
         self.order = Order(threads, {names[kernel.num_inputs + o]: names[i] for i, o in kernel.input_output_aliases})
+        self.programs: int | None = None  # of a persistent kernel, which takes them in turn
         self.loops = 0
+        self.loads_in_loops: list[str] = []  # where in the user's code, those by pointers
         self.one_way = _one_way(kernel)
         self.helpers: dict[str, None] = {}  # functions to define ahead of the kernel, in order
-        self.prelude: list[str] = []
+        self.prelude: list[str] = []  # what is the same for every program
+        self.start: list[str] = []  # the program's place in the grid, and its scratch
+        self.bases: list[str] = []  # where its blocks begin
         self.lines: list[str] = []
         self._depth = 1
+        self._shared: dict[str, str] = {}
+        self._indices: list[dict[tuple, Value]] = [{}]  # results of integer arithmetic, by block of the source
         self._counts: collections.Counter[str] = collections.Counter()
         self._unassigned: dict[str, int] = {}  # scratch without a value so far, and how deep it was allocated
         self._uses: collections.Counter = collections.Counter()
         self._where = kernel.where
         self._computing = False
+
+    def source(self) -> Source:
+        kernel = self.kernel
+        for ref in kernel.refs:
+            self.check_type(ref.dtype)
+        grid = self.program_ids()
+        blocks: list[Block] = []
+        for ref in kernel.refs:
+            starts: Sequence = [0] * len(ref.block)
+            if ref.index_map is not None:
+                starts = self.run(ref.index_map, [*self.ids, *blocks[: kernel.num_prefetched]])
+            blocks.append(Block(ref, tuple(Affine.of(i) * d.step for i, d in zip(starts, ref.block, strict=True))))
+        index_maps = len(self.lines)
+        self.run(kernel.jaxpr, [*blocks, *map(self.allocate, kernel.scratch)])
+        self.lines[index_maps:index_maps] = self.bases
+        if self.params.warp_specialize:
+            self.check_specialized()
+        for ref in kernel.refs:
+            if not self.parameters[ref.name]:
+                self.pointer(ref)
+        passed = [(i, p) for i, ref in enumerate(kernel.refs) for p in self.parameters[ref.name].values()]
+        text, origins = self.text()
+        return Source(
+            name=kernel.name,
+            text=text,
+            arguments=tuple(argument for _, argument in passed),
+            buffers=tuple(i for i, _ in passed),
+            grid=grid,
+            origins=origins,
+            where=kernel.where,
+        )
+
+    def check_specialized(self) -> None:
+        kernel = f"{self.kernel.name} ({self.kernel.where})"
+        if self.loops != 1 or self.params.persistent:
+            raise CannotSpecialize(
+                f"CompilerParams: warp_specialize=True needs a kernel with exactly one loop, and not persistent; "
+                f"{kernel} has {self.loops}. Merge its loops, or leave warp_specialize out."
+            )
+        if self.loads_in_loops:
+            raise CannotSpecialize(
+                "CompilerParams: warp_specialize=True needs the Tensor Memory Accelerator for every load in the loop; "
+                f"{kernel} loads by pointers at {', '.join(dict.fromkeys(self.loads_in_loops))}. Set tma=True and load "
+                "blocks that it can move, or leave warp_specialize out."
+            )
 
     # Writing
 
@@ -98,6 +159,7 @@ class Emitter:
     def block(self, head: str) -> Iterator[None]:
         self.line(head)
         self._depth += 1
+        self._indices.append({})
         start = len(self.lines)
         self.order.enter()
         yield
@@ -109,6 +171,7 @@ class Emitter:
             self.lines[start - 1] = Line(self.lines[start - 1].replace("):", ", num_stages=1):"), self.place)
         if len(self.lines) == start:
             self.line("pass")
+        self._indices.pop()
         self._depth -= 1
 
     def name(self, hint: str) -> str:
@@ -130,6 +193,56 @@ class Emitter:
             self.prelude.append(line)
         return name
 
+    def shared(self, text: str, hint: str) -> str:
+        """A name, assigned at the top of the kernel, for an expression of the prelude's names alone."""
+        name = self._shared.get(text)
+        if name is None:
+            name = self._shared[text] = self.once(self.name(hint), text)
+        return name
+
+    def pointer(self, ref: Ref) -> str:
+        """The parameter that points to an array."""
+        self.parameters[ref.name][ref.name] = Array(stored(ref.dtype))
+        return ref.name
+
+    def descriptor(self, ref: Ref, descriptor: Descriptor) -> str:
+        """The parameter that is this descriptor of an array."""
+        name = _descriptor_name(ref, descriptor)
+        given = self.parameters[ref.name]
+        while given.get(name, descriptor) != descriptor:
+            name += "_"
+        given[name] = descriptor
+        return name
+
+    def descriptor_on_device(self, ref: Ref, offset: Affine, descriptor: Descriptor) -> str:
+        """A descriptor of the array from `offset`, which every program makes: a microsecond each, and memory."""
+        pointer = " + ".join([self.pointer(ref), *offset.summands(is_wide(ref))])
+        shape, strides, block = (list(n) for n in (descriptor.shape, descriptor.strides, descriptor.block_shape))
+        text = f"tl.make_tensor_descriptor({pointer}, shape={shape}, strides={strides}, block_shape={block})"
+        if text not in self._shared:
+            self._shared[text] = self.name(_descriptor_name(ref, descriptor))
+            self.bases.append(f"    {self._shared[text]} = {text}")
+        return self._shared[text]
+
+    def by_pointer(self) -> None:
+        """Notes a load that the Tensor Memory Accelerator does not do."""
+        if len(self._indices) > 1:
+            self.loads_in_loops.append(self._where)
+
+    def base(self, block: Block) -> tuple[str, Affine]:
+        """A pointer to where a block begins, and the offset that it holds already."""
+        ref = block.ref
+        offset = Affine()
+        for start, stride in zip(block.starts, ref.strides, strict=True):
+            offset += start * stride
+        if not offset.terms:
+            return self.pointer(ref), Affine()
+        name = f"{ref.name}_block"
+        line = f"    {name} = {' + '.join([self.pointer(ref), *offset.summands(is_wide(ref))])}"
+        if line not in self.bases:
+            self.bases.append(line)
+        return name, offset
+
     def allocate(self, scratch: Scratch) -> Scratch:
         """Makes it known. It is assigned here only if the kernel does not begin with an assignment of its own."""
         self.check_type(scratch.dtype)
@@ -150,7 +263,7 @@ class Emitter:
     def _initialise(self, scratch: Scratch) -> None:
         """Triton wants a value ahead of the loops and branches that assign another."""
         if self._unassigned.pop(scratch.name, None) is not None:
-            self.once(scratch.name, self.tensor(constant(0, scratch.shape, scratch.dtype)))
+            self.start.append(f"    {scratch.name} = {self.tensor(constant(0, scratch.shape, scratch.dtype))}")
 
     def helper(self, name: str, text: str) -> str:
         """A function defined ahead of the kernel."""
@@ -168,19 +281,23 @@ class Emitter:
         body, self.lines, self._depth = "\n".join(self.lines), outer, depth
         return self.helper(name, f"@triton.jit\ndef {name}({', '.join(v.text for v in operands)}):\n{body}")
 
-    def text(self) -> str:
-        parameters = ", ".join(ref.name for ref in self.kernel.refs)
-        body = "\n".join([*self.prelude, *self.lines]) or "    pass"
-        functions = [*self.helpers, f"@triton.jit\ndef {self.kernel.name}({parameters}):\n{body}"]
+    def text(self) -> tuple[str, tuple[Place | None, ...]]:
+        """The whole module, and for each of its lines where in the user's code it came from."""
+        lines = [*self.start, *self.lines]
+        if self.programs is not None:
+            # Flattened, the loads of the next turn begin before this one has ended.
+            flatten = ", flatten=True" if self.loops == 1 else ""
+            head = f"    for pid in tl.range(tl.program_id(0), {self.programs}, tl.num_programs(0){flatten}):"
+            lines = [head, *(Line(f"    {line}", _origin(line)) for line in lines or ["    pass"])]
+        body = [*_used(self.prelude, lines), *lines] or ["    pass"]
+        parameters = ", ".join(name for ref in self.kernel.refs for name in self.parameters[ref.name])
+        functions = [*self.helpers, "\n".join([f"@triton.jit\ndef {self.kernel.name}({parameters}):", *body])]
         imports = "import triton\nimport triton.language as tl"
         if any("libdevice." in f for f in functions):
             imports += "\nfrom triton.language.extra import libdevice"
-        return "\n\n\n".join([imports, *functions]) + "\n"
-
-    def origins(self) -> tuple[Place | None, ...]:
-        """For each line of the text, where in the user's code it came from."""
-        body = [getattr(line, "origin", None) for line in (*self.prelude, *self.lines)]
-        return (None,) * (self.text().count("\n") - len(body)) + tuple(body)
+        text = "\n\n\n".join([imports, *functions]) + "\n"
+        origins = [_origin(line) for line in body]
+        return text, (None,) * (text.count("\n") - len(origins)) + tuple(origins)
 
     # Walking
 
@@ -224,6 +341,8 @@ class Emitter:
             elif any(borrowed.is_key(v.aval) for v in eqn.invars) and not _understands_keys(eqn):
                 result = random.moved(self, eqn, *map(read, eqn.invars))
                 result = result if eqn.primitive.multiple_results else result[0]
+            elif _is_index_arithmetic(eqn):
+                result = self.index(eqn, *map(read, eqn.invars))
             elif eqn.primitive.name in RULES:
                 self.check_width(eqn)
                 result = RULES[eqn.primitive.name](self, eqn, *map(read, eqn.invars))
@@ -235,6 +354,30 @@ class Emitter:
             values.update(zip(eqn.outvars, result if eqn.primitive.multiple_results else [result], strict=True))
             self._where = outer
         return [read(atom) for atom in results]
+
+    def index(self, eqn, *operands: Value) -> Value:
+        """The result of an equation on integers, which is written once where it is the same."""
+        key = eqn.primitive.name, str(eqn.params), tuple((v.text, v.shape, v.dtype.name) for v in operands)
+        for known in self._indices:
+            if key in known:
+                return known[key]
+        result = self._indices[-1][key] = RULES[eqn.primitive.name](self, eqn, *operands)
+        return result
+
+    def forget(self, names: Container[str]) -> None:
+        """What was computed from these names is no longer what it was: they are assigned again."""
+        for known in self._indices:
+            for key in [key for key in known if any(text in names for text, *_ in key[2])]:
+                del known[key]
+
+    def hoist(self, body, operands: Sequence[Operand], varying: Container[int]) -> None:
+        """Writes the integer arithmetic in a loop's body that no turn changes, ahead of the loop."""
+        values = {v: x for i, (v, x) in enumerate(zip(body.invars, operands, strict=True)) if i not in varying}
+        for eqn in _needed(body.eqns, body.outvars):
+            inputs = [v for v in eqn.invars if not isinstance(v, Literal)]
+            if _is_index_arithmetic(eqn) and all(v in values for v in inputs):
+                given = (self.constant(v.val, v.aval) if isinstance(v, Literal) else values[v] for v in eqn.invars)
+                values[eqn.outvars[0]] = self.index(eqn, *given)
 
     def compute(self, function: Callable, *operands: Value) -> list[Value]:
         """The results of a function of arrays, by the rules of the primitives that it consists of."""
@@ -297,13 +440,16 @@ class Emitter:
             raise self.unsupported(f"its grid {grid} has {programs} programs", f"Launch 1 to {GRID_LIMITS[0]}.")
         self.ids = [constant(0, (), np.int32) for _ in grid]
         flat = len(sizes) > 3 or any(n > limit for n, limit in zip(sizes, GRID_LIMITS, strict=False))
-        if flat:
-            self.once("pid", "tl.program_id(0)")
+        if self.params.persistent:
+            flat, self.programs = True, programs
+        elif flat:
+            self.start.append("    pid = tl.program_id(0)")
         stride = 1
         for i, (axis, size) in enumerate(zip(order, sizes, strict=True)):
             whole = f"pid // {stride}" if stride > 1 else "pid"
             text = f"{whole} % {size}" if i + 1 < len(order) else whole
-            name = self.once(f"pid_{axis}", text if flat else f"tl.program_id({i})")
+            name = f"pid_{axis}"
+            self.start.append(f"    {name} = {text if flat else f'tl.program_id({i})'}")
             self.ids[axis] = Value(name, (), np.dtype(np.int32), bounds=(0, size - 1))
             stride *= size
         x, y, z = (programs, 1, 1) if flat else (*sizes, 1, 1, 1)[:3]
@@ -358,6 +504,19 @@ class Emitter:
         )
 
 
+def _is_index_arithmetic(eqn) -> bool:
+    """Whether an equation computes integers or truth values from nothing but those."""
+    types = [getattr(v.aval, "dtype", None) for v in (*eqn.invars, *eqn.outvars)]
+    return (
+        eqn.primitive.name in RULES
+        and not eqn.primitive.multiple_results
+        and not eqn.effects
+        and not any(jaxprs_in_params(eqn.params))
+        and all(isinstance(t, np.dtype) and t.kind in "biu" for t in types)
+        and not any(hasattr(v.aval, "inner_aval") for v in eqn.invars)  # refs
+    )
+
+
 def _understands_keys(eqn) -> bool:
     """Whether it is of `jax.random`, or holds a jaxpr that works on keys."""
     return eqn.primitive.name.startswith("random_") or any(jaxprs_in_params(eqn.params))
@@ -367,6 +526,26 @@ def _assigned(lines: Iterable[str]) -> set[str]:
     """The names that these lines of source assign."""
     heads = (re.match(r"\s*(?:for )?([\w, ]+?) (?:=|in) ", line) for line in lines)
     return {name for head in heads if head for name in head[1].split(", ")}
+
+
+def _origin(line: str) -> Place | None:
+    return getattr(line, "origin", None)
+
+
+def _used(prelude: list[str], lines: list[str]) -> list[str]:
+    """The prelude without what came of no use: a descriptor needs no lanes."""
+    kept: list[str] = []
+    text = "\n".join(lines)
+    for line in reversed(prelude):
+        name = line.split(" = ", 1)[0].strip()
+        if re.search(rf"\b{name}\b", text):
+            kept.insert(0, line)
+            text += "\n" + line
+    return kept
+
+
+def _descriptor_name(ref: Ref, descriptor: Descriptor) -> str:
+    return f"{ref.name}_{'x'.join(str(n) for n in descriptor.block_shape if n > 1)}"
 
 
 def _needed(equations: Sequence, results: Sequence) -> list:

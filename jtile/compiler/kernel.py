@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.experimental import pallas as pl
 
+from jtile.compiler.arguments import Array, Descriptor
+
 
 class UnsupportedKernel(NotImplementedError):
     """A kernel that cannot become Triton source: says what, where in the user's code, and what to write instead."""
@@ -115,7 +117,8 @@ class Source:
     Attributes:
       name: the `@triton.jit` function to compile.
       text: a whole Python module, the same bytes in every process.
-      arguments: element type of each pointer argument: inputs, then outputs.
+      arguments: what each parameter gets.
+      buffers: the input or output that it is, inputs counted first.
       grid: programs to launch along x, y and z, within CUDA's limits.
       origins: for each line of `text` the user's line that it came from. It is no part of what is compiled: a kernel
         that moves in its file stays the same kernel.
@@ -124,7 +127,8 @@ class Source:
 
     name: str
     text: str
-    arguments: tuple[np.dtype, ...]
+    arguments: tuple[Array | Descriptor, ...]
+    buffers: tuple[int, ...]
     grid: tuple[int, int, int]
     origins: tuple[Place | None, ...] = dataclasses.field(default=(), compare=False, repr=False)
     where: str = dataclasses.field(default="", compare=False, repr=False)

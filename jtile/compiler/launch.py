@@ -5,6 +5,7 @@ import contextvars
 import dataclasses
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 from jax.interpreters import mlir
 
 from jtile import borrowed
-from jtile.compiler.build import ALIGNMENT, Compiled
+from jtile.compiler.arguments import ALIGNMENT
+from jtile.compiler.build import Compiled
 from jtile.compiler.kernel import Kernel, Source
 
 CUSTOM_CALL = "triton_kernel_call_ffi"  # jaxlib's, which the CUDA plugin registers
@@ -55,11 +57,6 @@ def recording() -> Iterator[list[Launch]]:
         _recorded.reset(token)
 
 
-def array(bytes_to_zero: int = 0):
-    """A launch parameter: the next of the call's buffers, operands first, its first bytes zeroed before the launch."""
-    return borrowed.gpu_triton().create_array_parameter(bytes_to_zero, ALIGNMENT)
-
-
 def launch(
     ctx,
     operands: Sequence,
@@ -72,7 +69,7 @@ def launch(
 
     Args:
       ctx, operands: the rule's.
-      parameters: the kernel's arguments in order. Each `array()` takes the next buffer: operands, then results.
+      parameters: the kernel's arguments in order; arrays and descriptors take the next buffer, operands first.
       aliases: operand number to the result that shares its buffer.
       metadata: notes that profilers show with the call.
 
@@ -80,14 +77,22 @@ def launch(
     """
     if (launches := _recorded.get()) is not None:
         launches.append(launched)
+    compiled, results = launched.compiled, list(ctx.avals_out)
+    if compiled.scratch_bytes:
+        # Triton's kernels take it after their own parameters. Were it left to the launch to allocate, no CUDA graph
+        # could hold the launch.
+        programs = math.prod(launched.grid) * compiled.num_ctas
+        results.append(jax.core.ShapedArray((programs * compiled.scratch_bytes,), jnp.uint8))
+        parameters = [*parameters, borrowed.gpu_triton().create_array_parameter(0, ALIGNMENT)]
     call = jax.ffi.ffi_lowering(
         CUSTOM_CALL,
         api_version=4,
         operand_output_aliases=dict(aliases),
         operand_layouts=[_row_major(a) for a in ctx.avals_in],
-        result_layouts=[_row_major(a) for a in ctx.avals_out],
+        result_layouts=[_row_major(a) for a in results],
     )
-    return call(ctx, *operands, opaque=payload(launched.compiled, launched.grid, parameters, metadata))
+    message = payload(compiled, launched.grid, parameters, metadata)
+    return call(ctx.replace(avals_out=results), *operands, opaque=message)[: len(ctx.avals_out)]
 
 
 def no_programs(ctx, operands: Sequence, aliases: Mapping[int, int]) -> Sequence:
@@ -123,7 +128,6 @@ def payload(
         hashlib.sha256(compiled.cubin).hexdigest() if takes_cubin else compiled.ptx,
         "",
         compiled.compute_capability,
-        *((compiled.scratch_bytes, compiled.scratch_align) if compiled.scratch_bytes else ()),
     )
     call = borrowed.gpu_triton().TritonKernelCall(kernel, *grid, list(parameters))
     notes = json.dumps(dict(metadata), sort_keys=True).encode() if metadata else b""

@@ -1,18 +1,19 @@
 """`pl.pallas_call(..., compiler_params=jtile.CompilerParams(...))`: Pallas' own lowering, handed over to jtile."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from jax.experimental import pallas as pl
 from jax.interpreters import mlir
 
 from jtile import borrowed
 from jtile.compiler import launch
-from jtile.compiler.build import build
-from jtile.compiler.emit import emit
-from jtile.compiler.kernel import Kernel, Source, UnsupportedKernel, kernel_of
+from jtile.compiler.kernel import UnsupportedKernel, kernel_of
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.rewrite import map_pallas_calls
+from jtile.compiler.schedule import compile_kernel
 from jtile.compiler.target import Target
 from jtile.compiler.value import stored
 
@@ -28,9 +29,16 @@ def lower_pallas_call(platform: str, ctx, *operands, compiler_params, interpret,
     aliases = dict(kernel.input_output_aliases)
     if 0 in kernel.grid:
         return launch.no_programs(ctx, operands, aliases)
-    source = source_of(kernel, compiler_params, params["debug"])
-    compiled = build(source, compiler_params, Target.of_lowering(ctx))
-    parameters = [launch.array() for _ in source.arguments]
+    source, compiled = compile_kernel(kernel, compiler_params, Target.of_lowering(ctx))
+    if params["debug"]:
+        print(f"The Triton source of pallas_call {kernel.name} ({kernel.where}):\n{source.annotated}")
+    encodings = iter(compiled.descriptors)
+    parameters = [p for argument in source.arguments for p in argument.launch_parameters(encodings)]
+    # An input that has several descriptors is passed once for each.
+    passed = [i for i in source.buffers if i < len(operands)]
+    ctx = ctx.replace(avals_in=[ctx.avals_in[i] for i in passed])
+    aliases = {passed.index(i): o for i, o in aliases.items()}
+    operands = [operands[i] for i in passed]
     launched = launch.Launch(compiled, source.grid, kernel, source)
     types = [[a.update(dtype=stored(a.dtype)) for a in avals] for avals in (ctx.avals_in, ctx.avals_out)]
     inner = ctx.replace(avals_in=types[0], avals_out=types[1])
@@ -51,21 +59,13 @@ def _converted(ctx, values, avals):
     return mlir.lower_fun(convert, multiple_results=True)(ctx.replace(avals_out=avals), *values)
 
 
-def source_of(kernel: Kernel, compiler_params: CompilerParams, debug: bool) -> Source:
-    """The kernel as Triton source, printed if `pallas_call(debug=True)` asks for that."""
-    source = emit(kernel, compiler_params)
-    if debug:
-        print(f"The Triton source of pallas_call {kernel.name} ({kernel.where}):\n{source.annotated}")
-    return source
-
-
 # `jax.extend.pallas.register_lowering_rule` would do, were it not that JAX loads its own backend for Triton first, and
 # fails where there is none.
 for _platform in ("cuda", "rocm"):
     mlir.register_lowering(pl.pallas_call_p, functools.partial(lower_pallas_call, _platform), platform=_platform)
 
 
-def retarget_pallas(fn: Callable) -> Callable:
+def retarget_pallas(fn: Callable, **params: Any) -> Callable:
     """`fn` with every `pallas_call` in it compiled by jtile on NVIDIA GPUs.
 
     Kernels written for JAX's own Triton backend keep their `num_warps` and `num_stages`; calls with `interpret=True`
@@ -73,11 +73,13 @@ def retarget_pallas(fn: Callable) -> Callable:
 
     Args:
       fn: a function of any arguments; those that are not arrays stay as they are.
+      **params: fields of `CompilerParams` that every kernel in it gets instead of its own.
 
     Returns:
       A function with the same arguments and results, to be transformed and compiled like any other.
 
     Raises:
+      ValueError: a field out of its range.
       TypeError: when it is called, if a kernel in it was written for a TPU or for Mosaic GPU.
 
     Example:
@@ -90,13 +92,14 @@ def retarget_pallas(fn: Callable) -> Callable:
       >>> eqn.params["compiler_params"].num_warps
       4
     """
-    return map_pallas_calls(fn, _retarget)
+    CompilerParams(**params)  # refuses what is wrong at once
 
+    def retarget(call, *operands):
+        if not call["interpret"]:
+            call = call | {"compiler_params": dataclasses.replace(params_of(call), **params)}
+        return pl.pallas_call_p.bind(*operands, **call)
 
-def _retarget(params, *operands):
-    if params["interpret"]:
-        return pl.pallas_call_p.bind(*operands, **params)
-    return pl.pallas_call_p.bind(*operands, **{**params, "compiler_params": params_of(params)})
+    return map_pallas_calls(fn, retarget)
 
 
 def params_of(params) -> CompilerParams:

@@ -11,12 +11,14 @@ class CompilerParams:
       num_warps: warps of 32 threads that run one program of the grid: 1, 2, 4, 8, 16 or 32.
       num_stages: depth of software pipelining in loops: loads run this many iterations ahead, less one.
       num_ctas: thread blocks in a cluster that share one program (Hopper and later): 1, 2, 4 or 8.
-      warp_specialize: give the loads and products of the kernel's one loop warps of their own (Hopper and later, with
-        `num_warps=4`).
+      warp_specialize: True gives the loads and products of the kernel's one loop warps of their own (Hopper and later,
+        with `num_warps=4`; every load in the loop by TMA). None lets the compiler choose, False forbids it.
       max_registers: most registers a thread may use: 24, 32, ..., 248, or 255; None for no limit.
-      tma: True moves blocks with the Tensor Memory Accelerator (Hopper and later) wherever a block allows it: a kept
-        block of two dimensions, both powers of two up to 256, rows a multiple of 16 bytes apart. None and False use
-        pointers.
+      tma: True moves blocks with the Tensor Memory Accelerator (Hopper and later) wherever it can: blocks of an array
+        of up to five dimensions whose sides are powers of two up to 256, or reach the array's end; the last dimension
+        16 bytes or more, and every other stride a multiple of 16 bytes. None does so in kernels that multiply matrices;
+        False uses pointers.
+      persistent: launch as many programs as the chip holds at once, each of which takes the place of several in turn.
 
     Raises:
       ValueError: a field out of its range.
@@ -29,17 +31,19 @@ class CompilerParams:
     num_warps: int = 4
     num_stages: int = 2
     num_ctas: int = 1
-    warp_specialize: bool = False
+    warp_specialize: bool | None = None
     max_registers: int | None = None
     tma: bool | None = None
+    persistent: bool = False
 
     def __post_init__(self):
         _check("num_warps", self.num_warps, (1, 2, 4, 8, 16, 32))
         _check("num_stages", self.num_stages, range(1, 17))
         _check("num_ctas", self.num_ctas, (1, 2, 4, 8))
-        _check("warp_specialize", self.warp_specialize, (False, True))
+        _check("warp_specialize", self.warp_specialize, (None, False, True))
         _check("max_registers", self.max_registers, (None, *range(24, 256, 8), 255))
         _check("tma", self.tma, (None, False, True))
+        _check("persistent", self.persistent, (False, True))
 
 
 def _check(field, value, allowed):

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from jax.experimental.topologies import TopologyDescription
 
 
+REGISTERS = 65536  # of a multiprocessor, since compute capability 3.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """A GPU to compile for, present or not.
@@ -124,10 +127,11 @@ class Target:
           >>> print(Target.named("NVIDIA H200").occupancy(registers=128, shared_bytes=100_000, threads=128))
           12% (8 of 64 warps: shared memory)
         """
-        architecture = _ARCHITECTURES[self.compute_capability]
+        # A chip unknown to the table is no smaller than the last one before it.
+        architecture = _ARCHITECTURES[max(c for c in _ARCHITECTURES if c <= self.compute_capability)]
         warps = math.ceil(threads / 32)
         # A warp's registers come in units of 256, from the quarter of the multiprocessor that it runs on.
-        warps_by_registers = 65536 // 4 // (math.ceil(registers * 32 / 256) * 256) * 4
+        warps_by_registers = REGISTERS // 4 // (math.ceil(registers * 32 / 256) * 256) * 4
         # A block's shared memory comes in units of 128 bytes, and the driver takes 1 KiB for its own.
         shared = math.ceil(shared_bytes / 128) * 128 + 1024
         limits = {
@@ -197,8 +201,8 @@ class Target:
             "l2_cache_size": self.l2_bytes,
             "clock_rate_ghz": self.clock_ghz,
             "device_memory_size": self.memory_bytes,
-            "registers_per_core_limit": 65536,
-            "registers_per_block_limit": 65536,
+            "registers_per_core_limit": REGISTERS,
+            "registers_per_block_limit": REGISTERS,
         }
         fields = " ".join(f"{name}: {value}" for name, value in device.items())
         # Hopper and later: the architecture-specific instructions (wgmma, tcgen05), as Triton compiles for sm_90a.

@@ -150,6 +150,13 @@ class Affine:
     def __mul__(self, factor: int) -> "Affine":
         return Affine(tuple((v, k * factor) for v, k in self.terms), self.constant * factor)
 
+    def __sub__(self, other: "Affine") -> "Affine":
+        """What is left without terms that are in this sum."""
+        terms = list(self.terms)
+        for term in other.terms:
+            terms.remove(term)
+        return Affine(tuple(terms), self.constant - other.constant)
+
     @property
     def bounds(self) -> Interval | None:
         low = high = self.constant
@@ -170,6 +177,11 @@ class Affine:
         if self.constant:
             texts.append(str(self.constant))
         return texts
+
+
+def is_wide(ref: Ref) -> bool:
+    """Whether offsets into an array need 64 bits."""
+    return math.prod(ref.shape) > 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from jtile.compiler.arguments import Array
 from jtile.compiler.kernel import Source
 
 DOUBLE = """\
@@ -44,8 +45,8 @@ def scratch(x, y):
     target.store((0, 0), source.load((0, 0)))
 """
 
-bfloat16, float32 = np.dtype("bfloat16"), np.dtype("float32")
+bfloat16, float32 = Array(np.dtype("bfloat16")), Array(np.dtype("float32"))
 
-double = Source("double", DOUBLE, (float32, float32), (8, 1, 1))
-product = Source("product", PRODUCT, (bfloat16, bfloat16, float32), (1, 1, 1))
-scratch = Source("scratch", SCRATCH, (float32, float32), (1, 1, 1))
+double = Source("double", DOUBLE, (float32, float32), (0, 1), (8, 1, 1))
+product = Source("product", PRODUCT, (bfloat16, bfloat16, float32), (0, 1, 2), (1, 1, 1))
+scratch = Source("scratch", SCRATCH, (float32, float32), (0, 1), (1, 1, 1))

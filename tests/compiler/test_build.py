@@ -12,7 +12,8 @@ from jax.experimental import pallas as pl
 
 from jtile import borrowed
 from jtile.compiler import cache
-from jtile.compiler.build import TileTooLarge, build, triton_type
+from jtile.compiler.arguments import triton_type
+from jtile.compiler.build import TileTooLarge, build
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.target import Target
 from tests.compiler import sources

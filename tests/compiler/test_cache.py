@@ -182,7 +182,8 @@ from tests.compiler import sources
 def digests():
     kernels = [sources.double, sources.scratch]
     built = [build(source, CompilerParams(), Target.named("NVIDIA H200")) for source in kernels]
-    payloads = [launch.payload(k, s.grid, [launch.array() for _ in s.arguments]) for k, s in zip(built, kernels)]
+    arguments = ([p for a in s.arguments for p in a.launch_parameters(iter(()))] for s in kernels)
+    payloads = [launch.payload(k, s.grid, a) for k, s, a in zip(built, kernels, arguments)]
     return " ".join(hashlib.sha256(p).hexdigest() for p in payloads)
 """
 

@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 import jtile
 from jtile.compiler.interpret import interpret_pallas
 from jtile.compiler.kernel import UnsupportedKernel
+from jtile.compiler.pallas import retarget_pallas
 from jtile.compiler.params import CompilerParams
 from jtile.debugger import debug
 from tests.compiler.kernels import CASES, sources
@@ -89,10 +90,13 @@ def _maximum(a, b):
 
 @triton.jit
 def softmax_kernel(x_ref, y_ref):
-    pid_0 = tl.program_id(0)
     lanes_4 = tl.arange(0, 4)
     lanes_64 = tl.arange(0, 64)
-    x_1 = tl.load(x_ref + pid_0 * 256 + lanes_4[:, None] * 64 + lanes_64[None, :])  # test_emit.py:{line + 1}
+    offsets_1 = lanes_4[:, None] * 64 + lanes_64[None, :]
+    pid_0 = tl.program_id(0)
+    x_ref_block = x_ref + pid_0 * 256
+    y_ref_block = y_ref + pid_0 * 256
+    x_1 = tl.load(x_ref_block + offsets_1)  # test_emit.py:{line + 1}
     max_1 = tl.reduce(x_1, axis=1, combine_fn=_maximum)
     spread_1 = max_1[:, None]
     sub_1 = x_1 - spread_1
@@ -100,7 +104,7 @@ def softmax_kernel(x_ref, y_ref):
     sum_1 = tl.sum(exp_1, axis=1, dtype=tl.float32)
     spread_2 = sum_1[:, None]
     div_1 = exp_1 / spread_2
-    tl.store(y_ref + pid_0 * 256 + lanes_4[:, None] * 64 + lanes_64[None, :], div_1)  # test_emit.py:{line + 3}
+    tl.store(y_ref_block + offsets_1, div_1)  # test_emit.py:{line + 3}
 """
     )
 
@@ -170,7 +174,7 @@ def test_large_arrays_have_wide_offsets():
 
     spec = pl.BlockSpec((None, 1024), lambda i: (i, 0))
     function = call(kernel, (2**21, 1024), grid=(2**21,), in_specs=[spec], out_specs=spec)
-    assert "x_ref + tl.cast(pid_0, tl.int64) * 1024 + lanes_1024" in source(
+    assert "x_ref_block = x_ref + tl.cast(pid_0, tl.int64) * 1024\n" in source(
         function, jax.ShapeDtypeStruct((2**21, 1024), "f")
     )
     function = call(kernel, (2**20, 1024), grid=(2**20,), in_specs=[spec], out_specs=spec)
@@ -420,23 +424,109 @@ def test_barriers_of_buffers_that_are_shared():
 def test_tma_where_a_block_allows():
     function, operands = CASES["matmul_ragged"]
     text = source(function, *operands, tma=True)
-    assert (
-        "a_ref_16x16 = tl.make_tensor_descriptor(a_ref, shape=[40, 48], strides=[48, 1], block_shape=[16, 16])" in text
-    )
+    assert "def kernel(a_ref_16x16, b_ref_16x32, o_ref_16x32):" in text
     assert "a_1 = a_ref_16x16.load([pid_0 * 16, mul_1])" in text
     assert "o_ref_16x32.store([pid_0 * 16, pid_1 * 32], carry_1)" in text
-    assert "tl.load" not in text and "tl.store" not in text
+    assert "tl.load" not in text and "tl.store" not in text and "lanes" not in text
 
 
-def test_pointers_where_rows_of_the_next_matrix_would_be_read():
+def heads(shape=(2, 40, 3, 64), block=(None, 16, None, 64), **options):
+    """Rows of one head of (batch, sequence, heads, head_dim), doubled."""
+
     def kernel(x_ref, y_ref):
-        y_ref[...] = x_ref[...]
+        y_ref[...] = 2 * x_ref[...]
 
-    for rows, found in ((32, True), (24, False)):
-        shape = (2, rows, 64)
-        spec = pl.BlockSpec((None, 16, 64), lambda b, i: (b, i, 0))
-        function = call(kernel, shape, grid=(2, pl.cdiv(rows, 16)), in_specs=[spec], out_specs=spec)
-        assert ("make_tensor_descriptor" in source(function, np.zeros(shape, "f"), tma=True)) == found
+    batch, sequence, count, _ = shape
+    spec = pl.BlockSpec(block, lambda b, h, i: (b, i, h, 0))
+    grid = (batch, count, pl.cdiv(sequence, 16))
+    return call(kernel, shape, grid=grid, in_specs=[spec], out_specs=spec, **options)
+
+
+def test_tma_in_four_dimensions():
+    """The dimensions of single elements come first, so that the others are the matrix that is moved."""
+    x = np.zeros((2, 40, 3, 64), "f")
+    [kernel] = sources(heads(), x, tma=True)
+    assert "x_ref_16x64.load([pid_0, pid_1, pid_2 * 16, 0]), [16, 64])" in kernel.text
+    descriptor = kernel.arguments[0]
+    assert (descriptor.shape, descriptor.strides) == ((2, 3, 40, 64), (7680, 64, 192, 1))
+    assert descriptor.block_shape == (1, 1, 16, 64)
+
+
+def test_tma_for_specialised_warps_is_made_by_the_program():
+    def kernel(x_ref, w_ref, y_ref):
+        def body(i, acc):
+            return acc + jnp.dot(x_ref[...], w_ref[pl.ds(i * 64, 64), :])
+
+        y_ref[...] = jax.lax.fori_loop(0, 2, body, jnp.zeros((16, 64)))
+
+    spec = pl.BlockSpec((None, 16, None, 64), lambda b, h, i: (b, i, h, 0))
+    whole = pl.BlockSpec((128, 64), lambda b, h, i: (0, 0))
+    function = call(kernel, (2, 40, 3, 64), grid=(2, 3, 3), in_specs=[spec, whole], out_specs=spec)
+    text = source(function, np.zeros((2, 40, 3, 64), "f"), np.zeros((128, 64), "f"), tma=True, warp_specialize=True)
+    assert (
+        "x_ref_16x64_1 = tl.make_tensor_descriptor(x_ref + pid_0 * 7680 + pid_1 * 64, shape=[40, 64], "
+        "strides=[192, 1], block_shape=[16, 64])"
+    ) in text
+
+
+@pytest.mark.parametrize(
+    "shape, block",
+    [
+        ((2, 40, 3, 96), (None, 16, None, 64)),  # lanes that pad nothing
+        ((2, 40, 3, 66), (None, 16, None, 66)),  # rows 264 bytes apart
+        ((2, 40, 3, 512), (None, 16, None, 512)),  # longer than what is moved at once
+        ((2, 40, 3, 96), (None, 12, None, 96)),  # lanes that pad the block hold the next rows
+    ],
+)
+def test_pointers_where_the_hardware_cannot(shape, block):
+    text = source(heads(shape, block), np.zeros(shape, "f"), tma=True)
+    found = "x_ref_" in text and "tl.load(" not in text
+    assert found == (shape[-1] == 96 and block[1] == 16)
+
+
+def test_an_output_written_in_two_ways_has_a_pointer():
+    def kernel(x_ref, y_ref):
+        y_ref[:16, :] = x_ref[:16, :]
+        y_ref[pl.ds(16, 32), :] = x_ref[pl.ds(16, 32), :]
+
+    text = source(call(kernel, (48, 64)), np.zeros((48, 64), "f"), tma=True)
+    assert "def kernel(x_ref_16x64, x_ref_32x64, y_ref):" in text
+
+
+@pytest.mark.parametrize("params", [{"tma": True}, {"tma": True, "persistent": True}, {"persistent": True}], ids=str)
+def test_descriptors_and_persistent_kernels_compute_the_same(params):
+    x = np.random.default_rng(0).standard_normal((2, 40, 3, 64), np.float32)
+    np.testing.assert_array_equal(debug(heads(compiler_params=CompilerParams(**params)))(x), 2 * x)
+    for name in ("matmul_ragged", "loop_nested", "scratch_matmul"):
+        function, operands = CASES[name]
+        expected = interpret_pallas(function)(*operands)
+        found = debug(retarget_pallas(function, **params))(*operands)
+        np.testing.assert_allclose(found, expected, 1e-5, 1e-5)
+
+
+def test_persistent_programs_take_turns():
+    function, operands = CASES["matmul_ragged"]
+    [kernel] = sources(function, *operands, persistent=True)
+    assert "    for pid in tl.range(tl.program_id(0), 6, tl.num_programs(0), flatten=True):\n" in kernel.text
+    assert "        pid_0 = pid % 3\n" in kernel.text
+
+
+def test_index_arithmetic_is_written_once():
+    def kernel(x_ref, y_ref):
+        def body(i, total):
+            rows = pl.program_id(0) * 16 + jax.lax.broadcasted_iota(jnp.int32, (16, 64), 0)
+            columns = i * 64 + jax.lax.broadcasted_iota(jnp.int32, (16, 64), 1)
+            return total + jnp.where(rows >= columns, x_ref[:, pl.ds(i * 64, 64)], 0)
+
+        y_ref[...] = jax.lax.fori_loop(0, 2, body, jnp.zeros((16, 64)))
+
+    spec = pl.BlockSpec((16, 128), lambda i: (i, 0))
+    out = pl.BlockSpec((16, 64), lambda i: (i, 0))
+    text = source(call(kernel, (32, 64), grid=(2,), in_specs=[spec], out_specs=out), np.zeros((32, 128), "f"))
+    before, loop = text.split("    for ")
+    assert "pid_0 * 16" in before and "pid_0" not in loop  # what no turn changes
+    assert loop.count("* 64") == 1  # the slice's start is the columns' start
+    assert "<" not in loop  # all is inside of the arrays
 
 
 def test_pointers_to_arrays_of_no_elements():
@@ -456,9 +546,9 @@ def test_what_is_written_and_read_back_needs_pointers():
 
 def test_warp_specialization_needs_one_loop():
     function, operands = CASES["matmul_ragged"]
-    assert "tl.range(0, 3, warp_specialize=True)" in source(function, *operands, warp_specialize=True)
-    with pytest.raises(ValueError, match="exactly one loop; kernel .* has 2"):
-        source(*[CASES["loop_nested"][0], *CASES["loop_nested"][1]], warp_specialize=True)
+    assert "tl.range(0, 3, warp_specialize=True)" in source(function, *operands, tma=True, warp_specialize=True)
+    with pytest.raises(ValueError, match="exactly one loop, and not persistent; kernel .* has 2"):
+        source(*[CASES["loop_nested"][0], *CASES["loop_nested"][1]], tma=True, warp_specialize=True)
 
 
 # What cannot be compiled

@@ -118,6 +118,8 @@ def apply(e, name: str, shape: tuple[int, ...], dtype: np.dtype, *operands: Valu
     bounds = interval(name, operands, dtype)
     if bounds is not None and bounds[0] == bounds[1]:
         return constant(bounds[0], shape, dtype)
+    if (known := _known(name, operands)) is not None:
+        return known if isinstance(known, Value) and known.shape == shape else constant(known, shape, dtype)
     texts = e.operands(*operands, shape=shape)
     if kind == np.float64 and "libdevice" in template:  # which takes literals for float32
         texts = [e.tensor(e.spread(v, shape)) if v.constant is not None else v.text for v in operands]
@@ -135,6 +137,31 @@ def apply(e, name: str, shape: tuple[int, ...], dtype: np.dtype, *operands: Valu
 
 
 rule(*{*PLAIN, *FLOAT, *INTEGER})(elementwise)
+
+
+def _known(name: str, operands: tuple[Value, ...]) -> Value | bool | None:
+    """A comparison that its operands' bounds decide; what is left of a logical operation with a constant."""
+    if name in COMPARISONS and all(v.bounds is not None for v in operands):
+        always, never = COMPARISONS[name](*(end for v in operands for end in v.bounds))
+        return True if always else False if never else None
+    if name in ("and", "or") and operands[0].dtype == np.bool_:
+        for side, other in (operands, operands[::-1]):
+            if side.constant is not None:
+                return side.constant if side.constant == (name == "or") else other
+    if name == "not" and operands[0].dtype == np.bool_ and operands[0].constant is not None:
+        return not operands[0].constant
+    return None
+
+
+# Of a number from a to b and one from c to d: whether the comparison always holds, and whether it never does.
+COMPARISONS: dict[str, Callable[[int, int, int, int], tuple[bool, bool]]] = {
+    "lt": lambda a, b, c, d: (b < c, a >= d),
+    "le": lambda a, b, c, d: (b <= c, a > d),
+    "gt": lambda a, b, c, d: (a > d, b <= c),
+    "ge": lambda a, b, c, d: (a >= d, b < c),
+    "eq": lambda a, b, c, d: (a == b == c == d, b < c or d < a),
+    "ne": lambda a, b, c, d: (b < c or d < a, a == b == c == d),
+}
 
 
 def _finite_constant(value: Value) -> bool:
@@ -327,6 +354,8 @@ def _signedness(dtype: np.dtype, signed: bool) -> str:
 @rule("select_n")
 def select_n(e, eqn, which: Value, *cases: Value):
     out = eqn.outvars[0].aval
+    if which.constant is not None:
+        return cases[int(which.constant)]
     texts = e.operands(*cases, shape=out.shape)
     text = texts[-1]
     if which.dtype == np.bool_:

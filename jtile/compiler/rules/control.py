@@ -137,6 +137,7 @@ def _for(e, body, consts, carry, counter: int | None, low: Value, high: Value, u
     values = list(carry)
     for i in changing:
         values[i] = e.let(e.tensor(carry[i]), carry[i].shape, carry[i].dtype, "carry")
+    e.hoist(body, [*consts, *values], {len(consts) + i for i in (*changing, counter) if i is not None})
     ends = [" + ".join(Affine.of(v).summands()) or "0" for v in (low, high)]
     with _range(e, ends[0], ends[1], unroll) as index:
         if counter is not None:
@@ -170,6 +171,7 @@ def _assign(e, targets: Sequence[Value], values: Sequence[Value]) -> None:
     for target, text in zip(targets, texts, strict=True):
         if target.text != text:
             e.line(f"{target.text} = {text}")
+    e.forget([target.text for target in targets])
 
 
 def _counter(body, num_consts: int) -> int | None:

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtile import borrowed
+from jtile.compiler.arguments import Descriptor
 from jtile.compiler.kernel import Scratch, scratch_of
 from jtile.compiler.primitives import ATOMIC_TYPES, Atomic
 from jtile.compiler.rules import rule
-from jtile.compiler.value import Affine, Block, Value, constant, float8, tile
+from jtile.compiler.value import Affine, Block, Value, constant, float8, four_bits, is_wide, tile
 
 # Most elements along a side of a block that the Tensor Memory Accelerator moves.
 TMA_LIMIT = 256
@@ -151,9 +152,13 @@ def _load(e, ref: Block | Scratch, transforms, mask: Value | None = None, other:
         return _masked(e, _viewed(e, _load(e, ref, transforms, **hints), views), mask, other)
     shape, dtype = _shape(ref, transforms), ref.ref.dtype
     name = ref.ref.name.removesuffix("_ref")
-    tma = None if mask is not None or hints else descriptor(e, ref, transforms)
+    mask = None if mask is not None and mask.constant else mask
+    tma = None if mask is not None or hints else transfer(e, ref, transforms)
     if tma:
-        return e.let(f"{tma[0]}.load({tma[1]}){e.comment}", shape, dtype, name, zero_padded=True)
+        text = f"{tma.name}.load([{tma.coordinates}])"
+        text = text if tma.sizes == tile(shape) else f"tl.reshape({text}, {list(tile(shape))})"
+        return e.let(f"{text}{e.comment}", shape, dtype, name, zero_padded=True)
+    e.by_pointer()
     access = locate(e, ref, transforms, "load")
     zero = "0.0" if float8(dtype) else "0"  # which Triton converts from no integer
     value = e.let(
@@ -178,9 +183,11 @@ def _store(e, ref: Block | Scratch, transforms, value: Value, mask: Value | None
                 "Index the ref once, before it is reshaped, and store all of that.",
             )
         value = _replaced(e, constant(0, _shape(ref, transforms), ref.ref.dtype), views, value)
-    tma = None if mask is not None or hints else descriptor(e, ref, transforms)
+    mask = None if mask is not None and mask.constant else mask
+    tma = None if mask is not None or hints else transfer(e, ref, transforms)
     if tma:
-        e.line(f"{tma[0]}.store({tma[1]}, {e.tensor(value)}){e.comment}")
+        text = e.tensor(value) if tma.sizes == value.tile else f"tl.reshape({e.tensor(value)}, {list(tma.sizes)})"
+        e.line(f"{tma.name}.store([{tma.coordinates}], {text}){e.comment}")
     else:
         access = locate(e, ref, transforms, "store")
         e.line(f"tl.store({access.arguments(value.text, mask=mask, **hints)}){e.comment}")
@@ -276,7 +283,7 @@ def locate(e, block: Block, transforms: Sequence, kind: str) -> Access:
     indices, shape = indices_of(e, block, transforms)
     if e.order.touch(kind, ref.name, shape, indices):
         e.line("tl.debug_barrier()")
-    wide = math.prod(ref.shape) > 2**31 - 1
+    wide = is_wide(ref)
     offset, lanes, tests = Affine(), [], []
     padded = {axis for axis, (n, p) in enumerate(zip(shape, tile(shape), strict=True)) if n != p}
     for index, n, stride in zip(indices, ref.shape, ref.strides, strict=True):
@@ -295,7 +302,10 @@ def locate(e, block: Block, transforms: Sequence, kind: str) -> Access:
                 padded.discard(index.axis)  # lanes that pad this axis fail the same test
     if padded:
         tests.append(e.inside(shape, sorted(padded)))
-    return Access(" + ".join([ref.name, *offset.summands(wide), *lanes]), tuple(tests))
+    base, held = e.base(block)
+    if lanes and all(index.array is None for index in indices) and (len(lanes) > 1 or not lanes[0].isidentifier()):
+        lanes = [e.shared(" + ".join(lanes), "offsets")]
+    return Access(" + ".join([base, *(offset - held).summands(wide), *lanes]), tuple(tests))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,6 +334,7 @@ class Index:
       lanes: the numbers, as source that broadcasts against the value's tile.
       reach: the greatest of them inside the value's shape; infinite where unknown. The least is 0, or unknown too.
       span, axis: the slice that they come from, and its axis of the value.
+      array: the array that they come from.
     """
 
     start: Affine
@@ -331,6 +342,7 @@ class Index:
     reach: float = 0
     span: Span | None = None
     axis: int | None = None
+    array: Value | None = None
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -379,7 +391,7 @@ def _picked(e, picks: Picks, axes: range, rank: int) -> Index:
     if picks.step > 1:
         lanes += f" * {picks.step}"
     low, high = array.bounds or (-1, -1)
-    return Index(picks.start, lanes, high * picks.step if low >= 0 else math.inf)
+    return Index(picks.start, lanes, high * picks.step if low >= 0 else math.inf, array=array)
 
 
 def _select(e, block: Block, transforms: Sequence) -> list[Affine | Span | Picks]:
@@ -411,39 +423,80 @@ def _narrowed(e, span: Span, index) -> Affine | Span | Picks:
     return span.start + Affine.of(index) * span.step
 
 
-def descriptor(e, block: Block, transforms: Sequence) -> tuple[str, str] | None:
-    """A tensor descriptor for this access and the coordinates of its first element, where the hardware allows one.
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """A block that the Tensor Memory Accelerator moves: by which descriptor, from where, of which size."""
 
-    Leading dimensions are folded into rows. The hardware reads zeros and drops stores outside of the descriptor's
-    shape, as jtile promises, but rows past the end of one matrix are the next one's: those need pointers.
+    name: str
+    coordinates: str
+    sizes: tuple[int, ...]
+
+
+def transfer(e, block: Block, transforms: Sequence) -> Transfer | None:
+    """This access by the Tensor Memory Accelerator, where that can do it.
+
+    It reads zeros and drops stores outside of the array, in every dimension, as jtile promises. Dimensions of which a
+    single element is taken come first, whatever their strides: Triton reads a block of (1, 1, m, n) as one of (m, n).
     """
     ref = block.ref
-    if not e.params.tma or ref.name not in e.one_way:
-        return None
-    indices, shape = indices_of(e, block, transforms)
-    rows = math.prod(ref.shape[:-1])
     if (
-        [i.axis for i in indices] != [None] * (len(indices) - 2) + [0, 1]
-        or any(i.span is None or i.span.step > 1 for i in indices[-2:])
-        or shape != tile(shape)
-        or max(shape) > TMA_LIMIT
-        or shape[1] * ref.dtype.itemsize < 16
-        or ref.shape[-1] * ref.dtype.itemsize % 16
+        not e.params.tma
+        or ref.name not in e.one_way
+        or ref.name in e.pointers
         or ref.dtype == np.bool_
-        or not 0 < rows <= 2**31 - 1
-        or ref.shape[-1] == 0
+        or four_bits(ref.dtype)
     ):
         return None
-    inside = (0 <= i.bounds[0] and i.bounds[1] < n for i, n in zip(indices[:-1], ref.shape[:-1], strict=True))
-    if len(indices) > 2 and not all(inside):
+    indices, shape = indices_of(e, block, transforms)
+    if any(i.array is not None or (i.span is not None and i.span.step > 1) for i in indices):
         return None
-    first_row = Affine()
-    for index, stride in zip(indices[:-1], ref.strides[:-1], strict=True):
-        first_row += index.start * (stride // ref.shape[-1])
-    name = e.once(
-        f"{ref.name}_{shape[0]}x{shape[1]}",
-        f"tl.make_tensor_descriptor({ref.name}, shape=[{rows}, {ref.shape[-1]}], "
-        f"strides=[{ref.shape[-1]}, 1], block_shape={list(shape)})",
-    )
-    coordinates = (" + ".join(a.summands()) or "0" for a in (first_row, indices[-1].start))
-    return name, f"[{', '.join(coordinates)}]"
+    dimensions = []
+    for index, start, n, stride in zip(indices, block.starts, ref.shape, ref.strides, strict=True):
+        size = 1 if index.axis is None else shape[index.axis]
+        low, high = index.bounds
+        if size != tile((size,))[0] and low + size < n:
+            return None  # the lanes that pad the block would hold the array's elements
+        fixed = size == 1 and index.start == start and 0 <= low and high < n
+        dimensions.append(Dimension(tile((size,))[0], n, stride, index.start, fixed))
+    if not e.params.warp_specialize:
+        # Singles first; those of which there is but one element need no dimension.
+        dimensions = [d for d in dimensions if not (d.fixed and d.extent == 1)]
+        dimensions.sort(key=lambda d: d.size > 1)
+        offset = Affine()
+    else:
+        # Triton divides the blocks of specialised warps, which works for matrices whose descriptor each program makes.
+        offset = sum((d.start * d.stride for d in dimensions if d.fixed), Affine())
+        dimensions = [d for d in dimensions if not d.fixed]
+        if len(dimensions) != 2:
+            return None
+    if (
+        not 2 <= len(dimensions) <= 5
+        or sum(d.size > 1 for d in dimensions) < 2
+        or dimensions[-1].stride != 1
+        or dimensions[-1].size * ref.dtype.itemsize < 16
+        or any(d.size > TMA_LIMIT or not 0 < d.extent < 2**31 for d in dimensions)
+        or any(s * ref.dtype.itemsize % 16 for s in ref.strides[:-1])
+        or ref.strides[0] * ref.dtype.itemsize >= 2**40
+    ):
+        return None
+    sizes = tuple(d.size for d in dimensions)
+    made = Descriptor(ref.dtype, tuple(d.extent for d in dimensions), tuple(d.stride for d in dimensions), sizes)
+    name = e.descriptor_on_device(ref, offset, made) if e.params.warp_specialize else e.descriptor(ref, made)
+    coordinates = [" + ".join(d.start.summands()) or "0" for d in dimensions]
+    if e.params.warp_specialize:
+        # For the warps that take the second half of a block, Triton 3.9 changes the number that is the coordinate
+        # wherever the kernel uses it, in masks too. Hidden behind a move, it is a number of its own.
+        move = 'tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [{}], dtype=tl.int32, is_pure=True, pack=1)'
+        coordinates = [move.format(c) for c in coordinates]
+    return Transfer(name, ", ".join(coordinates), sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dimension:
+    """A dimension of an array, for a descriptor: how much of it is moved at once, and from where."""
+
+    size: int
+    extent: int
+    stride: int
+    start: Affine
+    fixed: bool  # a single element, inside the array, the same for all of a program

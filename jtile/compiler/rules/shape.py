@@ -147,6 +147,8 @@ def iota(e, eqn, *_):
     if dtype != np.int32:
         text = f"tl.cast({text}, {triton_type(dtype)})"
     bounds = (0, shape[axis] - 1) if np.issubdtype(dtype, np.integer) else None
+    if text.isidentifier():
+        return Value(text, shape, dtype, bounds=bounds)
     return e.let(text, shape, dtype, "iota", bounds=bounds)
 
 

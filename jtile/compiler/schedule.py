@@ -1,0 +1,87 @@
+"""What the compiler chooses where the parameters leave it open, since only it knows the chip and the kernel's size."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from jtile.compiler.build import Compiled, TileTooLarge, build
+from jtile.compiler.emit import CannotSpecialize, emit
+from jtile.compiler.kernel import Kernel, Source
+from jtile.compiler.params import CompilerParams
+from jtile.compiler.rewrite import equations
+from jtile.compiler.target import REGISTERS, Target
+
+# Rows of a product that two groups of four warps share: 64 each, the rows of one wgmma.
+SHARED_ROWS = 128
+
+# Bytes of a thread's registers that may be spilled to make room for another block on a multiprocessor.
+SPILLS = 256
+
+
+def compile_kernel(kernel: Kernel, params: CompilerParams, target: Target) -> tuple[Source, Compiled]:
+    """The kernel's source and machine code for a chip.
+
+    Raises: as `emit` and `build` do.
+    """
+    *preferred, plain = schedules(kernel, params, target)
+    for schedule in preferred:
+        try:
+            source = emit(kernel, schedule)
+            compiled = build(source, schedule, target)
+        except (CannotSpecialize, TileTooLarge):
+            continue
+        break
+    else:
+        schedule = plain
+        source = emit(kernel, schedule)
+        compiled = _with_room(source, schedule, target, build(source, schedule, target))
+    if schedule.persistent:
+        blocks = target.occupancy(compiled.registers, compiled.shared_bytes, compiled.threads).blocks
+        programs, _, _ = source.grid
+        source = dataclasses.replace(source, grid=(min(programs, blocks * target.sms), 1, 1))
+    return source, compiled
+
+
+def schedules(kernel: Kernel, params: CompilerParams, target: Target) -> Iterator[CompilerParams]:
+    """The parameters with every choice made, best first; the last one serves every kernel.
+
+    Raises:
+      NotImplementedError: they ask for what the chip lacks.
+    """
+    hopper = target.compute_capability >= 90
+    for asked in ("tma", "warp_specialize"):
+        if getattr(params, asked) and not hopper:
+            raise NotImplementedError(
+                f"CompilerParams: {asked}=True needs compute capability 9.0 (Hopper) or later; {target.name} has "
+                f"{target.compute_capability / 10}. Leave it None, and kernel {kernel.name} ({kernel.where}) gets it "
+                "where there is it."
+            )
+    products = [eqn for eqn in equations(kernel.jaxpr) if eqn.primitive.name == "dot_general"]
+    if params.tma is None:
+        # It feeds tensor cores well; what is only read once and computed on gains nothing on the way through shared
+        # memory.
+        params = dataclasses.replace(params, tma=hopper and params.num_ctas == 1 and bool(products))
+    if params.warp_specialize is None:
+        # Products that wait for each other, as attention's do, leave the tensor cores to the other group of warps
+        # meanwhile. Triton makes the two groups of four, and takes another four to load.
+        waiting = len(products) > 1 and all(p.outvars[0].aval.shape[:-1] == (SHARED_ROWS,) for p in products)
+        if target.compute_capability == 90 and params.tma and params.num_warps == 8 and waiting:
+            yield dataclasses.replace(params, warp_specialize=True, num_warps=4)
+        params = dataclasses.replace(params, warp_specialize=False)
+    yield params
+
+
+def _with_room(source: Source, params: CompilerParams, target: Target, compiled: Compiled) -> Compiled:
+    """The kernel, with fewer registers for a thread if another block then fits on a multiprocessor.
+
+    On Hopper and later, tiles that are multiplied by `mma.sync` are small: such a kernel mostly waits, and a block more
+    hides more of that than some spilled registers cost.
+    """
+    if params.max_registers is not None or target.compute_capability < 90 or "mma.sync" not in compiled.instructions:
+        return compiled
+    now = target.occupancy(compiled.registers, compiled.shared_bytes, compiled.threads)
+    registers = REGISTERS // ((now.blocks + 1) * compiled.threads) // 8 * 8
+    if now.limiter != "registers" or registers < 0.75 * compiled.registers:
+        return compiled
+    fewer = build(source, dataclasses.replace(params, max_registers=registers), target)
+    then = target.occupancy(fewer.registers, fewer.shared_bytes, fewer.threads)
+    return fewer if then.blocks > now.blocks and fewer.spill_bytes <= SPILLS else compiled
