@@ -1,3 +1,3 @@
-from jtile.op.primitive import Implementation, TileOp
+from jtile.op.primitive import Implementation, TileOp, check_known
 
-__all__ = ["Implementation", "TileOp"]
+__all__ = ["Implementation", "TileOp", "check_known"]

@@ -141,10 +141,11 @@ def execute(op: TileOp, call: Call, platform: str, *operands: jax.Array) -> list
 
         one_group = interpret_pallas(one_group)
     mapped = rules.vmap_groups(one_group, call.groups, call.group_count)
-    if choice.runs == "reference":
-        return mapped(*operands)
-    with jax.enable_x64(False):  # kernels count in 32 bits whatever the user's mode
-        return mapped(*operands)
+    with rules.named(op, rules.ungrouped(operands, call), call):
+        if choice.runs == "reference":
+            return mapped(*operands)
+        with jax.enable_x64(False):  # kernels count in 32 bits whatever the user's mode
+            return mapped(*operands)
 
 
 def _folding(op: TileOp, kernel: Callable) -> Callable:

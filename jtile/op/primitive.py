@@ -23,6 +23,16 @@ Implementation = Literal["triton", "xla", "interpret"] | None
 IMPLEMENTATIONS = (None, "triton", "xla", "interpret")
 
 
+def check_known(op: str, **arguments: Any) -> None:
+    """Refuse traced arrays where a function of this name needs to know the value."""
+    for name, value in arguments.items():
+        if isinstance(value, jax.core.Tracer):
+            raise ValueError(
+                f"{op}: `{name}` must be known when tracing, got a traced array; close over a Python value, or under "
+                "jit mark it with static_argnames"
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
     """What is static about one call of an op; the one parameter of its primitive.

@@ -7,6 +7,7 @@ its lowering is the JVP of the reference, and its transpose is the op's own tran
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -59,7 +60,7 @@ def result_shapes(op: TileOp, operands: Sequence, call: Call) -> tuple[jax.Shape
 
 @functools.lru_cache(maxsize=4096)
 def _result_shapes(op: TileOp, shapes: tuple, call: Call, x64: bool) -> tuple:
-    with borrowed.no_mesh():
+    with borrowed.no_mesh(), named(op, shapes, call):
         results = jax.eval_shape(lambda *a: op.reference_function(*call.expand(a), **dict(call.static)), *shapes)
     terms = op.signature.results
     if not isinstance(results, tuple) or len(results) != len(terms):
@@ -77,6 +78,18 @@ def _result_shapes(op: TileOp, shapes: tuple, call: Call, x64: bool) -> tuple:
                 f"make it {expected}"
             )
     return results
+
+
+@contextlib.contextmanager
+def named(op: TileOp, shapes: Sequence, call: Call):
+    """What goes wrong inside tells which op it befell, and what the op was given."""
+    try:
+        yield
+    except Exception as error:
+        terms = [t for t, p in zip(op.signature.operands, call.present, strict=True) if p]
+        given = (f"`{t.name}` {s.dtype}{list(s.shape)}" for t, s in zip(terms, shapes, strict=True))
+        error.add_note(f"This is {op.name} of {', '.join(given)}.")
+        raise
 
 
 def abstract_eval(op: TileOp, *avals, call: Call) -> list:

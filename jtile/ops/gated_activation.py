@@ -6,7 +6,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from jtile.compiler.params import CompilerParams
-from jtile.op import Implementation, TileOp
+from jtile.op import Implementation, TileOp, check_known
 
 # Spec.
 
@@ -133,6 +133,7 @@ def gated_activation(
         >>> jtile.gated_activation(jnp.array([-1.0, 0.0, 2.0]), jnp.array([1.0, 1.0, 3.0]), activation="relu")
         Array([0., 0., 6.], dtype=float32)
     """
+    check_known("gated_activation", activation=activation)
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"gated_activation: `activation` must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}"

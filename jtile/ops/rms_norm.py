@@ -6,7 +6,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from jtile.compiler.params import CompilerParams
-from jtile.op import Implementation, TileOp
+from jtile.op import Implementation, TileOp, check_known
 
 # Spec. `h` is a result only with a residual: without one it is x, and need not be written.
 
@@ -181,6 +181,7 @@ def rms_norm(
         >>> print(jtile.rms_norm(jnp.array([[3.0, 4.0]]), jnp.full(2, 100.0)).round())
         [[ 85. 113.]]
     """
+    check_known("rms_norm", epsilon=epsilon)
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"rms_norm: `x` must be floating point, got {x.dtype}; cast it to the dtype to compute in")

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from jtile.compiler.params import CompilerParams
-from jtile.op import Implementation, TileOp
+from jtile.op import Implementation, TileOp, check_known
 
 # Spec. `step` and `leap` are the angles of 1 and of 1024 positions, 32-bit integers, for each of the f pairs of a head.
 
@@ -172,6 +172,7 @@ def rope(
          [ -1.  10.]
          [-10.  -1.]]
     """
+    check_known("rope", theta=theta, interleaved=interleaved, rotary_dim=rotary_dim)
     x, positions = jnp.asarray(x), jnp.asarray(positions)
     if x.ndim < 3 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from jtile.compiler.params import CompilerParams
-from jtile.op import Implementation, TileOp
+from jtile.op import Implementation, TileOp, check_known
 
 # Spec. `total` is a result only where it is asked for. A label outside of the vocabulary picks 0.
 
@@ -241,6 +241,7 @@ def softmax_cross_entropy(
         >>> print((nats / jnp.log(2.0)).round())
         [2. 0.]
     """
+    check_known("softmax_cross_entropy", ignore_index=ignore_index)
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(f"softmax_cross_entropy: `logits` must be floating point, got {logits.dtype}; cast them")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jtile.op import Implementation, TileOp
+from jtile.op import Implementation, TileOp, check_known
 from jtile.ops.attention import kernels, reference
 
 # Spec. Query heads come in k groups of g, one group for each key head.
@@ -140,6 +140,7 @@ def dot_product_attention(
         >>> jtile.dot_product_attention(query, key, value, is_causal=True).shape
         (2, 128, 8, 64)
     """
+    check_known("dot_product_attention", is_causal=is_causal, return_lse=return_lse)
     query, key, value = map(jnp.asarray, (query, key, value))
     sizes, _ = forward.signature.check(forward.name, [query.shape, key.shape, value.shape])
     if not query.dtype == key.dtype == value.dtype:

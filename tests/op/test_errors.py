@@ -1,0 +1,82 @@
+"""Errors name the op and the argument, whatever transformation they arise under."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jtile
+
+X, SCALE, HEADS = jnp.ones((2, 8)), jnp.ones(8), jnp.ones((2, 4, 2, 16))
+OPS = {
+    "rms_norm": lambda **options: jtile.rms_norm(X, SCALE, **options),
+    "rope": lambda **options: jtile.rope(HEADS, jnp.arange(4), **options),
+    "gated_activation": lambda **options: jtile.gated_activation(X, X, **options),
+    "softmax_cross_entropy": lambda **options: jtile.softmax_cross_entropy(X, jnp.zeros(2, int), **options),
+    "dot_product_attention": lambda **options: jtile.dot_product_attention(HEADS, HEADS, HEADS, **options),
+}
+KNOWN = {
+    "rms_norm": ["epsilon"],
+    "rope": ["theta", "interleaved", "rotary_dim"],
+    "gated_activation": ["activation"],
+    "softmax_cross_entropy": ["ignore_index", "label_smoothing", "z_loss", "logits_soft_cap"],
+    "dot_product_attention": ["scale", "is_causal", "return_lse"],
+}
+UNDER = {
+    "jit": lambda f: jax.jit(f)(1.0),
+    "vmap": lambda f: jax.vmap(f)(jnp.ones(3)),
+    "grad": lambda f: jax.grad(lambda v: jnp.sum(f(v)))(1.0),
+}
+
+
+@pytest.mark.parametrize("transformation", UNDER)
+@pytest.mark.parametrize("name, argument", [(name, argument) for name in KNOWN for argument in KNOWN[name]])
+def test_traced_arguments_that_must_be_known(name, argument, transformation):
+    with pytest.raises(ValueError, match=f"^{name}: `{argument}` must be .*known when tracing"):
+        UNDER[transformation](lambda v: OPS[name](**{argument: v}))
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (
+            lambda: jax.vmap(jtile.rms_norm)(jnp.ones((3, 2, 8)), jnp.ones((3, 7))),
+            "rms_norm: dimension `d` must agree: it is 8 in `x` and 7 in `scale`",
+        ),
+        (
+            lambda: jax.jit(jax.grad(lambda x: jtile.gated_activation(x, X[:1]).sum()))(X),
+            "gated_activation: leading dimensions must agree: they are (2, 8) in `gate` and (1, 8) in `up`",
+        ),
+        (
+            lambda: jax.checkpoint(jtile.dot_product_attention)(HEADS, HEADS[..., :8], HEADS),
+            "dot_product_attention: dimension `d` must agree: it is 16 in `query` and 8 in `key`",
+        ),
+        (
+            lambda: jax.lax.scan(lambda c, x: (c, jtile.softmax_cross_entropy(x, c)), jnp.zeros(3, int), X[None]),
+            "softmax_cross_entropy: leading dimensions must agree: they are (2,) in `logits` and (3,) in `labels`",
+        ),
+    ],
+    ids=["vmap", "grad", "checkpoint", "scan"],
+)
+def test_shapes_that_do_not_match(function, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        function()
+
+
+def test_errors_of_a_reference_or_kernel_tell_the_op_and_its_operands():
+    op = jtile.TileOp("shifted", "x: ... d, shift: d -> y: ... d")
+    op.reference(lambda x, shift: (x & shift,))
+    with pytest.raises(TypeError) as caught:
+        jax.vmap(lambda x: op(x, SCALE))(X)
+    assert caught.value.__notes__[0] == "This is shifted of `x` float32[8], `shift` float32[8]."
+
+    op.reference(lambda x, shift: (x + shift,))
+
+    @op.kernel
+    def kernel(x, shift):
+        raise RuntimeError("no tile fits")
+
+    with pytest.raises(RuntimeError, match="no tile fits") as caught:
+        jax.jit(jax.value_and_grad(lambda x: op(x, SCALE, implementation="interpret")[0].sum()))(X)
+    assert caught.value.__notes__[0] == "This is shifted of `x` float32[2, 8], `shift` float32[8]."
