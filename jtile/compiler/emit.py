@@ -414,11 +414,6 @@ class Emitter:
             )
 
     @property
-    def comment(self) -> str:
-        """The user's line, without folders: the same on every machine."""
-        return f"  # {self.place}" if self.place else ""
-
-    @property
     def place(self) -> Place | None:
         """The user's line that the current equation comes from."""
         found = re.match(r"(.*?):(\d+)", self._where)

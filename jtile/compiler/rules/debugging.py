@@ -54,7 +54,7 @@ def _print(e, text: str, values: list[Value], hexadecimal: bool = False) -> None
         raise e.unsupported(f"{text!r} is not all ASCII, which is what the GPU prints", "Use ASCII characters.")
     # The text ends up in a format of C's.
     arguments = [repr(text.replace("%", "%%")), *map(e.tensor, values), *(["hex=True"] if hexadecimal else [])]
-    e.line(f"tl.device_print({', '.join(arguments)}){e.comment}")
+    e.line(f"tl.device_print({', '.join(arguments)})")
 
 
 @rule("check")
@@ -69,5 +69,5 @@ def check(e, eqn, failed: Value, *rest: Value):
         with e.block(f"if {failed.text}:"):
             _print(e, message, values)
     [holds] = e.compute(jax.numpy.logical_not, failed)
-    e.line(f"tl.device_assert({e.tensor(holds)}, {message + e.comment.replace('  # ', ' at ')!r}){e.comment}")
+    e.line(f"tl.device_assert({e.tensor(holds)}, {f'{message} at {e.place}' if e.place else message!r})")
     return []

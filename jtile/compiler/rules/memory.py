@@ -41,7 +41,7 @@ def addupdate(e, eqn, ref: Block | Scratch, value: Value, *indices: Value):
         _store(e, ref, transforms, total)
     else:
         access = locate(e, _shared(e, Atomic.ADD, ref), transforms, "atomic")
-        e.line(f"tl.atomic_add({access.arguments(e.tensor(value))}){e.comment}")
+        e.line(f"tl.atomic_add({access.arguments(e.tensor(value))})")
     return []
 
 
@@ -68,7 +68,7 @@ def atomic_rmw(e, eqn, *operands):
     operation = Atomic(eqn.params["atomic_type"].value)
     access = locate(e, _shared(e, operation, ref), transforms, "atomic")
     text = f"tl.atomic_{operation}({access.arguments(e.tensor(value), mask=mask)})"
-    return e.let(text + e.comment, value.shape, value.dtype, "old")
+    return e.let(text, value.shape, value.dtype, "old")
 
 
 @rule("atomic_cas")
@@ -82,7 +82,7 @@ def atomic_cas(e, eqn, ref: Block | Scratch, expected: Value, value: Value, *ind
             "Index inside of the array, with sides of a power of two.",
         )
     text = f"tl.atomic_cas({access.pointer}, {e.tensor(expected)}, {e.tensor(value)})"
-    return e.let(text + e.comment, value.shape, value.dtype, "old")
+    return e.let(text, value.shape, value.dtype, "old")
 
 
 def _shared(e, operation: Atomic, ref: Block | Scratch) -> Block:
@@ -157,13 +157,11 @@ def _load(e, ref: Block | Scratch, transforms, mask: Value | None = None, other:
     if tma:
         text = f"{tma.name}.load([{tma.coordinates}])"
         text = text if tma.sizes == tile(shape) else f"tl.reshape({text}, {list(tile(shape))})"
-        return e.let(f"{text}{e.comment}", shape, dtype, name, zero_padded=True)
+        return e.let(text, shape, dtype, name, zero_padded=True)
     e.by_pointer()
     access = locate(e, ref, transforms, "load")
     zero = "0.0" if float8(dtype) else "0"  # which Triton converts from no integer
-    value = e.let(
-        f"tl.load({access.arguments(mask=mask, other=zero, **hints)}){e.comment}", shape, dtype, name, zero_padded=True
-    )
+    value = e.let(f"tl.load({access.arguments(mask=mask, other=zero, **hints)})", shape, dtype, name, zero_padded=True)
     return _masked(e, value, mask, other) if other is not None and other.constant != 0 else value
 
 
@@ -187,10 +185,10 @@ def _store(e, ref: Block | Scratch, transforms, value: Value, mask: Value | None
     tma = None if mask is not None or hints else transfer(e, ref, transforms)
     if tma:
         text = e.tensor(value) if tma.sizes == value.tile else f"tl.reshape({e.tensor(value)}, {list(tma.sizes)})"
-        e.line(f"{tma.name}.store([{tma.coordinates}], {text}){e.comment}")
+        e.line(f"{tma.name}.store([{tma.coordinates}], {text})")
     else:
         access = locate(e, ref, transforms, "store")
-        e.line(f"tl.store({access.arguments(value.text, mask=mask, **hints)}){e.comment}")
+        e.line(f"tl.store({access.arguments(value.text, mask=mask, **hints)})")
 
 
 def _masked(e, value: Value, mask: Value | None, other: Value | None) -> Value:
