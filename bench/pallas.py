@@ -46,7 +46,7 @@ def normal(*shapes, dtype=BF16):
     )
 
 
-def matmul(a, b, *, block=(128, 256, 64), group=8, num_warps=8, num_stages=4):
+def matmul(a, b, *, block=(128, 256, 64), group=16, num_warps=8, num_stages=4):
     """One program per tile of the result, in groups of rows so that what they read stays in the second-level cache."""
     (m, k), n = a.shape, b.shape[1]
     block_m, block_n, block_k = block

@@ -13,6 +13,9 @@ from jtile.compiler.target import REGISTERS, Target
 # Rows of a product that two groups of four warps share: 64 each, the rows of one wgmma.
 SHARED_ROWS = 128
 
+# Blocks on a multiprocessor that leave it waiting.
+FEW_BLOCKS = 4
+
 # Bytes of a thread's registers that may be spilled to make room for another block on a multiprocessor.
 SPILLS = 256
 
@@ -80,7 +83,7 @@ def _with_room(source: Source, params: CompilerParams, target: Target, compiled:
         return compiled
     now = target.occupancy(compiled.registers, compiled.shared_bytes, compiled.threads)
     registers = REGISTERS // ((now.blocks + 1) * compiled.threads) // 8 * 8
-    if now.limiter != "registers" or registers < 0.75 * compiled.registers:
+    if now.limiter != "registers" or now.blocks > FEW_BLOCKS or registers < 0.75 * compiled.registers:
         return compiled
     fewer = build(source, dataclasses.replace(params, max_registers=registers), target)
     then = target.occupancy(fewer.registers, fewer.shared_bytes, fewer.threads)

@@ -66,13 +66,13 @@ class Case:
         return found
 
     def both(self, function: Callable) -> Callable:
-        """The function's result, and the gradients of its sum weighted by a ramp."""
+        """The function's result, and the gradients of its sum weighted by a ramp, whose own sum is not near zero."""
         if not self.differentiated:
             return lambda *x: [function(*x)]
 
         def loss(*x):
             y = function(*x)
-            return jnp.sum(y.astype(jnp.float32) * jnp.linspace(-1, 1, y.size).reshape(y.shape)), y
+            return jnp.sum(y.astype(jnp.float32) * jnp.linspace(-1, 2, y.size).reshape(y.shape)), y
 
         def evaluate(*x):
             (_, y), gradients = jax.value_and_grad(loss, range(self.differentiated), has_aux=True)(*x)
