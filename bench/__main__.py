@@ -167,6 +167,8 @@ def report() -> str:
                 f"| {case} | {direction} | {rate(mine)} | {rival} {rate(r)} | {r['seconds'] / mine['seconds']:.2f} |"
             )
         lines.append("")
+        for path in sorted(folder.glob("pallas_*.json"))[-1:]:
+            lines += [pallas.table(json.loads(path.read_text())["rows"]), ""]
     return "\n".join(lines)
 
 

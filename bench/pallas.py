@@ -197,3 +197,22 @@ def summary(rows: list[dict]) -> str:
             worst = min(chosen, key=lambda r: r["speed-up"])
             lines.append(f"{name}: {mean:.3f} (worst {worst['speed-up']:.3f}: {worst['case']})")
     return "\n".join(lines)
+
+
+def table(rows: list[dict]) -> str:
+    """The measurements as Markdown, and their summary."""
+    rivals = list(dict.fromkeys(r["rival"] for r in rows))
+    heads = {
+        "JAX": "JAX's backend",
+        "as written": "jtile, as written",
+        "jtile": "jtile, its choice",
+        "cuBLAS": "cuBLAS",
+    }
+    lines = [f"| kernel | {' | '.join(heads[name] for name in rivals)} |", "| --- |" + " --- |" * len(rivals)]
+    for case in dict.fromkeys(r["case"] for r in rows):
+        times = {r["rival"]: r for r in rows if r["case"] == case}
+        cells = (f"{t['seconds'] * 1e3:.3f} ms ({t['speed-up']:.2f})" if t else "" for t in map(times.get, rivals))
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(
+        [*lines, "", "Geometric means of the speed-ups:", "", *(f"- {s}" for s in summary(rows).splitlines())]
+    )

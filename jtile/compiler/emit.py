@@ -355,7 +355,7 @@ class Emitter:
             self._where = outer
         return [read(atom) for atom in results]
 
-    def index(self, eqn, *operands: Value) -> Value:
+    def index(self, eqn, *operands) -> Value:
         """The result of an equation on integers, which is written once where it is the same."""
         key = eqn.primitive.name, str(eqn.params), tuple((v.text, v.shape, v.dtype.name) for v in operands)
         for known in self._indices:

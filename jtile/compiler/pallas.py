@@ -38,7 +38,7 @@ def lower_pallas_call(platform: str, ctx, *operands, compiler_params, interpret,
     passed = [i for i in source.buffers if i < len(operands)]
     ctx = ctx.replace(avals_in=[ctx.avals_in[i] for i in passed])
     aliases = {passed.index(i): o for i, o in aliases.items()}
-    operands = [operands[i] for i in passed]
+    operands = tuple(operands[i] for i in passed)
     launched = launch.Launch(compiled, source.grid, kernel, source)
     types = [[a.update(dtype=stored(a.dtype)) for a in avals] for avals in (ctx.avals_in, ctx.avals_out)]
     inner = ctx.replace(avals_in=types[0], avals_out=types[1])

@@ -66,11 +66,17 @@ def schedules(kernel: Kernel, params: CompilerParams, target: Target) -> Iterato
     if params.warp_specialize is None:
         # Products that wait for each other, as attention's do, leave the tensor cores to the other group of warps
         # meanwhile. Triton makes the two groups of four, and takes another four to load.
-        waiting = len(products) > 1 and all(p.outvars[0].aval.shape[:-1] == (SHARED_ROWS,) for p in products)
+        waiting = len(products) > 1 and all(_rows(p) == SHARED_ROWS for p in products)
         if target.compute_capability == 90 and params.tma and params.num_warps == 8 and waiting:
             yield dataclasses.replace(params, warp_specialize=True, num_warps=4)
         params = dataclasses.replace(params, warp_specialize=False)
     yield params
+
+
+def _rows(product) -> int:
+    """Of a product of matrices; 0 of several at once."""
+    shape = product.outvars[0].aval.shape
+    return shape[0] if len(shape) == 2 else 0
 
 
 def _with_room(source: Source, params: CompilerParams, target: Target, compiled: Compiled) -> Compiled:

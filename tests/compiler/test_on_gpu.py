@@ -290,3 +290,71 @@ print(bool((y == 3 * x).all()), events.count("/jax/compilation_cache/cache_hits"
         assert run.returncode == 0, run.stderr
         outputs.append(run.stdout.split())
     assert outputs == [["True", "False"], ["True", "True"]]
+
+
+def rows_of_heads(x, **params):
+    """Twice (batch, sequence, heads, head_dim), by blocks of 64 rows of a head; the last ones are ragged."""
+
+    def kernel(x_ref, y_ref):
+        y_ref[...] = 2 * x_ref[...]
+
+    spec = pl.BlockSpec((None, 64, None, x.shape[-1]), lambda b, h, i: (b, i, h, 0))
+    grid = x.shape[0], x.shape[2], pl.cdiv(x.shape[1], 64)
+    params = CompilerParams(**params)
+    return pl.pallas_call(kernel, out_shape=x, grid=grid, in_specs=[spec], out_specs=spec, compiler_params=params)(x)
+
+
+@pytest.mark.parametrize("params", [{"tma": True}, {"tma": True, "persistent": True}, {"persistent": True}], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_blocks_of_heads(hopper, params, head_dim):
+    x = random(3, 200, 5, head_dim, dtype=jnp.bfloat16)
+    for _ in range(2):
+        np.testing.assert_array_equal(jax.jit(functools.partial(rows_of_heads, **params))(x), 2 * x)
+
+
+def scores_times_values(q, k, v, mask, **params):
+    """exp2(q k') v for 128 queries at a time, where the query's index is no less than the key's if masked."""
+
+    def kernel(q_ref, k_ref, v_ref, o_ref):
+        first = pl.program_id(0) * 128
+
+        def step(i, acc):
+            here = pl.ds(i * 128, 128)
+            scores = jnp.dot(q_ref[...], k_ref[here, :].T, preferred_element_type=jnp.float32)
+            if mask:
+                rows = first + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+                columns = i * 128 + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+                scores = jnp.where(rows >= columns, scores, -jnp.inf)
+            return acc + jnp.dot(jnp.exp2(scores).astype(q.dtype), v_ref[here, :], preferred_element_type=jnp.float32)
+
+        o_ref[...] = jax.lax.fori_loop(0, len(k) // 128, step, jnp.zeros((128, v.shape[1]), jnp.float32))
+
+    rows = pl.BlockSpec((128, q.shape[1]), lambda i: (i, 0))
+    whole = pl.BlockSpec(k.shape, lambda i: (0, 0))
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((len(q), v.shape[1]), jnp.float32),
+        grid=(len(q) // 128,),
+        in_specs=[rows, whole, whole],
+        out_specs=rows,
+        compiler_params=CompilerParams(num_warps=8, **params),
+    )(q, k, v)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_two_groups_of_warps(hopper, mask):
+    """Each has half of a block's rows, and masks them by their own numbers; ten times over, in one CUDA graph too."""
+    q, k, v = (random(1024, 128, dtype=jnp.bfloat16) / 8 for _ in range(3))
+    call = functools.partial(scores_times_values, mask=mask)
+    [kernel] = inspect(call, q, k, v, target=None)
+    assert kernel.threads == 384
+    expected = jax.jit(functools.partial(call, warp_specialize=False, tma=False))(q, k, v)
+
+    @jax.jit
+    def program(q, k, v):
+        return call(q + 0, k, v) * 2 + jnp.sum(k, axis=0, dtype=jnp.float32)
+
+    for _ in range(10):
+        found = (program(q, k, v) - jnp.sum(k, axis=0, dtype=jnp.float32)) / 2
+        # The same products of the same numbers, and a sum that rounds once more.
+        np.testing.assert_allclose(found, expected, rtol=2**-20, atol=2**-12)

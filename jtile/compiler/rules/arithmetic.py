@@ -141,13 +141,14 @@ rule(*{*PLAIN, *FLOAT, *INTEGER})(elementwise)
 
 def _known(name: str, operands: tuple[Value, ...]) -> Value | bool | None:
     """A comparison that its operands' bounds decide; what is left of a logical operation with a constant."""
-    if name in COMPARISONS and all(v.bounds is not None for v in operands):
-        always, never = COMPARISONS[name](*(end for v in operands for end in v.bounds))
+    known = [v.bounds for v in operands if v.bounds is not None]
+    if name in COMPARISONS and len(known) == 2:
+        always, never = COMPARISONS[name](*known[0], *known[1])
         return True if always else False if never else None
     if name in ("and", "or") and operands[0].dtype == np.bool_:
         for side, other in (operands, operands[::-1]):
             if side.constant is not None:
-                return side.constant if side.constant == (name == "or") else other
+                return bool(side.constant) if side.constant == (name == "or") else other
     if name == "not" and operands[0].dtype == np.bool_ and operands[0].constant is not None:
         return not operands[0].constant
     return None
