@@ -16,6 +16,7 @@ from jax.extend.core import jaxpr_as_fun
 from jtile.compiler.kernel import Kernel, Place, Ref
 from jtile.compiler.launch import Launch
 from jtile.compiler.target import Target
+from jtile.report import report
 
 escape = html.escape
 
@@ -60,18 +61,18 @@ def _section(key: str, name: str, launches: Mapping[Target, Launch]) -> str:
 
 def _resources(launches: Mapping[Target, Launch]) -> str:
     def row(target: Target, one: Launch) -> list[str]:
-        c = one.compiled
+        r = report(one, target)
         return [
             f"{target.name} (sm_{target.compute_capability})",
             " × ".join(map(str, one.grid)),
-            f"{c.threads:,}",
-            f"{c.registers}",
-            f"{c.spill_bytes:,} B",
-            f"{c.shared_bytes:,} B",
-            str(target.occupancy(c.registers, c.shared_bytes, c.threads)),
-            f"{c.tensor_core_instructions:,}",
-            f"{c.tma_instructions:,}",
-            ", ".join(f"{n} {name}" for name, n in c.instructions.items()),
+            f"{r.threads:,}",
+            f"{r.registers}",
+            f"{r.spill_bytes:,} B",
+            f"{r.shared_bytes:,} B",
+            str(r.occupancy),
+            f"{r.tensor_core_instructions:,}",
+            f"{r.tma_instructions:,}",
+            ", ".join(f"{n} {name}" for name, n in r.instructions.items()),
         ]
 
     head = ["chip", "grid", "threads", "registers", "spills", "shared memory", "occupancy", "tensor core", "TMA"]

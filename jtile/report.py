@@ -123,7 +123,9 @@ def report(one: Launch, target: Target) -> KernelReport:
         spill_bytes=compiled.spill_bytes,
         shared_bytes=compiled.shared_bytes,
         threads=compiled.threads,
-        occupancy=target.occupancy(compiled.registers, compiled.shared_bytes, compiled.threads),
+        occupancy=target.occupancy(
+            compiled.registers, compiled.shared_bytes, compiled.threads, compiled.tensor_memory_columns
+        ),
         tensor_core_instructions=compiled.tensor_core_instructions,
         tma_instructions=compiled.tma_instructions,
     )

@@ -115,13 +115,14 @@ class Target:
         present = _local_gpu()
         return cls.of_device(present) if present is not None and present.device_kind == kind else cls.named(kind)
 
-    def occupancy(self, registers: int, shared_bytes: int, threads: int) -> Occupancy:
+    def occupancy(self, registers: int, shared_bytes: int, threads: int, tensor_memory_columns: int = 0) -> Occupancy:
         """How many blocks of a kernel a multiprocessor holds at once, as CUDA's occupancy calculator counts them.
 
         Args:
           registers: of a thread.
           shared_bytes: shared memory of a block.
           threads: of a block.
+          tensor_memory_columns: of a block (Blackwell).
 
         Example:
           >>> print(Target.named("NVIDIA H200").occupancy(registers=128, shared_bytes=100_000, threads=128))
@@ -134,9 +135,11 @@ class Target:
         warps_by_registers = REGISTERS // 4 // (math.ceil(registers * 32 / 256) * 256) * 4
         # A block's shared memory comes in units of 128 bytes, and the driver takes 1 KiB for its own.
         shared = math.ceil(shared_bytes / 128) * 128 + 1024
+        columns = tensor_memory_columns or 1
         limits = {
             "registers": warps_by_registers // warps,
             "shared memory": (architecture.shared_kib << 10) // shared,
+            "tensor memory": 512 // columns,
             "warps": architecture.threads // 32 // warps,
             "blocks": architecture.blocks,
         }
@@ -222,7 +225,8 @@ class Occupancy:
       blocks: thread blocks.
       warps: their warps.
       most_warps: warps that the multiprocessor has room for.
-      limiter: what there is not enough of for another block: `"registers"`, `"shared memory"`, `"warps"` or `"blocks"`.
+      limiter: what there is not enough of for another block: `"registers"`, `"shared memory"`,
+        `"tensor memory"`, `"warps"` or `"blocks"`.
     """
 
     blocks: int

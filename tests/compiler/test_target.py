@@ -105,3 +105,8 @@ def test_program_for_absent_gpus():
 def test_occupancy(chip, registers, shared_bytes, threads, expected):
     found = Target.named(chip).occupancy(registers, shared_bytes, threads)
     assert dataclasses.astuple(found) == expected
+
+
+def test_occupancy_by_tensor_memory():
+    found = Target.named("NVIDIA B200").occupancy(64, 33 << 10, 128, tensor_memory_columns=256)
+    assert dataclasses.astuple(found) == (2, 8, 64, "tensor memory")
