@@ -395,6 +395,53 @@ def smooth(body: Body):
     body.let(template.format(x.text), x.shape, x.dtype, x, bound=bound, error=error)
 
 
+def float_remainder(body: Body):
+    """Of integers, which is exact."""
+    x, y, shape = operands(body, lambda v: v.is_float, exact, lambda v: not v.special)
+    x, y = (body.tame(v, greatest(x.dtype) / 2) for v in (x, y))
+    if x.shape != y.shape:
+        raise NoOperand
+    function = body.one_of(("jnp.mod", "lax.rem"))
+    body.let(f"{function}({x.text}, jnp.abs({y.text}) + 1)", shape, x.dtype, bound=y.bound + 1)
+
+
+def angle(body: Body):
+    x, y, shape = operands(body, lambda v: v.is_float, exact, lambda v: not v.special)
+    x, y = (body.tame(v, 64) for v in (x, y))
+    error = 16 * 2.0 ** (1 - PRECISION[x.dtype])
+    body.let(f"jnp.arctan2({x.text}, jnp.abs({y.text}) + 1)", shape, x.dtype, bound=1.6, error=error)
+
+
+def through_bits(body: Body):
+    """The sign flipped in the float's bits."""
+    x = body.pick(lambda v: v.is_float)
+    size = 32 if x.dtype == "float32" else 16
+    bits = f"lax.bitcast_convert_type({x.text}, jnp.uint{size}) ^ jnp.uint{size}({2 ** (size - 1)})"
+    text = f"lax.bitcast_convert_type({bits}, jnp.{x.dtype})"
+    body.let(text, x.shape, x.dtype, x, bound=x.bound, error=x.error, ulps=0)
+
+
+def reduce_precision(body: Body):
+    x = body.pick(lambda v: v.dtype == "float32", exact)
+    exponent, mantissa = body.one_of(((8, 7), (5, 10), (4, 6)))
+    x = body.tame(x, 2 ** (mantissa + 1))
+    body.let(f"lax.reduce_precision({x.text}, {exponent}, {mantissa})", x.shape, x.dtype, x, bound=x.bound)
+
+
+def classify(body: Body):
+    x = body.pick(lambda v: v.is_float, exact)
+    body.let(f"{body.one_of(('jnp.isnan', 'jnp.isfinite', 'jnp.isinf'))}({x.text})", x.shape, "bool", bound=1)
+
+
+def select_among_three(body: Body):
+    which = body.pick(lambda v: v.dtype == "int32")
+    first = body.pick(lambda v: v.shape == which.shape)
+    cases = [first, *(body.fitting(first.shape, first.dtype) for _ in range(2))]
+    bound, error = max(v.bound for v in cases), max(v.error for v in cases)
+    text = f"lax.select_n({which.text} % 3, {', '.join(v.text for v in cases)})"
+    body.let(text, which.shape, first.dtype, *cases, bound=bound, error=error, ulps=0)
+
+
 def compare(body: Body):
     x, y, shape = operands(body, exact)
     sign = body.one_of(("<", "<=", ">", ">=", "==", "!=") if x.dtype != "bool" else ("==", "!="))
@@ -442,7 +489,11 @@ def reduce(body: Body):
         body.let(f"jnp.{body.one_of(('any', 'all'))}({x.text}, {arguments})", kept, "bool", bound=1)
         return
     function = body.one_of(("sum", "max", "min", "prod", "mean"))
-    if function in ("max", "min"):
+    if x.is_integer and body.chance(4):
+        function = body.one_of(("and", "or", "xor"))
+        text = f"jnp.bitwise_{function}.reduce({x.text}, axis={axis}, keepdims={keepdims})"
+        body.let(text, kept, x.dtype, bound=greatest(x.dtype))
+    elif function in ("max", "min"):
         body.same(f"jnp.{function}({x.text}, {arguments})", kept, x)
     elif x.is_integer:
         if function == "mean" or x.dtype not in ("int32", "uint32"):  # jnp sums narrow integers in int32
@@ -615,6 +666,16 @@ def dynamic_slice(body: Body):
     )  # fmt: skip
 
 
+def scatter(body: Body):
+    """Sums in any order; integers, so that the order is no matter."""
+    x = body.pick(lambda v: v.rank > 0 and v.dtype in ("int32", "float32"), exact, lambda v: not v.special)
+    picks = body.pick(lambda v: v.dtype == "int32" and v.rank == 1)
+    rows = body.fitting((*picks.shape, *x.shape[1:]), x.dtype, 8, exact, lambda v: not v.special)
+    x = body.tame(x, 2**20)
+    text = f"{x.text}.at[{picks.text} % {x.shape[0]}].add({rows.text})"
+    body.let(text, x.shape, x.dtype, bound=x.bound + picks.shape[0] * rows.bound)
+
+
 def update(body: Body):
     x = body.pick(lambda v: v.rank > 0)
     axis = body.axis(x)
@@ -701,6 +762,18 @@ def weighted_sum(body: Body):
     limit = max(int(math.sqrt(greatest(x.dtype) / x.shape[1])), 1)
     x, y = body.tame(x, limit), body.tame(y, limit)
     body.let(f"{x.text} @ {y.text}", x.shape[:1], x.dtype, x, y, bound=x.bound * y.bound * x.shape[1])
+
+
+def mixed_product(body: Body):
+    """Of two types."""
+    x = body.pick(lambda v: v.rank == 2 and v.is_float and v.exact)
+    y = body.pick(lambda v: v.rank == 2 and v.shape[0] == x.shape[1] and v.exact and v.dtype != x.dtype)
+    if not y.is_float:
+        raise NoOperand
+    limit = max(int(math.sqrt(min(greatest(x.dtype), greatest(y.dtype)) / x.shape[1])), 1)
+    x, y = body.tame(x, limit), body.tame(y, limit)
+    text = f"jnp.dot({x.text}, {y.text}, preferred_element_type=jnp.float32)"
+    body.let(text, (x.shape[0], y.shape[1]), "float32", x, y, bound=x.bound * y.bound * x.shape[1])
 
 
 def batched_product(body: Body):
@@ -901,14 +974,15 @@ def conditionally(body: Body):
 
 ELEMENTWISE: list[Callable[[Body], Any]] = [
     *(add, multiply, with_constant, extreme, divide, integer_divide, bits, shift, integer_unary, float_unary),
-    *(rounding, smooth, smooth, compare, logic, select, convert),
+    *(rounding, smooth, smooth, compare, logic, select, convert, float_remainder, angle, through_bits),
+    *(reduce_precision, classify, select_among_three),
 ]
 REDUCING: list[Callable[[Body], Any]] = [reduce, reduce, argument, scan, scan, associative_scan, normalise]
 MOVING: list[Callable[[Body], Any]] = [
     *(transpose, reshape, expand, broadcast, cut, rearrange, join, counting, position, dynamic_slice, update, gather),
-    *(sort, halves, repeat),
+    *(sort, halves, repeat, scatter),
 ]
-PRODUCTS: list[Callable[[Body], Any]] = [product, product, product, weighted_sum, batched_product]
+PRODUCTS: list[Callable[[Body], Any]] = [product, product, product, weighted_sum, batched_product, mixed_product]
 SLICED: list[Callable[[Body], Any]] = [sliced, sliced, masked, write, conditionally]
 CONTROL: list[Callable[[Body], Any]] = [loop, loop, while_loop, branch, scan_of_rows]
 FAMILIES = [ELEMENTWISE, ELEMENTWISE, REDUCING, MOVING, PRODUCTS, SLICED, CONTROL]

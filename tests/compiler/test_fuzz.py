@@ -9,7 +9,7 @@ from tests.compiler import fuzz
 
 @pytest.mark.parametrize("seed", range(6))
 def test_source_computes_what_pallas_does(seed):
-    fuzz.examples(fuzz.on_cpu, 50, seed)
+    fuzz.examples(fuzz.on_cpu, 40, seed)
 
 
 BUGS = {
