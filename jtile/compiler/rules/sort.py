@@ -1,6 +1,5 @@
 """Sorting: Triton sorts one tile of integers along its last axis, each of which here holds a key and where it was."""
 
-import itertools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -9,7 +8,9 @@ import numpy as np
 from jtile.compiler.rules import rule
 from jtile.compiler.rules.arithmetic import cast
 from jtile.compiler.rules.shape import picked, sliced, transposed
-from jtile.compiler.value import Value
+from jtile.compiler.value import Value, tile
+
+FEW = 32  # so many elements are found faster one by one than by sorting all
 
 
 @rule("sort")
@@ -17,6 +18,10 @@ def sort(e, eqn, *operands: Value):
     axis = eqn.params["dimension"]
     if operands[0].shape[axis] == 1:
         return list(operands)
+    if len(operands) == 1 and jnp.issubdtype(operands[0].dtype, jnp.integer):  # equals cannot be told apart
+        last, back = _last(axis, len(operands[0].shape))
+        x = transposed(e, e.filled(operands[0], (axis,), int(jnp.iinfo(operands[0].dtype).max)), last)
+        return [transposed(e, e.let(f"tl.sort({x.text})", x.shape, x.dtype, "sorted"), back)]
     order = _order(e, operands[: eqn.params["num_keys"]], axis)
     return [_reordered(e, x, order, axis) for x in operands]
 
@@ -32,13 +37,16 @@ def approx_top_k(e, eqn, x: Value):
     """Exact, which every `recall_target` allows."""
     params = eqn.params
     k, axis = params["k"], params["reduction_dimension"] % len(x.shape)
-    return _greatest(e, x, k, axis, eqn.outvars[1].aval.dtype, descending=params["is_max_k"])
+    return _greatest(e, x, k, axis, eqn.outvars[1].aval.dtype, least=not params["is_max_k"])
 
 
-def _greatest(e, x: Value, k: int, axis: int, index_dtype, total=False, descending=True) -> list[Value]:
-    order = sliced(e, _order(e, [x], axis, total, descending), axis, 0, k)
-    values = _reordered(e, x, order, axis)
-    return [values, cast(e, order, np.dtype(index_dtype))]
+def _greatest(e, x: Value, k: int, axis: int, index_dtype, total=False, least=False) -> list[Value]:
+    keys = _parts(e, x, total)
+    if not least:
+        keys = [e.let(f"~{e.tensor(key)}", key.shape, np.int32, "key") for key in keys]
+    order = _places(e, keys, axis, k if len(keys) == 1 and k <= FEW else None)
+    order = sliced(e, order, axis, 0, k)
+    return [_reordered(e, x, order, axis), cast(e, order, np.dtype(index_dtype))]
 
 
 def _reordered(e, x: Value, order: Value, axis: int) -> Value:
@@ -46,30 +54,56 @@ def _reordered(e, x: Value, order: Value, axis: int) -> Value:
     return picked(e, x, order.shape, coordinates)
 
 
-def _order(e, keys: Sequence[Value], axis: int, total: bool = False, descending: bool = False) -> Value:
-    """Where the elements of each row come from: sorted by the first key, among equals by the next, then by place.
+def _order(e, keys: Sequence[Value], axis: int) -> Value:
+    """Where the elements of each row come from: sorted by the first key, among equals by the next, then by place."""
+    return _places(e, [part for x in reversed(keys) for part in _parts(e, x)], axis)
 
-    Keys are sorted by one after the other, the last first; each sort keeps the order of equals.
+
+def _places(e, keys: Sequence[Value], axis: int, k: int | None = None) -> Value:
+    """The places of the elements in order of 32-bit keys, the last the most significant; only of the first k if given.
+
+    They are sorted by one key after the other, and each sort keeps the order of equals: what is sorted are 64-bit
+    integers, the upper half a key and the lower half the place.
     """
-    rank, last, n = len(keys[0].shape), len(keys[0].shape) - 1, keys[0].shape[axis]
-    swap = [*(a for a in range(rank) if a != axis), axis]
+    rank, n = len(keys[0].shape), keys[0].shape[axis]
+    last, back = _last(axis, rank)
     order: Value | None = None
-    for key in itertools.chain.from_iterable(_parts(e, x, total) for x in reversed(keys)):
-        if descending:
-            key = e.let(f"~{e.tensor(key)}", key.shape, np.int32, "key")
-        key = transposed(e, e.filled(key, (axis,), 2**31 - 1), swap)
+    for key in keys:
+        key = transposed(e, e.filled(key, (axis,), 2**31 - 1), last)
         if order is not None:
-            key = picked(e, key, key.shape, [*range(last), order.text])
-        place = e.lanes(n, last, rank)
-        packed = e.let(f"tl.sort((tl.cast({key.text}, tl.int64) << 32) | {place})", key.shape, np.int64, "sorted")
-        places = e.let(f"tl.cast({packed.text}, tl.int32)", key.shape, np.int32, "order", bounds=(0, n - 1))
-        order = places if order is None else picked(e, order, order.shape, [*range(last), places.text])
+            key = picked(e, key, key.shape, [*range(rank - 1), order.text])
+        packed = f"(tl.cast({key.text}, tl.int64) << 32) | {e.lanes(n, rank - 1, rank)}"
+        if k is None:
+            found = e.let(f"tl.sort({packed})", key.shape, np.int64, "sorted")
+        else:
+            found = _first(e, e.let(packed, key.shape, np.int64, "rest"), k)
+        text = f"tl.cast({found.text}, tl.int32)"
+        places = e.let(text, found.shape, np.int32, "order", bounds=(0, n - 1))
+        order = places if order is None else picked(e, order, order.shape, [*range(rank - 1), places.text])
     assert order is not None  # there is at least one key
-    back = [swap.index(a) for a in range(rank)]
     return transposed(e, order, back)
 
 
-def _parts(e, x: Value, total: bool) -> list[Value]:
+def _first(e, rest: Value, k: int) -> Value:
+    """The k least of each row, all different, found one after the other."""
+    axis, shape = len(rest.shape) - 1, (*rest.shape[:-1], k)
+    found = e.let(f"tl.full({list(tile(shape))}, 0, tl.int64)", shape, np.int64, "sorted")
+    i, least = e.name("i"), e.name("least")
+    e.loops += 1
+    with e.block(f"for {i} in tl.range(0, {k}):"):
+        e.line(f"{least} = tl.min({rest.text}, axis={axis}, keep_dims=True)")
+        e.line(f"{found.text} = tl.where({e.lanes(k, axis, axis + 1)} == {i}, {least}, {found.text})")
+        e.line(f"{rest.text} = tl.where({rest.text} == {least}, {2**63 - 1}, {rest.text})")
+    return found
+
+
+def _last(axis: int, rank: int) -> tuple[list[int], list[int]]:
+    """The order of axes in which one comes last, as Triton sorts, and the order that undoes it."""
+    order = [*(a for a in range(rank) if a != axis), axis]
+    return order, [order.index(a) for a in range(rank)]
+
+
+def _parts(e, x: Value, total: bool = False) -> list[Value]:
     """32-bit integers in the order of `x`, the least significant first.
 
     A float's bits are in order as they are, apart from the sign: negative numbers count backwards. Unless the order is
