@@ -86,14 +86,18 @@ def spec(mode: str, mesh: Mesh, path, array) -> P:
 Loss = Callable[[Any, jax.Array], jax.Array]  # of parameters and tokens
 
 
-def by_annotations(mode: str, loss: Loss, mesh: Mesh) -> Callable:
-    if mode == "fsdp":  # a parameter is whole where it is used, its gradient and the optimizer's state never
+def by_annotations(mode: str, loss: Loss, mesh: Mesh, specs) -> Callable:
+    if mode != "fsdp":
+        return jax.value_and_grad(loss)
 
-        def whole(params, tokens):
-            return loss(jax.lax.with_sharding_constraint(params, NamedSharding(mesh, P())), tokens)
+    def split_gradients(params, tokens):
+        # Parameters are whole where they are used; gradients, like the optimizer's state, need never be.
+        whole = jax.lax.with_sharding_constraint(params, NamedSharding(mesh, P()))
+        value, gradients = jax.value_and_grad(loss)(whole, tokens)
+        placed = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
+        return value, jax.lax.with_sharding_constraint(gradients, placed)
 
-        return jax.value_and_grad(whole)
-    return jax.value_and_grad(loss)
+    return split_gradients
 
 
 def by_shard_map(mode: str, graph, mesh: Mesh, specs) -> Callable:
@@ -195,7 +199,9 @@ class Training:
             return cls(state, step, lambda tokens: tokens.reshape(len(devices), -1, tokens.shape[1])[mine])
 
         by_hand = mode.endswith("shard_map")
-        gradients_of = by_shard_map(mode, graph, mesh, specs[0]) if by_hand else by_annotations(mode, loss, mesh)
+        gradients_of = (
+            by_shard_map(mode, graph, mesh, specs[0]) if by_hand else by_annotations(mode, loss, mesh, specs[0])
+        )
         step = jax.jit(
             functools.partial(update, gradients_of),
             donate_argnums=0,
