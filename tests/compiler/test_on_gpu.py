@@ -327,13 +327,15 @@ def scores_times_values(q, k, v, mask, **params):
                 scores = jnp.where(rows >= columns, scores, -jnp.inf)
             return acc + jnp.dot(jnp.exp2(scores).astype(q.dtype), v_ref[here, :], preferred_element_type=jnp.float32)
 
-        o_ref[...] = jax.lax.fori_loop(0, len(k) // 128, step, jnp.zeros((128, v.shape[1]), jnp.float32))
+        o_ref[...] = jax.lax.fori_loop(0, len(k) // 128, step, jnp.zeros((128, v.shape[1]), jnp.float32)).astype(
+            q.dtype
+        )
 
     rows = pl.BlockSpec((128, q.shape[1]), lambda i: (i, 0))
     whole = pl.BlockSpec(k.shape, lambda i: (0, 0))
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((len(q), v.shape[1]), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((len(q), v.shape[1]), q.dtype),
         grid=(len(q) // 128,),
         in_specs=[rows, whole, whole],
         out_specs=rows,
@@ -348,13 +350,10 @@ def test_two_groups_of_warps(hopper, mask):
     call = functools.partial(scores_times_values, mask=mask)
     [kernel] = inspect(call, q, k, v, target=None)
     assert kernel.threads == 384
-    expected = jax.jit(functools.partial(call, warp_specialize=False, tma=False))(q, k, v)
 
-    @jax.jit
-    def program(q, k, v):
-        return call(q + 0, k, v) * 2 + jnp.sum(k, axis=0, dtype=jnp.float32)
-
+    program = jax.jit(lambda q, k, v: call(jnp.sort(q, axis=0), k, v) * 2)
+    q = jnp.sort(q, axis=0)
+    expected = 2 * jax.jit(functools.partial(call, warp_specialize=False, tma=False))(q, k, v).astype(jnp.float32)
     for _ in range(10):
-        found = (program(q, k, v) - jnp.sum(k, axis=0, dtype=jnp.float32)) / 2
-        # The same products of the same numbers, and a sum that rounds once more.
-        np.testing.assert_allclose(found, expected, rtol=2**-20, atol=2**-12)
+        # The same products of the same numbers, summed in an order that may differ: one unit in the last place.
+        np.testing.assert_allclose(program(q, k, v).astype(jnp.float32), expected, rtol=2**-7, atol=2**-9)

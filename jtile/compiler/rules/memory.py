@@ -469,7 +469,7 @@ def transfer(e, block: Block, transforms: Sequence) -> Transfer | None:
             return None
     if (
         not 2 <= len(dimensions) <= 5
-        or sum(d.size > 1 for d in dimensions) < 2
+        or sum(d.size > 1 for d in dimensions) != 2  # a matrix, as wgmma takes it
         or dimensions[-1].stride != 1
         or dimensions[-1].size * ref.dtype.itemsize < 16
         or any(d.size > TMA_LIMIT or not 0 < d.extent < 2**31 for d in dimensions)
