@@ -170,10 +170,12 @@ MOST_PANELS = 4  # matrices of one array
 def _picture(one: Launch) -> str:
     if one.kernel is None:
         return "<p>The kernel is written by hand: what its programs read is in its pointers, which nobody declared.</p>"
+    if one.kernel.num_sizes:
+        return "<p>A size of the grid is traced: how many programs there are is known when they run.</p>"
     programs, complete = _first_programs(one.kernel)
     names = [f"({', '.join(map(str, ids))})" for ids in programs]
     colours = [f"hsl({300 * i // max(1, len(programs))} 60% 55%)" for i in range(len(programs))]
-    note = "" if complete else f" The first {len(programs):,} of {math.prod(one.kernel.grid):,} are drawn."
+    note = "" if complete else f" The first {len(programs):,} of {math.prod(one.kernel.known_grid):,} are drawn."
     return (
         f'<div class="picture" data-names="{escape(json.dumps(names))}">'
         f"<p>Each program has a colour. Point at a program to see its tiles, or at a tile to see its programs.{note} "
@@ -185,7 +187,7 @@ def _picture(one: Launch) -> str:
 def _first_programs(kernel: Kernel) -> tuple[np.ndarray, bool]:
     """The positions of the programs that start first, and whether those are all. As in the launch, the first axis runs
     fastest, and those that `jax.vmap` added slowest."""
-    grid = kernel.grid
+    grid = kernel.known_grid
     order = [a for a in range(len(grid)) if a not in kernel.mapped] + list(reversed(kernel.mapped))
     shown, room = [1] * len(grid), MOST_PROGRAMS
     for axis in order:

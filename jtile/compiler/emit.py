@@ -87,7 +87,8 @@ class Emitter:
         names = [ref.name for ref in kernel.refs]
         threads = 32 * params.num_warps * params.num_ctas
         self.order = Order(threads, {names[kernel.num_inputs + o]: names[i] for i, o in kernel.input_output_aliases})
-        self.programs: int | None = None  # of a persistent kernel, which takes them in turn
+        self.sizes: list[Value] = []  # programs along each axis
+        self.programs: str | None = None  # how many there are, where each takes the place of several in turn
         self.loops = 0
         self.loads_in_loops: list[str] = []  # where in the user's code, those by pointers
         self.one_way = _one_way(kernel)
@@ -114,10 +115,11 @@ class Emitter:
         for ref in kernel.refs:
             starts: Sequence = [0] * len(ref.block)
             if ref.index_map is not None:
-                starts = self.run(ref.index_map, [*self.ids, *blocks[: kernel.num_prefetched]])
+                prefetched = blocks[kernel.num_sizes :][: kernel.num_prefetched]
+                starts = self.run(ref.index_map, [*self.ids, *prefetched])
             blocks.append(Block(ref, tuple(Affine.of(i) * d.step for i, d in zip(starts, ref.block, strict=True))))
         index_maps = len(self.lines)
-        self.run(kernel.jaxpr, [*blocks, *map(self.allocate, kernel.scratch)])
+        self.run(kernel.jaxpr, [*blocks[kernel.num_sizes :], *map(self.allocate, kernel.scratch)])
         self.lines[index_maps:index_maps] = self.bases
         if self.params.warp_specialize:
             self.check_specialized()
@@ -138,7 +140,7 @@ class Emitter:
 
     def check_specialized(self) -> None:
         kernel = f"{self.kernel.name} ({self.kernel.where})"
-        if self.loops != 1 or self.params.persistent:
+        if self.loops != 1 or self.programs is not None:
             raise CannotSpecialize(
                 f"CompilerParams: warp_specialize=True needs a kernel with exactly one loop, and not persistent; "
                 f"{kernel} has {self.loops}. Merge its loops, or leave warp_specialize out."
@@ -425,29 +427,39 @@ class Emitter:
         """Names this program's position along each axis of the grid; returns the grid to launch.
 
         Axes that `jax.vmap` added run slowest. Where CUDA's three axes do not suffice, one axis counts all programs.
+        Where a size is traced, each program takes the place of several in turn, and so any number of them may be
+        launched.
         """
         grid, mapped = self.kernel.grid, self.kernel.mapped
         order = [*self.kernel.own_axes, *reversed(mapped)]
         order = [a for a in order if grid[a] != 1]
-        sizes = [grid[a] for a in order]
-        programs = math.prod(sizes)
-        if not 0 < programs <= GRID_LIMITS[0]:
-            raise self.unsupported(f"its grid {grid} has {programs} programs", f"Launch 1 to {GRID_LIMITS[0]}.")
+        traced = iter(self.kernel.refs)
+        self.sizes = [constant(1 if n is None else n, (), np.int32) for n in grid]
+        for axis in (a for a, n in enumerate(grid) if n is None):
+            name = self.once(f"size_{axis}", f"tl.load({self.pointer(next(traced))})")
+            self.sizes[axis] = Value(name, (), np.dtype(np.int32), bounds=(0, GRID_LIMITS[0]))
+        sizes = [n for a in order if (n := grid[a]) is not None]
+        known = math.prod(sizes)
+        if not 0 < known <= GRID_LIMITS[0]:
+            raise self.unsupported(f"its grid {grid} has {known} programs", f"Launch 1 to {GRID_LIMITS[0]}.")
         self.ids = [constant(0, (), np.int32) for _ in grid]
         flat = len(sizes) > 3 or any(n > limit for n, limit in zip(sizes, GRID_LIMITS, strict=False))
-        if self.params.persistent:
-            flat, self.programs = True, programs
+        if self.params.persistent or None in grid:
+            flat, self.programs = True, _product(self.sizes)
         elif flat:
             self.start.append("    pid = tl.program_id(0)")
-        stride = 1
-        for i, (axis, size) in enumerate(zip(order, sizes, strict=True)):
-            whole = f"pid // {stride}" if stride > 1 else "pid"
-            text = f"{whole} % {size}" if i + 1 < len(order) else whole
+        for i, axis in enumerate(order):
+            faster, size = [self.sizes[a] for a in order[:i]], self.sizes[axis]
+            stride = _product(faster)
+            whole = "pid" if stride == "1" else f"pid // ({stride})" if "*" in stride else f"pid // {stride}"
+            text = f"{whole} % {size.text}" if i + 1 < len(order) else whole
             name = f"pid_{axis}"
             self.start.append(f"    {name} = {text if flat else f'tl.program_id({i})'}")
-            self.ids[axis] = Value(name, (), np.dtype(np.int32), bounds=(0, size - 1))
-            stride *= size
-        x, y, z = (programs, 1, 1) if flat else (*sizes, 1, 1, 1)[:3]
+            assert size.bounds is not None
+            self.ids[axis] = Value(name, (), np.dtype(np.int32), bounds=(0, size.bounds[1] - 1))
+        if None in grid:
+            return 1, 1, 1
+        x, y, z = (known, 1, 1) if flat else (*sizes, 1, 1, 1)[:3]
         return x, y, z
 
     def lanes(self, size: int, axis: int = 0, rank: int = 1) -> str:
@@ -539,6 +551,13 @@ def _used(prelude: list[str], lines: list[str]) -> list[str]:
     return kept
 
 
+def _product(sizes: Sequence[Value]) -> str:
+    """The product of a grid's sizes, as source."""
+    known = math.prod(int(n.constant) for n in sizes if n.constant is not None)
+    factors = [n.text for n in sizes if n.constant is None]
+    return " * ".join([*factors, *([str(known)] if known != 1 or not factors else [])])
+
+
 def _descriptor_name(ref: Ref, descriptor: Descriptor) -> str:
     return f"{ref.name}_{'x'.join(str(n) for n in descriptor.block_shape if n > 1)}"
 
@@ -559,9 +578,9 @@ def _one_way(kernel: Kernel) -> set[str]:
     directions = collections.defaultdict(set)
     for effect in kernel.jaxpr.effects:
         directions[getattr(effect, "input", None)].add(type(effect))
-    aliased = {j for i, o in kernel.input_output_aliases for j in (i, kernel.num_inputs + o)}
+    aliased = {j - kernel.num_sizes for i, o in kernel.input_output_aliases for j in (i, kernel.num_inputs + o)}
     return {
         ref.name
-        for i, (ref, var) in enumerate(zip(kernel.refs, kernel.jaxpr.invars, strict=False))
+        for i, (ref, var) in enumerate(zip(kernel.refs[kernel.num_sizes :], kernel.jaxpr.invars, strict=False))
         if len(directions[var]) == 1 and i not in aliased
     }

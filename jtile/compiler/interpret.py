@@ -70,7 +70,8 @@ def _padding(block, grid) -> list[tuple[int, int]]:
     The last block is made whole. Where the index map may point outside, a spare block at either end stands for all that
     lies there: the interpreter clamps indices.
     """
-    programs = dict(zip(block.index_map_jaxpr.invars, grid, strict=False))
+    sizes = (n if isinstance(n, int) else math.inf for n in grid)  # a traced size may be any
+    programs = dict(zip(block.index_map_jaxpr.invars, sizes, strict=False))
     pads = []
     for dimension, index, n in zip(
         block.block_shape, block.index_map_jaxpr.outvars, block.array_aval.shape, strict=True

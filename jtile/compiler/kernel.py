@@ -59,19 +59,19 @@ class Kernel:
 
     Attributes:
       name: a valid identifier.
-      grid: programs along each axis, the axes that `jax.vmap` added included.
+      grid: programs along each axis, the axes that `jax.vmap` added included; None where the size is traced.
       axis_names: their names, if they have any.
       mapped: the axes that `jax.vmap` added, outermost first. The kernel's own `pl.program_id` does not count them.
-      refs: inputs, then outputs.
-      num_prefetched: how many of the inputs are there whole for the index maps to read.
+      refs: inputs, then outputs. The first inputs are the grid's traced sizes, which the kernel does not see as refs.
+      num_prefetched: how many of the next inputs are there whole for the index maps to read.
       scratch: what each program has for itself.
-      jaxpr: the kernel's body; one input variable per ref, then one for each of `scratch`.
+      jaxpr: the kernel's body; one input variable per ref that it sees, then one for each of `scratch`.
       input_output_aliases: pairs (input, output) that share one buffer.
       where: the kernel function's file and line.
     """
 
     name: str
-    grid: tuple[int, ...]
+    grid: tuple[int | None, ...]
     axis_names: tuple[Hashable, ...]
     mapped: tuple[int, ...]
     refs: tuple[Ref, ...]
@@ -86,6 +86,16 @@ class Kernel:
     def own_axes(self) -> tuple[int, ...]:
         """The axes of the grid that the kernel's author knows of."""
         return tuple(axis for axis in range(len(self.grid)) if axis not in self.mapped)
+
+    @property
+    def known_grid(self) -> tuple[int, ...]:
+        """The grid's sizes that are not traced."""
+        return tuple(n for n in self.grid if n is not None)
+
+    @property
+    def num_sizes(self) -> int:
+        """How many sizes of the grid are traced."""
+        return self.grid.count(None)
 
     @property
     def inputs(self) -> tuple[Ref, ...]:
@@ -160,8 +170,7 @@ def kernel_of(params: dict[str, Any]) -> Kernel:
     """The kernel in the parameters of a `pallas_call` equation.
 
     Raises:
-      UnsupportedKernel: the call uses what Triton cannot express: grids of traced size, blocks that are gathered,
-        clipped or padded.
+      UnsupportedKernel: the call uses what Triton cannot express: blocks that are gathered, clipped or padded.
     """
     mapping, jaxpr = params["grid_mapping"], params["jaxpr"]
     debug = jaxpr.debug_info
@@ -175,10 +184,9 @@ def kernel_of(params: dict[str, Any]) -> Kernel:
         raise unsupported(
             "it is given a mesh of cores, which GPUs programmed through Triton don't have", "Use the grid instead."
         )
-    if mapping.num_dynamic_grid_bounds:
-        raise unsupported("its grid has a traced size", "Launch the largest grid and leave early with `pl.when`.")
     names = _parameter_names(debug.arg_names, mapping)
-    refs = []
+    sizes = mapping.num_dynamic_grid_bounds
+    refs = [Ref(next(names), (), np.dtype(np.int32), (), None) for _ in range(sizes)]
     for var in jaxpr.invars[mapping.slice_index_ops]:
         shape = tuple(var.aval.shape)
         block = tuple(Dimension(n, n, False) for n in shape)
@@ -195,15 +203,15 @@ def kernel_of(params: dict[str, Any]) -> Kernel:
     scratch = [scratch_of(next(names), aval, unsupported) for aval in mapping.scratch_avals]
     return Kernel(
         name=name,
-        grid=tuple(mapping.grid),
+        grid=tuple(n if isinstance(n, int) else None for n in mapping.grid),
         axis_names=mapping.grid_names or (),
         mapped=tuple(mapping.vmapped_dims),
         refs=tuple(refs),
-        num_inputs=mapping.num_index_operands + mapping.num_inputs,
+        num_inputs=sizes + mapping.num_index_operands + mapping.num_inputs,
         num_prefetched=mapping.num_index_operands,
         scratch=tuple(scratch),
         jaxpr=jaxpr,
-        input_output_aliases=tuple(params["input_output_aliases"]),
+        input_output_aliases=tuple((sizes + i, o) for i, o in params["input_output_aliases"]),
         where=where,
     )
 
@@ -244,6 +252,8 @@ def _parameter_names(argument_names, mapping) -> Iterator[str]:
     fallback = [f"{kind}{i}_ref" for kind, count in counts.items() for i in range(count)]
     if len(given) != len(fallback):
         given = fallback
+    sizes = [f"grid_{i}_ref" for i in range(mapping.num_dynamic_grid_bounds)]
+    given, fallback = sizes + given, sizes + fallback
     taken = set()
     for name, spare in zip(given, fallback, strict=True):
         name = _identifier(name, spare)

@@ -37,10 +37,10 @@ def compile_kernel(kernel: Kernel, params: CompilerParams, target: Target) -> tu
         schedule = plain
         source = emit(kernel, schedule)
         compiled = _with_room(source, schedule, target, build(source, schedule, target))
-    if schedule.persistent:
+    if schedule.persistent or kernel.num_sizes:
         blocks = target.occupancy(compiled.registers, compiled.shared_bytes, compiled.threads).blocks
-        programs, _, _ = source.grid
-        source = dataclasses.replace(source, grid=(min(programs, blocks * target.sms), 1, 1))
+        at_once = blocks * target.sms
+        source = dataclasses.replace(source, grid=(at_once if kernel.num_sizes else min(source.grid[0], at_once), 1, 1))
     return source, compiled
 
 

@@ -16,10 +16,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
 import jtile
+from jtile.compiler import launch
 from jtile.compiler.interpret import interpret_pallas
 from jtile.compiler.kernel import UnsupportedKernel
 from jtile.compiler.pallas import retarget_pallas
 from jtile.compiler.params import CompilerParams
+from jtile.compiler.target import Target
 from jtile.debugger import debug
 from tests.compiler.kernels import CASES, sources
 
@@ -243,6 +245,28 @@ def test_mapped_axes_run_slowest():
     (only,) = sources(jax.vmap(call(kernel, (64,), grid=(4,), in_specs=[spec], out_specs=spec)), np.zeros((3, 64), "f"))
     assert only.grid == (4, 3, 1)
     assert "x_ref + pid_0 * 64 + pid_1 * 16" in only.text
+
+
+def test_grids_of_traced_size():
+    """As many programs as the chip holds take all places in turn; the size is read from memory."""
+
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+
+    spec = pl.BlockSpec((16,), lambda i, j: (i,))
+
+    def function(n, x):
+        return call(kernel, (64,), grid=(n, 2), in_specs=[spec], out_specs=spec)(x)
+
+    (only,) = sources(function, np.int32(4), np.zeros(64, "f"))
+    assert "def kernel(grid_0_ref, x_ref, y_ref):" in only.text and "size_0 = tl.load(grid_0_ref)" in only.text
+    assert "for pid in tl.range(tl.program_id(0), size_0 * 2, tl.num_programs(0)):" in only.text
+    assert "pid_0 = pid % size_0" in only.text and "< 64" in only.text
+
+    chip = Target.named("NVIDIA H200")
+    with jax.sharding.use_abstract_mesh(chip.abstract_mesh), launch.recording() as launches:
+        jax.jit(retarget_pallas(function)).trace(np.int32(4), np.zeros(64, "f")).lower(lowering_platforms=("cuda",))
+    assert launches[0].grid[0] % chip.sms == 0 and launches[0].grid[1:] == (1, 1)
 
 
 # Products
@@ -619,17 +643,6 @@ def test_parts_of_reshaped_refs():
         y_ref.reshape(4, 4)[1] = x_ref[:4]
 
     refuse(kernel, np.zeros(16, "f"), match="a part of y_ref is stored through ReshapeTransform. Index the ref once")
-
-
-def test_traced_grids():
-    def copy_kernel(x_ref, y_ref):
-        y_ref[...] = x_ref[...]
-
-    def traced(x, n):
-        return call(copy_kernel, grid=(n,))(x)
-
-    with pytest.raises(UnsupportedKernel, match="traced size.*pl.when"):
-        source(traced, np.zeros(16, "f"), np.int32(2))
 
 
 def test_types_that_triton_lacks():

@@ -64,7 +64,7 @@ def test_hints_of_values():
         y_ref[...] = x_ref[i]
 
     text = source(run(body), X)
-    assert "hint_1 = tl.multiple_of(iota_1, [8])" in text and "hint_2 = tl.max_contiguous(hint_1, [16])" in text
+    assert "hint_1 = tl.multiple_of(lanes_16, [8])" in text and "hint_2 = tl.max_contiguous(hint_1, [16])" in text
 
 
 def test_assembly():

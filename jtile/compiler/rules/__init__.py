@@ -77,7 +77,7 @@ REASONS: tuple[tuple[str, str], ...] = (
         "A kernel runs on one device. Communicate between kernels, in the function given to `jax.shard_map`.",
     ),
     (
-        "device_put inspect_sharding layout_constraint pvary relayout reshard shard_map sharding_constraint "
+        "device_put inspect_sharding layout_constraint pvary relayout shard_map sharding_constraint "
         "with_memory_space_constraint",
         "Where arrays lie is settled before a kernel starts. Place them outside of the kernel.",
     ),
@@ -105,11 +105,6 @@ REASONS: tuple[tuple[str, str], ...] = (
     (
         "dim_as_value dimension_size shape_assertion",
         "A kernel is compiled for one shape. Export with the sizes that it is to run with.",
-    ),
-    (
-        "num_programs",
-        "It is an equation only where the grid has a traced size; otherwise JAX writes the number. Launch the largest "
-        "grid and leave early with `pl.when`.",
     ),
     (
         "from_edtype to_edtype",

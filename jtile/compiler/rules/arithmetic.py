@@ -468,7 +468,7 @@ def _reduced(x, exponent: int, mantissa: int):
     return jnp.where(x != x, x, rounded)
 
 
-@rule("copy", "stop_gradient", "name")
+@rule("copy", "stop_gradient", "name", "reshard")
 def identity(e, eqn, x: Value):
     return x
 

@@ -136,6 +136,11 @@ def program_id(e, eqn):
     return e.ids[e.kernel.own_axes[eqn.params["axis"]]]
 
 
+@rule("num_programs")
+def num_programs(e, eqn):
+    return e.sizes[e.kernel.own_axes[eqn.params["axis"]]]
+
+
 @rule("axis_index")
 def axis_index(e, eqn):
     name = eqn.params["axis_name"]

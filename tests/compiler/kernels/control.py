@@ -9,6 +9,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from tests.compiler.kernels import case, integers, like, normal, rowwise
 
@@ -251,3 +252,15 @@ def grid_axes_with_names(x):
 
     spec = pl.BlockSpec((2, 12), lambda i: (i, 0))
     return pl.pallas_call(kernel, grid=(("rows", 3),), in_specs=[spec], out_specs=spec, out_shape=like(x))(x)
+
+
+@case(normal(8, 16), native=True)
+def values_on_a_mesh(x):
+    """What is left of shardings where a kernel is written under explicit axes: nothing."""
+    mesh = AbstractMesh((1,), ("data",), (AxisType.Explicit,))
+
+    def kernel(x_ref, o_ref):
+        with jax.sharding.use_abstract_mesh(mesh):
+            o_ref[...] = jax.sharding.reshard(x_ref[...], PartitionSpec()) + 1
+
+    return pl.pallas_call(kernel, out_shape=like(x))(x)

@@ -161,3 +161,35 @@ def prefetched_lengths(x, lengths):
         return pl.pallas_call(kernel, grid_spec=grid_spec, out_shape=like(x, shape=(4, 16)))(lengths, x)
 
     return jax.vmap(call, in_axes=(0, None))(jnp.stack([x, 2 * x]), jnp.zeros(3))
+
+
+@case(normal(10, 36), np.int32(3), np.int32(3))
+def grid_of_traced_sizes(x, rows, columns):
+    """Sizes that are known when the kernel runs, beside one that is known before, and one that `jax.vmap` adds."""
+
+    def call(x):
+        def kernel(x_ref, o_ref):
+            o_ref[...] = x_ref[...] + pl.program_id(0) + 10 * pl.program_id(2)
+
+        block = pl.BlockSpec((4, 8), lambda i, j, k: (i, 2 * k + j))
+        return pl.pallas_call(kernel, grid=(rows, 2, columns), in_specs=[block], out_specs=block, out_shape=like(x))(x)
+
+    return jax.vmap(call)(jnp.stack([x, -x]))
+
+
+@case(normal(8, 16), np.array([1, 0], np.int32), np.int32(2))
+def grid_of_traced_size_with_prefetch(x, order, size):
+    def kernel(order_ref, x_ref, _, o_ref, s_ref):
+        s_ref[...] = x_ref[...]
+        o_ref[...] = s_ref[...] + order_ref[pl.program_id(0)] * pl.num_programs(0)
+
+    grid_spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(size,),
+        in_specs=[pl.BlockSpec((4, 16), lambda i, order: (order[i], 0))] * 2,
+        out_specs=pl.BlockSpec((4, 16), lambda i, order: (i, 0)),
+        scratch_shapes=[pl.ANY((4, 16), jnp.float32)],
+    )
+    return pl.pallas_call(kernel, grid_spec=grid_spec, out_shape=like(x), input_output_aliases={2: 0})(
+        order, x, jnp.zeros_like(x)
+    )
