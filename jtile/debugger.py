@@ -49,7 +49,7 @@ def debug(fn: Callable, *, folder: str | os.PathLike | None = None) -> Callable:
       jtile.compiler.triton_on_cpu.OutOfBounds: when it is called, if a program reads or writes outside of an array.
       jtile.compiler.kernel.UnsupportedKernel: when it is called, if a kernel cannot become Triton source.
 
-    `examples/3_find_a_bug.py` finds a bug by a print in the source.
+    `examples/5_find_a_bug.py` finds a bug by a print in the source.
 
     Example:
       >>> def double(x_ref, y_ref):

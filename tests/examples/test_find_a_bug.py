@@ -3,7 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "3_find_a_bug.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "5_find_a_bug.py"
 
 
 def sums(printed: str) -> list[float]:
@@ -16,7 +16,7 @@ def test_the_print_shows_the_bug(tmp_path):
     assert run.returncode == 0, run.stderr
     before, _, after = run.stdout.partition("\n\n")
     assert all(total < 0.5 for total in sums(before))
-    assert "# 3_find_a_bug.py:19: e = jnp.exp(x - jnp.max(x, axis=1, keepdims=True))\n    max_1 = tl.reduce(" in after
+    assert "# 5_find_a_bug.py:19: e = jnp.exp(x - jnp.max(x, axis=1, keepdims=True))\n    max_1 = tl.reduce(" in after
     assert "mask=lanes_128[None, :] < 100, other=0)" in after
     assert re.findall(r"^program (\d) maxima \[0\. 0\. 0\. 0\.\]$", after, re.MULTILINE) == ["0", "1"]
     assert all(abs(total - 1) < 1e-6 for total in sums(after))

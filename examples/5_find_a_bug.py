@@ -1,4 +1,4 @@
-"""Find a bug inside of a kernel, without a GPU: python examples/3_find_a_bug.py [FOLDER for the kernels' source]"""
+"""Find a bug inside of a kernel, without a GPU: python examples/5_find_a_bug.py [FOLDER for the kernels' source]"""
 
 import pathlib
 import sys
