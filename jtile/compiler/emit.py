@@ -151,6 +151,11 @@ class Emitter:
                 f"{kernel} loads by pointers at {', '.join(dict.fromkeys(self.loads_in_loops))}. Set tma=True and load "
                 "blocks that it can move, or leave warp_specialize out."
             )
+        if any(line.startswith(" " * 8) and "tl.debug_barrier()" in line for line in self.lines):
+            raise CannotSpecialize(
+                f"CompilerParams: warp_specialize=True sets warps that run the loop apart; those of {kernel} wait for "
+                "each other in it. Write to one part of each ref there, or leave warp_specialize out."
+            )
 
     # Writing
 

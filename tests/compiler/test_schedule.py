@@ -141,3 +141,15 @@ def test_persistent_kernels_fill_the_chip():
 def test_specialised_warps_load_by_tma():
     with pytest.raises(CannotSpecialize, match=r"loads by pointers at .*test_schedule.py:\d+.*Set tma=True"):
         emit(attention(mask=True), CompilerParams(tma=True, warp_specialize=True))
+
+
+def test_specialised_warps_do_not_wait_for_each_other():
+    def body(x_ref, o_ref):
+        @pl.loop(0, 4)
+        def _(i):
+            o_ref[...] = jnp.zeros(o_ref.shape)
+            o_ref[i] = jnp.ones(64)
+
+    zeros = jnp.zeros((64, 64))
+    with pytest.raises(CannotSpecialize, match="wait for each other in it. Write to one part"):
+        emit(kernel(pl.pallas_call(body, out_shape=zeros), zeros), CompilerParams(tma=False, warp_specialize=True))
