@@ -355,6 +355,7 @@ _LIBDEVICE = {
     "cbrt": np.cbrt,
     "clz": _leading_zeros,
     "cosh": np.cosh,
+    "cyl_bessel_i1": scipy.special.i1,
     "erfc": scipy.special.erfc,
     "erfinv": scipy.special.erfinv,
     "expm1": np.expm1,

@@ -36,6 +36,8 @@ WIDE = {
     "mulhi_unsigned": (lambda x: lax.mulhi(x, x[::-1]), WORDS.astype(np.uint64)),
     "nextafter": (lambda x: lax.nextafter(x, x[::-1]) + lax.nextafter(x, jnp.float64(jnp.inf)), Y),
     "digamma": (lambda x: lax.digamma(x * 5), Y),
+    "polygamma": (lambda x: lax.polygamma(jnp.arange(9.0) % 3, jnp.abs(x * 5)), Y),
+    "bessel_i1e": (lambda x: lax.bessel_i1e(x * 50), Y),
     "igamma": (lambda x: lax.igamma(jnp.abs(x), jnp.abs(x[::-1])), Y),
     "arguments": (lambda x: jnp.argmax(x, 1) + jnp.argmin(x, 1), X),
     "scans": (lambda x: jnp.cumsum(x) + lax.cummax(x, reverse=True), WORDS),

@@ -55,10 +55,6 @@ REASONS: tuple[tuple[str, str], ...] = (
         "block's scale through the refs, and multiply with `jnp.dot`.",
     ),
     (
-        "bessel_i1e polygamma zeta",
-        "Neither libdevice nor JAX has it in terms of simpler operations. " + OUTSIDE,
-    ),
-    (
         "eq_to le_to lt_to",
         "Comparisons in which NaN equals itself serve `jax.lax.sort` alone, which is written without them. Compare "
         "with `==`, `<` and `jnp.isnan`.",

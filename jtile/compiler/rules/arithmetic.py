@@ -188,6 +188,32 @@ def digamma(x):
     return jnp.where(mirrored, jnp.where(x == whole, pole, reflected), result)
 
 
+def zeta(x, q):
+    """The sum of (q + k)^-x over k from 0, by Euler and Maclaurin's formula from the tenth term on (DLMF 25.11.5)."""
+    total = jnp.zeros_like(q)
+    for k in range(10):
+        total += (q + k) ** -x
+    a = q + 10
+    total += a ** (1 - x) / (x - 1) + 0.5 * a**-x
+    power, factorial = x * a ** (-x - 1), 2.0
+    for j, bernoulli in enumerate((1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6, -3617 / 510), start=1):
+        total += bernoulli / factorial * power
+        power *= (x + (2 * j - 1)) * (x + 2 * j) / (a * a)
+        factorial *= (2 * j + 1) * (2 * j + 2)
+    even = jnp.floor(x / 2) * 2 == x
+    pole = jnp.where(even, jnp.inf, jnp.nan)
+    total = jnp.where(q > 0, total, jnp.where(jnp.floor(q) == q, pole, jnp.where(jnp.floor(x) == x, total, jnp.nan)))
+    return jnp.where(x == 1, jnp.inf, jnp.where(x < 1, jnp.nan, total))
+
+
+def polygamma(n, x):
+    """The derivative of order n of `digamma` (DLMF 25.11.12)."""
+    odd = jnp.floor(n / 2) * 2 != n
+    derivative = jnp.where(odd, 1, -1) * jnp.exp(jax.lax.lgamma(n + 1)) * zeta(n + 1, x)
+    derivative = jnp.where((n < 0) | (jnp.floor(n) != n), jnp.nan, derivative)
+    return jnp.where(n == 0, digamma(x), derivative)
+
+
 # In terms of simpler operations, most of them as JAX itself writes them for XLA.
 SPECIAL: dict[str, Callable] = {
     "igamma": borrowed.igamma,
@@ -195,6 +221,8 @@ SPECIAL: dict[str, Callable] = {
     "igamma_grad_a": borrowed.igamma_grad_a,
     "regularized_incomplete_beta": borrowed.regularized_incomplete_beta,
     "digamma": digamma,
+    "polygamma": polygamma,
+    "zeta": zeta,
     "bessel_i0e": borrowed.bessel_i0e,
 }
 
@@ -225,6 +253,28 @@ def polynomial(e, eqn, *operands: Value):
 def reciprocal(e, eqn, x: Value):
     """Correctly rounded, whether or not an approximation would do."""
     return e.compute(lambda x: 1 / x, x)[0]
+
+
+@rule("bessel_i1e")
+def bessel_i1e(e, eqn, x: Value):
+    """exp(-|x|) times the modified Bessel function, which is too large for a float far from 0."""
+    wide = cast(e, x, np.dtype(np.float32)) if narrow_float(x.dtype) else x
+    [near] = e.compute(lambda x: jnp.clip(x, -60, 60), wide)
+    near = e.let(f"libdevice.cyl_bessel_i1({e.tensor(near)})", near.shape, near.dtype, "bessel_i1")
+    [result] = e.compute(_scaled_bessel_i1, wide, near)
+    return cast(e, result, x.dtype)
+
+
+def _scaled_bessel_i1(x, near):
+    """From I1 near 0, and elsewhere from Hankel's expansion (DLMF 10.40.1)."""
+    size = jnp.abs(x)
+    large = jnp.maximum(size, 60)
+    term = total = jnp.ones_like(x)
+    for k in range(1, 11):
+        term *= ((2 * k - 1) ** 2 - 4) / (8 * k * large)
+        total += term
+    far = jnp.sign(x) * total / jnp.sqrt(2 * jnp.pi * large)
+    return jnp.where(size < 60, near * jnp.exp(-size), far)
 
 
 @rule("sign")

@@ -100,6 +100,13 @@ for _name, (_function, _x, _y) in BINARY.items():
 
 SPECIAL_FUNCTIONS = {
     "digamma": (lax.digamma, np.concatenate([X * 6, np.array([[0.0, -1.0, -2.0, 1e3] * 6], np.float32)])),
+    "bessel_i1e": (lax.bessel_i1e, np.array([[0.0, 1e-3, -2.0, 30.0, 59.0, -61.0, 80.0, 1e4, -np.inf, np.nan]], "f")),
+    "zeta": (lambda x: lax.zeta(x + 1.2, jnp.flip(x, 1) * 3), POSITIVE[:4, :5]),
+    "zeta_at_poles": (
+        lambda x: lax.zeta(jnp.arange(2.0, 9.0) / 2, x),
+        np.array([2.0, 2, -1, -1, -1.5, -1.5, 0.5], "f"),
+    ),
+    "polygamma": (lambda x: lax.polygamma(jnp.round(x * 2), jnp.flip(x, 1) * 3), POSITIVE[:4, :5]),
     "bessel_i0e": (lax.bessel_i0e, X * 6),
     "igamma": (lambda x: lax.igamma(x, jnp.flip(x, 1)), POSITIVE * 3),
     "igammac": (lambda x: lax.igammac(x, jnp.flip(x, 1)), POSITIVE * 3),
