@@ -186,16 +186,24 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("run", [interpret_pallas, debug])
+# The arrays are small: compiling is what takes time.
+quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.cache
+def small_case(name):
+    case = CASES[name]
+    operands = case.operands(case.small)
+    return case.both(case.kernel), operands, quickly(case.both(case.reference))(*operands)
+
+
+@pytest.mark.parametrize("run", [lambda f: quickly(interpret_pallas(f)), debug], ids=["interpreted", "debug"])
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name, run):
     """By Pallas' interpreter, and the generated source on the CPU."""
-    case = CASES[name]
-    operands = case.operands(case.small)
-    for found, expected in zip(
-        run(case.both(case.kernel))(*operands), case.both(case.reference)(*operands), strict=True
-    ):
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-5)
+    function, operands, expected = small_case(name)
+    for f, e in zip(run(function)(*operands), expected, strict=True):
+        np.testing.assert_allclose(f, e, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
