@@ -10,20 +10,19 @@ from jax.extend.core import jaxpr_as_fun
 from jax.lax import GatherScatterMode
 
 from jtile.compiler.rules import rule
+from jtile.compiler.rules.arithmetic import cast
 from jtile.compiler.rules.shape import picked, reshaped, transposed
 from jtile.compiler.value import Value, constant
 
 
 def within(e, index: Value, limit: int) -> Value:
-    """`index` as 32-bit integers moved into 0 to `limit`, as JAX moves a slice that would run out of an array."""
+    """`index`, of at least 32 bits, as 32-bit integers moved into 0 to `limit`, as JAX moves slices that run out."""
     if index.constant is not None:
         return constant(min(max(int(index.constant), 0), limit), index.shape, np.int32)
     text = index.text
-    if index.dtype.itemsize < 4:  # `limit` may not fit
-        text = f"tl.cast({text}, tl.int32)"
     if index.bounds is None or index.bounds[0] < 0 or index.bounds[1] > limit:
         text = f"tl.minimum(tl.maximum({text}, 0), {limit})"
-    if index.dtype.itemsize > 4 or index.dtype == np.uint32:
+    if index.dtype != np.int32:
         text = f"tl.cast({text}, tl.int32)"
     if text == index.text:
         return index
@@ -32,19 +31,24 @@ def within(e, index: Value, limit: int) -> Value:
     return e.let(text, index.shape, np.int32, "start", bounds=bounds)
 
 
+def _wide(e, index: Value) -> Value:
+    """`index` in a type that holds the size of any tile."""
+    return cast(e, index, np.dtype(np.int32)) if index.dtype.itemsize < 4 else index
+
+
 @rule("dynamic_slice")
 def dynamic_slice(e, eqn, x: Value, *starts: Value):
     shape = tuple(eqn.params["slice_sizes"])
     coordinates: list[int | str] = list(range(len(shape)))
     for axis, (start, size, n) in enumerate(zip(starts, shape, x.shape, strict=True)):
         if size != n:
-            coordinates[axis] = f"{within(e, start, n - size).text} + {e.lanes(size, axis, len(shape))}"
+            coordinates[axis] = f"{within(e, _wide(e, start), n - size).text} + {e.lanes(size, axis, len(shape))}"
     return picked(e, x, shape, coordinates)
 
 
 @rule("dynamic_update_slice")
 def dynamic_update_slice(e, eqn, x: Value, update: Value, *starts: Value):
-    clamped = [within(e, s, n - m) for s, n, m in zip(starts, x.shape, update.shape, strict=True)]
+    clamped = [within(e, _wide(e, s), n - m) for s, n, m in zip(starts, x.shape, update.shape, strict=True)]
     return _replaced(e, x, update, clamped, lambda old, new: new)
 
 
@@ -71,6 +75,7 @@ def _replaced(e, x: Value, window: Value, starts: Sequence[Value], combine, only
 
 @rule("gather")
 def gather(e, eqn, x: Value, indices: Value):
+    indices = _wide(e, indices)
     numbers, sizes, mode = (eqn.params[key] for key in ("dimension_numbers", "slice_sizes", "mode"))
     shape = tuple(eqn.outvars[0].aval.shape)
     dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
@@ -146,7 +151,7 @@ def scatter(e, eqn, x: Value, indices: Value, updates: Value):
     count = math.prod(places)
     updates = transposed(e, updates, (*batch, *numbers.update_window_dims))
     updates = reshaped(e, updates, (count, *sizes))
-    indices = reshaped(e, indices, (count, indices.shape[-1]))
+    indices = reshaped(e, _wide(e, indices), (count, indices.shape[-1]))
     combine = _combination(e, eqn, x)
 
     def one(x: Value, turn: Value) -> Value:

@@ -16,6 +16,11 @@ INDEXED = {
     "take_columns": (lambda x, i: jnp.take(x, i, axis=1), (4, 7), ANY),
     "take_clipped": (lambda x, i: jnp.take(x, i, axis=1, mode="clip"), (4, 7), ANY),
     "take_filled": (lambda x, i: jnp.take(x, i, axis=1, mode="fill", fill_value=3.0), (4, 7), ANY),
+    "take_by_bytes": (
+        lambda x, i: jnp.take(x, i.astype(jnp.int8) * 12, mode="fill") + lax.dynamic_index_in_dim(x, jnp.uint8(200)),
+        (300,),
+        ANY,
+    ),
     "take_flat": (lambda x, i: jnp.take(x, i), (4, 7), ANY * 3 + 6),
     "pairs": (lambda x, i: x[i, (i * 2) % 7], (4, 7), INSIDE),
     "grid_of_pairs": (lambda x, i: x[i[:, None], i[None, :]], (4, 7), INSIDE),
