@@ -138,7 +138,7 @@ def test_the_readme_shows_the_table():
 # On a GPU the same laws bind the compiled kernels, and so do sizes that are met in practice.
 
 SEVERAL_DEVICES = ("auto_sharding", "explicit_sharding", "gathering", "shard_map", "pmap")
-WITHOUT = ("exchanges", *(SEVERAL_DEVICES if jax.device_count() == 1 else ()))  # devices, or use for any
+WITHOUT = ("exchanges", *(SEVERAL_DEVICES if jax.device_count() == 1 else ()))  # the first needs no GPU anywhere
 ON_GPU = [(name, law) for name, law in TABLE if law not in WITHOUT]
 
 
