@@ -35,7 +35,7 @@ def weighted_sum(body: Body):
     x = body.pick(lambda v: v.rank == 2 and v.is_float and v.exact)
     y = body.pick(lambda v: v.rank == 1 and v.shape[0] == x.shape[1] and v.exact)
     y = body.cast(y, x.dtype)
-    limit = max(int(math.sqrt(greatest(x.dtype) / x.shape[1])), 1)
+    limit = max(int(math.sqrt(min(greatest(x.dtype), 2**22) / x.shape[1])), 1)
     x, y = body.tame(x, limit), body.tame(y, limit)
     body.let(f"{x.text} @ {y.text}", x.shape[:1], x.dtype, x, y, bound=x.bound * y.bound * x.shape[1])
 
@@ -56,7 +56,7 @@ def batched_product(body: Body):
     x = body.pick(lambda v: v.rank == 3 and v.is_float and v.exact)
     y = body.pick(lambda v: v.rank == 3 and v.shape[0] == x.shape[0] and v.shape[1] == x.shape[2] and v.exact)
     y = body.cast(y, x.dtype)
-    limit = max(int(math.sqrt(greatest(x.dtype) / x.shape[2])), 1)
+    limit = max(int(math.sqrt(min(greatest(x.dtype), 2**22) / x.shape[2])), 1)
     x, y = body.tame(x, limit), body.tame(y, limit)
     shape = (*x.shape[:2], y.shape[2])
     if math.prod(shape) > MOST_ELEMENTS:
