@@ -70,7 +70,8 @@ def sanitize(tool: str, arguments: list[str]) -> bool:
     }
     with tempfile.TemporaryDirectory() as folder:
         command = [executable(), "--tool", tool, "--log-file", f"{folder}/log", "--report-api-errors", "no"]
-        command += ["--print-limit", "0", "--show-backtrace", "device", sys.executable, "-m", "pytest", "-m", "gpu"]
+        command += ["--require-cuda-init", "no", "--print-limit", "0", "--show-backtrace", "device"]
+        command += [sys.executable, "-m", "pytest", "-m", "gpu"]
         tests = subprocess.run([*command, "-q", *arguments], env=environment).returncode
         path = pathlib.Path(folder, "log")
         log = path.read_text(errors="replace") if path.exists() else ""
