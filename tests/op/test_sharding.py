@@ -1,3 +1,4 @@
+import itertools
 import re
 
 import jax
@@ -170,6 +171,27 @@ def test_cotangents_are_split_as_their_operands_are():
     (dx, dw), _ = run(grad, mesh, (X, P("a")), (W, P()))
     same((dx, dw), jax.grad(lambda x, w: reference(x, w)[0].sum(), argnums=(0, 1))(X, W))
     assert split_as(dx, P("a")) and split_as(dw, P())
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("kinds", [*itertools.product([AxisType.Auto, AxisType.Explicit], repeat=2)], ids=str)
+def test_axes_of_every_kind_beside_a_manual_one(kinds, check_vma):
+    """Over one axis by hand, and over the others as their kinds have it."""
+    mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), (AxisType.Auto, *kinds))
+
+    def gradients(f):
+        return jax.grad(lambda x, w: jnp.sum(jnp.sin(f(x, w)[0])), argnums=(0, 1))
+
+    mapped = jax.shard_map(
+        lambda x, w: tuple(op(x, w))[:1],
+        mesh=mesh,
+        axis_names={"a"},
+        in_specs=(P("a"), P()),
+        out_specs=P("a"),
+        check_vma=check_vma,
+    )
+    (dx, dw), _ = run(gradients(mapped), mesh, (X, P("a", ("b", "c"))), (W, P()))
+    same((dx, dw), gradients(reference)(X, W))
 
 
 # Results that are more than a sum, and operands of positions.
