@@ -191,7 +191,7 @@ def programs(draw) -> Program:
     specs, operands, refs = [], [], []
 
     def operand(block, dtype, spec, number):
-        special = dtype in PRECISION and body.chance(4)
+        special = dtype in PRECISION and body.chance(3)
         if dtype in INTEGERS:
             bound = greatest(dtype) if body.chance(2) else 5.0
         else:
@@ -206,7 +206,7 @@ def programs(draw) -> Program:
             block = [body.one_of(SIZES) if body.chance(2) else n for n in block]
         if math.prod(block) > MOST_ELEMENTS:
             block = common
-        operand(block, body.one_of(DTYPES), _input_spec(draw, block, grid, axes), number)
+        operand(block, body.one_of((*PRECISION, *PRECISION, *DTYPES)), _input_spec(draw, block, grid, axes), number)
     aliases = {}
     aliased = body.chance(6)
     if aliased:
