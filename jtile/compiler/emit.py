@@ -24,6 +24,7 @@ from jtile.compiler.value import (
     Block,
     Value,
     constant,
+    float8,
     four_bits,
     is_wide,
     stored,
@@ -477,6 +478,8 @@ class Emitter:
         """The value as a tile (or typed scalar) of its own."""
         if value.constant is None:
             return value.text
+        if float8(value.dtype):  # of which Triton 3.6 makes no constants
+            return f"tl.cast(tl.full({list(value.tile)}, {value.text}, tl.float32), {triton_type(value.dtype)})"
         return f"tl.full({list(value.tile)}, {value.text}, {triton_type(value.dtype)})"
 
     def operands(self, *values: Value, shape: tuple[int, ...]) -> list[str]:
@@ -485,7 +488,7 @@ class Emitter:
         Constants stay literals where other operands give the type and the shape.
         """
         given = [v.shape for v in values if v.constant is None]
-        if given and np.broadcast_shapes(*given) == shape:
+        if given and np.broadcast_shapes(*given) == shape and not any(float8(v.dtype) for v in values):
             return [v.text for v in values]
         return [v.text if v.constant is None else self.tensor(constant(v.constant, shape, v.dtype)) for v in values]
 
@@ -511,6 +514,8 @@ class Emitter:
         if not axes or (value.zero_padded and filler == 0):
             return value
         text = constant(filler, (), value.dtype).text
+        if float8(value.dtype):
+            text = self.tensor(constant(filler, (), value.dtype))
         return self.let(
             f"tl.where({self.inside(value.shape, axes)}, {value.text}, {text})", value.shape, value.dtype, "fill"
         )

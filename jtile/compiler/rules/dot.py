@@ -14,8 +14,8 @@ from jtile.compiler.rules.arithmetic import cast
 from jtile.compiler.rules.shape import joined, reshaped, transposed
 from jtile.compiler.value import Value, constant, float8, stored, tile, triton_type
 
-# Fewest terms that a tensor core sums in one instruction, by the operands' bytes.
-LEAST_TERMS = {1: 32, 2: 16, 4: 8, 8: 4}
+# Fewest terms that every supported Triton takes in a product, by the operands' bytes.
+LEAST_TERMS = {1: 32, 2: 16, 4: 16, 8: 16}
 
 # float32 products. By default tensor cores round operands to TF32 (10 bits of mantissa), as XLA does on GPUs.
 PRECISIONS = {

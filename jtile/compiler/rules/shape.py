@@ -296,18 +296,16 @@ def picked(e, x: Value, shape: tuple[int, ...], coordinates: Sequence[int | str]
     """
     if x.constant is not None:
         return constant(x.constant, shape, x.dtype)
-    if len(shape) != len(x.shape) or len(moved := _moved(x, shape, coordinates)) > 1:
+    sides = tile(shape)
+    moved = _moved(x, shape, coordinates) if len(shape) == len(x.shape) else []
+    # Triton 3.6 and 3.7 fail where a gather changes an axis's size.
+    if len(shape) != len(x.shape) or len(moved) > 1 or any(x.tile[axis] != sides[axis] for axis in moved):
         return _picked_by_number(e, x, shape, coordinates)
-    sides, text = list(tile(shape)), x.text
-    if moved:
-        (axis,) = moved
-        sides[axis] = x.tile[axis]
-    if tuple(sides) != x.tile:
-        text = f"tl.broadcast_to({text}, {sides})"
-    if moved:
+    text = x.text if x.tile == sides else f"tl.broadcast_to({x.text}, {list(sides)})"
+    for axis in moved:
         index = _source(e, coordinates[axis], shape)
         index = f"tl.minimum(tl.maximum({index}, 0), {x.tile[axis] - 1})"
-        text = f"tl.gather({text}, tl.broadcast_to({index}, {list(tile(shape))}), {axis})"
+        text = f"tl.gather({text}, tl.broadcast_to({index}, {list(sides)}), {axis})"
     return x if text == x.text and shape == x.shape else e.let(text, shape, x.dtype, "take", bounds=x.bounds)
 
 
