@@ -8,7 +8,7 @@ from jtile.compiler.emit import CannotSpecialize, emit
 from jtile.compiler.kernel import Kernel, Source
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.rewrite import equations
-from jtile.compiler.target import REGISTERS, Target
+from jtile.compiler.target import REGISTERS, Occupancy, Target
 
 # Rows of a product that two groups of four warps share: 64 each, the rows of one wgmma.
 SHARED_ROWS = 128
@@ -36,10 +36,14 @@ def compile_kernel(kernel: Kernel, params: CompilerParams, target: Target) -> tu
     else:
         schedule = plain
         source = emit(kernel, schedule)
-        compiled = _with_room(source, schedule, target, build(source, schedule, target))
+        compiled = build(source, schedule, target)
+        if target.compute_capability >= 90 and "mma.sync" in compiled.instructions:
+            if params.tma is None and schedule.tma:
+                schedule, compiled = _further_ahead(source, schedule, target, compiled)
+            if params.max_registers is None:
+                compiled = _with_room(source, schedule, target, compiled)
     if schedule.persistent or kernel.num_sizes:
-        blocks = target.occupancy(compiled.registers, compiled.shared_bytes, compiled.threads).blocks
-        at_once = blocks * target.sms
+        at_once = _blocks(compiled, target).blocks * target.sms
         source = dataclasses.replace(source, grid=(at_once if kernel.num_sizes else min(source.grid[0], at_once), 1, 1))
     return source, compiled
 
@@ -60,9 +64,10 @@ def schedules(kernel: Kernel, params: CompilerParams, target: Target) -> Iterato
             )
     products = [eqn for eqn in equations(kernel.jaxpr) if eqn.primitive.name == "dot_general"]
     if params.tma is None:
-        # It feeds tensor cores well; what is only read once and computed on gains nothing on the way through shared
-        # memory.
-        params = dataclasses.replace(params, tma=hopper and params.num_ctas == 1 and bool(products))
+        # It feeds tensor cores well, of types that they take as they are. What is only read once and computed on gains
+        # nothing on the way through shared memory.
+        feeds = any(all(_bytes(v) <= 2 for v in product.invars) for product in products)
+        params = dataclasses.replace(params, tma=hopper and params.num_ctas == 1 and feeds)
     if params.warp_specialize is None:
         # Products that wait for each other, as attention's do, leave the tensor cores to the other group of warps
         # meanwhile. Triton makes the two groups of four, and takes another four to load.
@@ -73,24 +78,40 @@ def schedules(kernel: Kernel, params: CompilerParams, target: Target) -> Iterato
     yield params
 
 
+def _bytes(operand) -> int:
+    return operand.aval.dtype.itemsize
+
+
 def _rows(product) -> int:
     """Of a product of matrices; 0 of several at once."""
     shape = product.outvars[0].aval.shape
     return shape[0] if len(shape) == 2 else 0
 
 
-def _with_room(source: Source, params: CompilerParams, target: Target, compiled: Compiled) -> Compiled:
-    """The kernel, with fewer registers for a thread if another block then fits on a multiprocessor.
+# On Hopper and later, tiles that are multiplied by `mma.sync` are small, and such a kernel mostly waits: for loads, and
+# for what its other warps compute. More stages and more blocks on a multiprocessor hide more of that.
 
-    On Hopper and later, tiles that are multiplied by `mma.sync` are small: such a kernel mostly waits, and a block more
-    hides more of that than some spilled registers cost.
-    """
-    if params.max_registers is not None or target.compute_capability < 90 or "mma.sync" not in compiled.instructions:
-        return compiled
-    now = target.occupancy(compiled.registers, compiled.shared_bytes, compiled.threads)
+
+def _further_ahead(source: Source, params: CompilerParams, target: Target, compiled: Compiled):
+    """The kernel with loads a turn further ahead, if as many blocks then fit on a multiprocessor."""
+    deeper = dataclasses.replace(params, num_stages=params.num_stages + 1)
+    try:
+        ahead = build(source, deeper, target)
+    except TileTooLarge:
+        return params, compiled
+    fits = _blocks(ahead, target).blocks >= _blocks(compiled, target).blocks
+    return (deeper, ahead) if fits and ahead.spill_bytes <= compiled.spill_bytes else (params, compiled)
+
+
+def _with_room(source: Source, params: CompilerParams, target: Target, compiled: Compiled) -> Compiled:
+    """The kernel with fewer registers for a thread, if another block then fits and few of them are spilled."""
+    now = _blocks(compiled, target)
     registers = REGISTERS // ((now.blocks + 1) * compiled.threads) // 8 * 8
     if now.limiter != "registers" or now.blocks > FEW_BLOCKS or registers < 0.75 * compiled.registers:
         return compiled
     fewer = build(source, dataclasses.replace(params, max_registers=registers), target)
-    then = target.occupancy(fewer.registers, fewer.shared_bytes, fewer.threads)
-    return fewer if then.blocks > now.blocks and fewer.spill_bytes <= SPILLS else compiled
+    return fewer if _blocks(fewer, target).blocks > now.blocks and fewer.spill_bytes <= SPILLS else compiled
+
+
+def _blocks(compiled: Compiled, target: Target) -> Occupancy:
+    return target.occupancy(compiled.registers, compiled.shared_bytes, compiled.threads)
