@@ -180,7 +180,7 @@ def _picture(one: Launch) -> str:
         f'<div class="picture" data-names="{escape(json.dumps(names))}">'
         f"<p>Each program has a colour. Point at a program to see its tiles, or at a tile to see its programs.{note} "
         f'<output></output></p><div class="arrays">{_programs(one.kernel, programs, colours)}'
-        f"{''.join(_array(one.kernel, ref, programs, colours) for ref in one.kernel.refs)}</div></div>"
+        f"{''.join(_array(ref, verb, programs, colours) for ref, verb in _uses(one.kernel))}</div></div>"
     )
 
 
@@ -201,12 +201,14 @@ def _starts(ref: Ref, programs: np.ndarray) -> np.ndarray | None:
     """Where the block of each program begins in each dimension; None where that hangs on values."""
     if ref.index_map is None:
         return np.zeros((len(programs), len(ref.shape)), int)
-    if len(ref.index_map.invars) != programs.shape[1]:
+    prefetched = ref.index_map.invars[programs.shape[1] :]
+    if any(v is p for eqn in ref.index_map.eqns for v in eqn.invars for p in prefetched):
         return None
-    if not programs.shape[1]:
-        indices = jaxpr_as_fun(ref.index_map)()
-    else:
-        indices = jax.vmap(jaxpr_as_fun(ref.index_map))(*programs.T.astype(np.int32))
+
+    def at(*ids):
+        return jaxpr_as_fun(ref.index_map)(*ids, *prefetched)  # which it does not read
+
+    indices = jax.vmap(at)(*programs.T.astype(np.int32)) if programs.shape[1] else at()
     steps = [dimension.step for dimension in ref.block]
     return np.stack([np.broadcast_to(i, len(programs)) * s for i, s in zip(indices, steps, strict=True)], axis=1)
 
@@ -227,9 +229,19 @@ def _programs(kernel: Kernel, programs: np.ndarray, colours: Sequence[str]) -> s
     )
 
 
-def _array(kernel: Kernel, ref: Ref, programs: np.ndarray, colours: Sequence[str]) -> str:
+def _uses(kernel: Kernel) -> Iterator[tuple[Ref, str]]:
+    """Each array, and what programs do to it."""
+    verbs = {"ReadEffect": "read", "WriteEffect": "written", "AccumEffect": "added to"}
+    for i, (ref, variable) in enumerate(zip(kernel.refs, kernel.jaxpr.invars, strict=False)):  # scratch comes after
+        if i < kernel.num_prefetched:
+            yield ref, "prefetched"
+            continue
+        effects = {type(e).__name__ for e in kernel.jaxpr.effects if getattr(e, "input", None) is variable}
+        yield ref, " and ".join(verb for effect, verb in verbs.items() if effect in effects) or "unused"
+
+
+def _array(ref: Ref, verb: str, programs: np.ndarray, colours: Sequence[str]) -> str:
     """An array, and on it the block of each program."""
-    verb = "reads" if ref in kernel.inputs else "writes"
     caption = f"<b>{escape(ref.name)}</b> {ref.dtype.name}[{', '.join(map(str, ref.shape))}], {verb}"
     starts = _starts(ref, programs)
     if starts is None:
@@ -269,7 +281,9 @@ def _matrix(lead, tiles, sizes, shape, pad: int, colours) -> str:
     # What lies past the array's edges is neither read nor written.
     edges = [(low, left, 0 - low, right - left), (low, left, high - low, 0 - left)]
     edges += [(shape[-2], left, high - shape[-2], right - left), (low, shape[-1], high - low, right - shape[-1])]
-    drawn += [rect(*e, 'class="outside"', "past the edge: reads 0") for e in edges if e[2] > 0 and e[3] > 0]
+    drawn += [
+        rect(*e, 'class="outside"', "past the edge: 0 is read, nothing written") for e in edges if e[2] > 0 and e[3] > 0
+    ]
     part = [
         f"{name} {max(0, a)} to {min(b, n)} of {n}"
         for name, a, b, n in (("rows", low, high, shape[-2]), ("columns", left, right, shape[-1]))

@@ -15,6 +15,7 @@ from jtile.__main__ import UsageError, main, parse
 KERNELS = '''
 import jax, jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 import triton, triton.language as tl
 import jtile
 
@@ -50,6 +51,21 @@ def product(a, b, tma=None):
         out_shape=jax.ShapeDtypeStruct((a.shape[0], b.shape[1]), a.dtype),
         compiler_params=jtile.CompilerParams(tma=tma),
     )(a, b)
+
+
+def chosen(order, x):
+    """Blocks in an order that is read from memory, in an array whose results are written twice."""
+
+    def kernel(order_ref, x_ref, whole_ref, y_ref):
+        y_ref[...] = x_ref[...]
+        y_ref[...] = y_ref[...] + 1
+
+    in_specs = [pl.BlockSpec((16,), lambda i, order: (order[i],)), pl.BlockSpec(x.shape, lambda i, order: (0,))]
+    grid_spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1, grid=(4,), in_specs=in_specs, out_specs=pl.BlockSpec((16,), lambda i, order: (3 - i,))
+    )
+    shape = jax.ShapeDtypeStruct((64,), x.dtype)
+    return pl.pallas_call(kernel, shape, grid_spec=grid_spec, compiler_params=jtile.CompilerParams())(order, x, x)
 
 
 @triton.jit
@@ -372,10 +388,23 @@ def test_the_picture_of_tiles(written):
     assert tiles == [*own, *own, all_, *own]  # programs, x, factor, y
     titles = [text for _, text in page.find("title")]
     assert "[0:128, 0:512]" in titles and "[896:1024, 0:512]" in titles and "[0:512]" in titles
-    assert titles.count("past the edge: reads 0") == 2  # 1000 rows in blocks of 128
+    assert titles.count("past the edge: 0 is read, nothing written") == 2  # 1000 rows in blocks of 128
     captions = [text for _, text in page.find("figcaption")]
-    assert captions == ["programs 8", "x_ref float32[1000, 512], reads", "factor_ref float32[512], reads",
-                        "y_ref float32[1000, 512], writes"]  # fmt: skip
+    assert captions == ["programs 8", "x_ref float32[1000, 512], read", "factor_ref float32[512], read",
+                        "y_ref float32[1000, 512], written"]  # fmt: skip
+
+
+def test_what_programs_do_to_arrays(written):
+    page, _ = written("chosen", "i32[4], f32[64]", "--only")
+    assert [text for _, text in page.find("figcaption")] == [
+        "programs 4",
+        "order_ref int32[4], prefetched",
+        "x_ref float32[64], read: blocks that operands choose",
+        "whole_ref float32[64], unused",
+        "y_ref float32[64], read and written",
+    ]
+    starts = [text for _, text in page.find("title") if re.fullmatch(r"\[\d+:\d+\]", text)]
+    assert starts == ["[0:4]", "[0:64]", "[48:64]", "[32:48]", "[16:32]", "[0:16]"]
 
 
 def test_large_grids_are_drawn_in_part(written):
