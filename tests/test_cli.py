@@ -115,7 +115,7 @@ def run(file, capsys):
 
 
 def line_of(text: str) -> int:
-    [number] = [i for i, line in enumerate(KERNELS.splitlines(), 1) if text in line]
+    [number] = [i for i, line in enumerate(KERNELS.splitlines(keepends=True), 1) if text in line]
     return number
 
 
@@ -125,7 +125,7 @@ def line_of(text: str) -> int:
 def test_source_with_lines_and_resources_of_every_generation(run):
     code, out, err = run("scale", "--args", "f32[1000, 512], f32[512]", "--target", "NVIDIA H200")
     assert (code, err) == (0, "")
-    load, store = line_of("x = x_ref"), line_of("y_ref[...] = x")
+    load, store = line_of("x = x_ref"), line_of("    y_ref[...] = x\n")
     assert f"# users_kernels.py:{load}: x = x_ref[...] * factor_ref[...]\n    x_1 = tl.load(" in out
     assert f"# users_kernels.py:{store}: y_ref[...] = x\n    tl.store(" in out
     assert out.count("def scale_kernel(") == 1

@@ -87,6 +87,9 @@ class Emitter:
         self.ids: list[Value] = []  # this program's position along each axis of the grid
         names = [ref.name for ref in kernel.refs]
         threads = 32 * params.num_warps * params.num_ctas
+        self.changing = {
+            scratch.name for scratch in kernel.scratch
+        }  # names that are assigned again, and copies of them
         self.order = Order(threads, {names[kernel.num_inputs + o]: names[i] for i, o in kernel.input_output_aliases})
         self.sizes: list[Value] = []  # programs along each axis
         self.programs: str | None = None  # how many there are, where each takes the place of several in turn
@@ -192,7 +195,23 @@ class Emitter:
         """Gives the expression `text` a name."""
         name = self.name(hint)
         self.line(f"{name} = {text}")
+        if text in self.changing:
+            self.changing.add(name)
         return Value(name, shape, np.dtype(dtype), **facts)
+
+    def variable(self, value: Value, hint: str) -> Value:
+        """A name that loops assign again, which holds `value` for now."""
+        variable = self.let(self.tensor(value), value.shape, value.dtype, hint)
+        self.changing.add(variable.text)
+        return variable
+
+    def set(self, name: str, text: str) -> None:
+        """Assigns a name again.
+
+        Triton takes a name to stay what it is in a loop if a first look at the body finds it equal to what it was. That
+        may be so just then, where it gets what another name held. What `tl.where` gives is never equal to anything.
+        """
+        self.line(f"{name} = {f'tl.where(True, {text}, {text})' if text in self.changing else text}")
 
     def once(self, name: str, text: str) -> str:
         """A name assigned at the top of the kernel."""
@@ -266,7 +285,7 @@ class Emitter:
         if self._unassigned.get(scratch.name) == self._depth:
             del self._unassigned[scratch.name]
         self._initialise(scratch)
-        self.line(f"{scratch.name} = {self.tensor(value)}")
+        self.set(scratch.name, self.tensor(value))
 
     def _initialise(self, scratch: Scratch) -> None:
         """Triton wants a value ahead of the loops and branches that assign another."""

@@ -15,10 +15,10 @@ class CompilerParams:
       warp_specialize: True gives the loads and products of the kernel's one loop warps of their own (Hopper and later,
         with `num_warps=4`; every load in the loop by TMA). None lets the compiler choose, False forbids it.
       max_registers: most registers a thread may use: 24, 32, ..., 248, or 255; None for no limit.
-      tma: True moves blocks with the Tensor Memory Accelerator (Hopper and later) wherever it can: matrices in an array
-        of up to five dimensions, whose sides are powers of two up to 256 or reach the array's end; the last dimension
-        16 bytes or more, and every other stride a multiple of 16 bytes. None does so in kernels that multiply matrices
-        of 8 or 16 bits; False uses pointers.
+      tma: True moves blocks with the Tensor Memory Accelerator (Hopper and later) wherever it can: matrices of at least
+        8 rows of 32 bytes, in an array of up to five dimensions, whose sides are powers of two up to 256 or reach the
+        array's end, every stride but the last a multiple of 16 bytes. None does so in kernels that multiply matrices of
+        8 or 16 bits; False uses pointers.
       persistent: launch as many programs as the chip holds at once, each of which takes the place of several in turn.
 
     Raises:

@@ -63,10 +63,10 @@ def scan(e, eqn, *operands):
         counter = _counter(body, num_consts)
         low = constant(0, (), np.int32) if counter is None else carry[counter]
         return _for(e, body, consts, carry, counter, low, _plus(e, low, length), unroll=params["unroll"])
-    values = [e.let(e.tensor(v), v.shape, v.dtype, "carry") for v in carry]
+    values = [e.variable(v, "carry") for v in carry]
     types = [borrowed.key_data(v.aval) for v in eqn.outvars[num_carry:]]
     ys = [constant(0, t.shape, t.dtype) for t in types]
-    ys = [e.let(e.tensor(y), y.shape, y.dtype, "ys") for y in ys]
+    ys = [e.variable(y, "ys") for y in ys]
     with _range(e, "0", str(length), params["unroll"]) as index:
         if params["reverse"]:
             index = f"{length - 1} - {index}"
@@ -101,9 +101,9 @@ def while_(e, eqn, *operands):
             if e.is_used(eqn.outvars[counter]):  # a loop of no turns leaves its counter where it was
                 [values[counter]] = e.compute(jnp.maximum, carry[counter], limit)
             return values
-    values = [e.let(e.tensor(v), v.shape, v.dtype, "carry") for v in carry]
+    values = [e.variable(v, "carry") for v in carry]
     (test,) = e.run(cond, [*cond_consts, *values])
-    proceed = e.let(e.tensor(test), (), test.dtype, "proceed")
+    proceed = e.variable(test, "proceed")
     with e.block(f"while {proceed.text}:"):
         _assign(e, values, e.run(body, [*body_consts, *values]))
         _assign(e, [proceed], e.run(cond, [*cond_consts, *values]))
@@ -136,7 +136,7 @@ def _for(e, body, consts, carry, counter: int | None, low: Value, high: Value, u
     ]
     values = list(carry)
     for i in changing:
-        values[i] = e.let(e.tensor(carry[i]), carry[i].shape, carry[i].dtype, "carry")
+        values[i] = e.variable(carry[i], "carry")
     e.hoist(body, [*consts, *values], {len(consts) + i for i in (*changing, counter) if i is not None})
     ends = [" + ".join(Affine.of(v).summands()) or "0" for v in (low, high)]
     with _range(e, ends[0], ends[1], unroll) as index:
@@ -170,7 +170,7 @@ def _assign(e, targets: Sequence[Value], values: Sequence[Value]) -> None:
             texts[i] = e.let(text, values[i].shape, values[i].dtype, "old").text
     for target, text in zip(targets, texts, strict=True):
         if target.text != text:
-            e.line(f"{target.text} = {text}")
+            e.set(target.text, text)
     e.forget([target.text for target in targets])
 
 

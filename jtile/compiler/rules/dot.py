@@ -31,6 +31,9 @@ PRECISIONS = {
     jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6: "bf16x6",
 }
 
+# Fewest rows and columns of one of several products.
+LEAST_SIDE = 16
+
 # float8 products. By default Hopper's tensor cores sum with 14 bits (DeepSeek-V3, section 3.3.2), as XLA lets them;
 # asked for more, the sums of 32 terms are added up in float32.
 FAST_SUMS = (
@@ -65,6 +68,9 @@ def dot_general(e, eqn, a: Value, b: Value, accumulator: Value | None = None):
         text = _weighted_sum(e, a, b, bool(free_a), bool(free_b), summed)
     elif jnp.issubdtype(a.dtype, np.integer) and a.dtype not in (np.int8, np.uint8) or summed == np.int64:
         text = _column_by_column(e, a, b, shape, summed)
+    elif batch_a and min(tile(shape[-2:])) < LEAST_SIDE:
+        # Several products of matrices so small that tensor cores need them repeated, Triton 3.9 gets wrong.
+        text = _column_by_column(e, cast(e, a, summed), cast(e, b, summed), shape, summed)
     else:
         folds = accumulator is not None and a.dtype != np.uint8 and shape == out.shape and out.dtype == summed
         text = _tensor_cores(e, eqn, a, b, shape, accumulator if folds else None)
@@ -125,7 +131,7 @@ def _unsigned_bytes(e, a: Value, b: Value, shape: tuple[int, ...]) -> str:
 
 
 def _column_by_column(e, a: Value, b: Value, shape: tuple[int, ...], summed) -> str:
-    """The sum over k of a[:, k] * b[k, :], one after the other: for integers that tensor cores lack."""
+    """The sum over k of a[:, k] * b[k, :], one after the other: for what tensor cores lack."""
     rank, terms = len(shape), a.shape[-1]
     total = e.let(f"tl.full({list(tile(shape))}, 0, {triton_type(summed)})", shape, summed, "total")
     k = e.name("k")

@@ -18,6 +18,9 @@ from jtile.compiler.value import Affine, Block, Value, constant, float8, four_bi
 # Most elements along a side of a block that the Tensor Memory Accelerator moves.
 TMA_LIMIT = 256
 
+# Bytes of a row, and rows, from which shared memory has a layout that both it and tensor cores use.
+TMA_ROW, TMA_ROWS = 32, 8
+
 
 @rule("get")
 def get(e, eqn, ref: Block | Scratch, *indices: Value):
@@ -476,7 +479,8 @@ def transfer(e, block: Block, transforms: Sequence) -> Transfer | None:
         not 2 <= len(dimensions) <= 5
         or sum(d.size > 1 for d in dimensions) != 2  # a matrix, as wgmma takes it
         or dimensions[-1].stride != 1
-        or dimensions[-1].size * ref.dtype.itemsize < 16
+        or dimensions[-1].size * ref.dtype.itemsize < TMA_ROW
+        or max(d.size for d in dimensions[:-1]) < TMA_ROWS
         or any(d.size > TMA_LIMIT or not 0 < d.extent < 2**31 for d in dimensions)
         or any(s * ref.dtype.itemsize % 16 for s in ref.strides[:-1])
         or ref.strides[0] * ref.dtype.itemsize >= 2**40

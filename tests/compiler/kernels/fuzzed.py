@@ -16,3 +16,21 @@ def fuzzed_ragged_block_of_float8(x):
 @case(integers(4, 1))
 def fuzzed_counter_spread_over_a_tile(x):
     return rowwise(lambda x: lax.fori_loop(0, 3, lambda i, c: c + jnp.broadcast_to(i, c.shape), x), 4, x)
+
+
+@case(integers(4, 8))
+def fuzzed_carry_passed_on(x):
+    """Triton takes `b` to stay what it is, since at first it is what `a` is at first."""
+    return rowwise(lambda x: lax.fori_loop(0, 3, lambda _, ab: (x * 2, ab[0]), (x, x))[1], 4, x)
+
+
+@case(integers(12, 1, 1, low=1, high=9).astype(np.float32))
+def fuzzed_products_of_single_numbers(x):
+    """On a GPU the products from the eighth on were 0."""
+    return rowwise(lambda x: jnp.einsum("bij,bjk->bik", x, x), 12, x)
+
+
+@case(np.ones((2, 32), jnp.bfloat16))
+def fuzzed_product_beside_a_block_of_two_rows(x):
+    """A block too small for the Tensor Memory Accelerator: an illegal instruction."""
+    return rowwise(lambda x: x + jnp.dot(x[:, :16], x[:, 16:].T)[:, :1], 2, x)
