@@ -87,9 +87,7 @@ class Emitter:
         self.ids: list[Value] = []  # this program's position along each axis of the grid
         names = [ref.name for ref in kernel.refs]
         threads = 32 * params.num_warps * params.num_ctas
-        self.changing = {
-            scratch.name for scratch in kernel.scratch
-        }  # names that are assigned again, and copies of them
+        self.changing: set[str] = set()  # names that are assigned again, and copies of them
         self.order = Order(threads, {names[kernel.num_inputs + o]: names[i] for i, o in kernel.input_output_aliases})
         self.sizes: list[Value] = []  # programs along each axis
         self.programs: str | None = None  # how many there are, where each takes the place of several in turn
@@ -273,6 +271,7 @@ class Emitter:
     def allocate(self, scratch: Scratch) -> Scratch:
         """Makes it known. It is assigned here only if the kernel does not begin with an assignment of its own."""
         self.check_type(scratch.dtype)
+        self.changing.add(scratch.name)
         self._unassigned[scratch.name] = self._depth
         return scratch
 
