@@ -17,7 +17,7 @@ from jtile.compiler.build import load, load_text, triton_version
 from jtile.compiler.emit import emit
 from jtile.compiler.kernel import Source, kernel_of
 from jtile.compiler.launch import untouched
-from jtile.compiler.pallas import params_of
+from jtile.compiler.pallas import params_of, print_source
 from jtile.compiler.rewrite import equations, evaluate, map_equations
 from jtile.compiler.triton_call import triton_call_p
 from jtile.compiler.value import stored
@@ -128,7 +128,7 @@ def _run_pallas(params: dict[str, Any], folder: pathlib.Path | None, *operands) 
         return untouched(operands, kernel.outputs, aliases)
     source = emit(kernel, params_of(params))
     if params["debug"]:
-        print(f"The Triton source of pallas_call {kernel.name} ({kernel.where}):\n{source.annotated}")
+        print_source(source)
 
     def run(*arrays):
         from jtile.compiler import triton_on_cpu

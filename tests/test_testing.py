@@ -127,41 +127,35 @@ def test_a_kernel_that_counts_what_lies_past_the_edge():
     breaks("shapes", op, "value of y")
 
 
-def test_vmap_that_loops_over_launches():
-    op = make_op()
+def with_vmap(op, rule):
+    """The op's first result, as a function whose `vmap` is `rule(itself, the same under JAX's own vmap, ...)`."""
 
     def function(x, w, implementation):
-        @jax.custom_batching.custom_vmap
-        def call(x, w):
+        def one(x, w):
             return op(x, w, implementation=implementation)[0]
 
-        @call.def_vmap
-        def loop(count, batched, x, w):
-            xs, ws = ([v[i] if b else v for i in range(count)] for v, b in zip((x, w), batched, strict=True))
-            return jnp.stack(list(map(call, xs, ws))), True
-
+        call = jax.custom_batching.custom_vmap(one)
+        call.def_vmap(lambda count, batched, x, w: (rule(call, one, (x, w), batched, count), True))
         return call(x, w)
 
-    breaks("vmap", function, "vmap over x launches 3 kernels instead of 1")
+    return function
+
+
+def test_vmap_that_loops_over_launches():
+    def loop(call, one, operands, batched, count):
+        xs, ws = ([v[i] if b else v for i in range(count)] for v, b in zip(operands, batched, strict=True))
+        return jnp.stack(list(map(call, xs, ws)))
+
+    breaks("vmap", with_vmap(make_op(), loop), "vmap over x launches 3 kernels instead of 1")
 
 
 def test_vmap_that_repeats_operands():
-    op = make_op()
+    def repeat(call, one, operands, batched, count):
+        repeated = (v if b else jnp.broadcast_to(v, (count, *v.shape)) for v, b in zip(operands, batched, strict=True))
+        return jax.vmap(one)(*repeated)
 
-    def function(x, w, implementation):
-        @jax.custom_batching.custom_vmap
-        def call(x, w):
-            return op(x, w, implementation=implementation)[0]
-
-        @call.def_vmap
-        def repeat(count, batched, x, w):
-            x = x if batched[0] else jnp.broadcast_to(x, (count, *x.shape))
-            w = w if batched[1] else jnp.broadcast_to(w, (count, *w.shape))
-            return jax.vmap(lambda x, w: op(x, w, implementation=implementation)[0])(x, w), True
-
-        return call(x, w)
-
-    breaks("vmap", function, re.escape("vmap over x repeats operands that it does not map: kernels read [(3, 20)]"))
+    message = "vmap over x repeats operands that it does not map: kernels read [(3, 20)]"
+    breaks("vmap", with_vmap(make_op(), repeat), re.escape(message))
 
 
 def test_a_batching_rule_that_is_wrong():

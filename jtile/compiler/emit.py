@@ -144,7 +144,7 @@ class Emitter:
         kernel = f"{self.kernel.name} ({self.kernel.where})"
         if self.loops != 1 or self.programs is not None:
             raise CannotSpecialize(
-                f"CompilerParams: warp_specialize=True needs a kernel with exactly one loop, and not persistent; "
+                "CompilerParams: warp_specialize=True needs a kernel with exactly one loop, and not persistent; "
                 f"{kernel} has {self.loops}. Merge its loops, or leave warp_specialize out."
             )
         if self.loads_in_loops:
@@ -209,7 +209,8 @@ class Emitter:
         Triton takes a name to stay what it is in a loop if a first look at the body finds it equal to what it was. That
         may be so just then, where it gets what another name held. What `tl.where` gives is never equal to anything.
         """
-        self.line(f"{name} = {f'tl.where(True, {text}, {text})' if text in self.changing else text}")
+        held = self._depth > 1 and text in self.changing
+        self.line(f"{name} = {f'tl.where(True, {text}, {text})' if held else text}")
 
     def once(self, name: str, text: str) -> str:
         """A name assigned at the top of the kernel."""
@@ -251,7 +252,7 @@ class Emitter:
 
     def by_pointer(self) -> None:
         """Notes a load that the Tensor Memory Accelerator does not do."""
-        if len(self._indices) > 1:
+        if self._depth > 1:
             self.loads_in_loops.append(self._where)
 
     def base(self, block: Block) -> tuple[str, Affine]:

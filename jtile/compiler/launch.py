@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.interpreters import mlir
 
 from jtile import borrowed
-from jtile.compiler.arguments import ALIGNMENT
+from jtile.compiler.arguments import ALIGNMENT, Argument
 from jtile.compiler.build import Compiled
 from jtile.compiler.kernel import Kernel, Source
 
@@ -61,7 +61,7 @@ def launch(
     ctx,
     operands: Sequence,
     launched: Launch,
-    parameters: Sequence[Any],
+    arguments: Sequence[Argument],
     aliases: Mapping[int, int],
     metadata: Mapping[str, str] | None = None,
 ) -> Sequence:
@@ -69,7 +69,7 @@ def launch(
 
     Args:
       ctx, operands: the rule's.
-      parameters: the kernel's arguments in order; arrays and descriptors take the next buffer, operands first.
+      arguments: the kernel's, in order; arrays and descriptors take the next buffer, operands first.
       aliases: operand number to the result that shares its buffer.
       metadata: notes that profilers show with the call.
 
@@ -78,12 +78,14 @@ def launch(
     if (launches := _recorded.get()) is not None:
         launches.append(launched)
     compiled, results = launched.compiled, list(ctx.avals_out)
+    encodings = iter(compiled.descriptors)
+    parameters = [p for argument in arguments for p in argument.launch_parameters(encodings)]
     if compiled.scratch_bytes:
         # Triton's kernels take it after their own parameters. Were it left to the launch to allocate, no CUDA graph
         # could hold the launch.
         programs = math.prod(launched.grid) * compiled.num_ctas
         results.append(jax.core.ShapedArray((programs * compiled.scratch_bytes,), jnp.uint8))
-        parameters = [*parameters, borrowed.gpu_triton().create_array_parameter(0, ALIGNMENT)]
+        parameters.append(borrowed.gpu_triton().create_array_parameter(0, ALIGNMENT))
     call = jax.ffi.ffi_lowering(
         CUSTOM_CALL,
         api_version=4,

@@ -10,7 +10,7 @@ from jax.interpreters import mlir
 
 from jtile import borrowed
 from jtile.compiler import launch
-from jtile.compiler.kernel import UnsupportedKernel, kernel_of
+from jtile.compiler.kernel import Source, UnsupportedKernel, kernel_of
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.rewrite import map_pallas_calls
 from jtile.compiler.schedule import compile_kernel
@@ -31,9 +31,7 @@ def lower_pallas_call(platform: str, ctx, *operands, compiler_params, interpret,
         return launch.no_programs(ctx, operands, aliases)
     source, compiled = compile_kernel(kernel, compiler_params, Target.of_lowering(ctx))
     if params["debug"]:
-        print(f"The Triton source of pallas_call {kernel.name} ({kernel.where}):\n{source.annotated}")
-    encodings = iter(compiled.descriptors)
-    parameters = [p for argument in source.arguments for p in argument.launch_parameters(encodings)]
+        print_source(source)
     # An input that has several descriptors is passed once for each.
     passed = [i for i in source.buffers if i < len(operands)]
     ctx = ctx.replace(avals_in=[ctx.avals_in[i] for i in passed])
@@ -43,9 +41,14 @@ def lower_pallas_call(platform: str, ctx, *operands, compiler_params, interpret,
     types = [[a.update(dtype=stored(a.dtype)) for a in avals] for avals in (ctx.avals_in, ctx.avals_out)]
     inner = ctx.replace(avals_in=types[0], avals_out=types[1])
     results = launch.launch(
-        inner, _converted(ctx, operands, types[0]), launched, parameters, aliases, params["metadata"]
+        inner, _converted(ctx, operands, types[0]), launched, source.arguments, aliases, params["metadata"]
     )
     return _converted(inner.replace(avals_in=types[1]), results, ctx.avals_out)
+
+
+def print_source(source: Source) -> None:
+    """What `pallas_call(debug=True)` asks for."""
+    print(f"The Triton source of pallas_call {source.label}:\n{source.annotated}")
 
 
 def _converted(ctx, values, avals):

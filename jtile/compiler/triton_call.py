@@ -269,10 +269,8 @@ def _lower_for_cuda(ctx, *operands, kernel, arguments, types, grid, aliases, opt
         options=dict(options),
         target=Target.of_lowering(ctx),
     )
-    encodings = iter(compiled.descriptors)
-    parameters = [p for a in arguments for p in a.launch_parameters(encodings)]
     launched = launch.Launch(compiled, grid, first_line=_first_line(kernel))
-    return launch.launch(ctx, operands, launched, parameters, dict(aliases))
+    return launch.launch(ctx, operands, launched, arguments, dict(aliases))
 
 
 def _first_line(kernel) -> int:

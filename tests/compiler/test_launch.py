@@ -82,7 +82,7 @@ def test_custom_call(compiled):
     launched = launch.Launch(compiled, (8, 1, 1))
 
     def rule(ctx, x):
-        return launch.launch(ctx, [x], launched, buffers(), {0: 0})
+        return launch.launch(ctx, [x], launched, sources.scratch.arguments, {0: 0})
 
     with launch.recording() as outer:
         with launch.recording() as recorded:

@@ -66,6 +66,21 @@ def rowwise(body, rows, *operands, out=None):
     )
 
 
+def by_tiles(kernel, a, b, bm, bn, **options):
+    """`kernel` for each tile of a @ b, on the rows of `a` and the columns of `b` that it needs."""
+    return pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(a.shape[0], bm), pl.cdiv(b.shape[1], bn)),
+        in_specs=[
+            pl.BlockSpec((bm, a.shape[1]), lambda i, j: (i, 0)),
+            pl.BlockSpec((b.shape[0], bn), lambda i, j: (0, j)),
+        ],
+        out_specs=pl.BlockSpec((bm, bn), lambda i, j: (i, j)),
+        out_shape=like(a, shape=(a.shape[0], b.shape[1])),
+        **options,
+    )(a, b)
+
+
 def whole(body, *operands):
     """`body` on whole operands, in one program."""
     out = jax.eval_shape(body, *operands)

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from tests.compiler.kernels import case, integers, like, normal, whole
+from tests.compiler.kernels import by_tiles, case, integers, like, normal, whole
 
 DOTS = {
     "nn": (lambda a, b: a @ b, (16, 32), (32, 16)),
@@ -135,16 +135,7 @@ def matmul_ragged(a, b, bm=16, bn=32, bk=16):
         acc = lax.fori_loop(0, a.shape[1] // bk, step, jnp.zeros(o_ref.shape, jnp.float32))
         o_ref[...] = acc.astype(o_ref.dtype)
 
-    return pl.pallas_call(
-        kernel,
-        grid=(pl.cdiv(a.shape[0], bm), pl.cdiv(b.shape[1], bn)),
-        in_specs=[
-            pl.BlockSpec((bm, a.shape[1]), lambda i, j: (i, 0)),
-            pl.BlockSpec((b.shape[0], bn), lambda i, j: (0, j)),
-        ],
-        out_specs=pl.BlockSpec((bm, bn), lambda i, j: (i, j)),
-        out_shape=like(a, shape=(a.shape[0], b.shape[1])),
-    )(a, b)
+    return by_tiles(kernel, a, b, bm, bn)
 
 
 @case(normal(2, 40, 24), normal(2, 40, 24, seed=1), normal(2, 40, 24, seed=2))

@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tests.compiler.kernels import case, integers, like, normal
+from tests.compiler.kernels import by_tiles, case, integers, like, normal
 
 
 @case(normal(40, 48), normal(48, 56, seed=1))
@@ -24,17 +24,7 @@ def scratch_matmul(a, b, bm=16, bn=32, bk=16):
 
         o_ref[...] = acc_ref[...].astype(o_ref.dtype)
 
-    return pl.pallas_call(
-        kernel,
-        grid=(pl.cdiv(a.shape[0], bm), pl.cdiv(b.shape[1], bn)),
-        in_specs=[
-            pl.BlockSpec((bm, a.shape[1]), lambda i, j: (i, 0)),
-            pl.BlockSpec((b.shape[0], bn), lambda i, j: (0, j)),
-        ],
-        out_specs=pl.BlockSpec((bm, bn), lambda i, j: (i, j)),
-        out_shape=like(a, shape=(a.shape[0], b.shape[1])),
-        scratch_shapes=[pltpu.VMEM((bm, bn), jnp.float32)],
-    )(a, b)
+    return by_tiles(kernel, a, b, bm, bn, scratch_shapes=[pltpu.VMEM((bm, bn), jnp.float32)])
 
 
 @case(normal(6, 12))
