@@ -1,0 +1,368 @@
+"""Cross-entropy of logits x W + b that are never all there: T tokens, d wide, v classes.
+
+Logits in bfloat16 would take 2 T v bytes, and XLA keeps them thrice: for 8192 × 4096 × 128256 it adds 5.9 GiB to 2.1 GiB
+of operands and gradients. A product of T × d × v takes 12.5 ms of an H200 there; value and gradients need three.
+
+Forward. The kernel multiplies a tile of logits and reduces it while it is in registers; what leaves the chip is a
+log-sum-exp for each token and 256 classes, 4 T v / 256 bytes: 16 MiB.
+
+Backward, logits formed again (`lean`, four products in all). A slab of s classes at a time: the kernel forms its logits
+again and writes their gradient G, 2 T s bytes, from which dW[:, slab] = xᵀ G is final and dx += G W[:, slab]ᵀ is summed
+in float32, read and written 8 T d bytes for each slab. s is such that G has 2²⁷ elements: 16384 classes, 256 MiB.
+
+Gradients formed in the forward pass (`fast`, three products). That needs whole rows of logits, so c tokens at a time:
+logits, their gradient G in their place, 2 c v bytes, dx = G Wᵀ final, and dW += xᵀ G summed in float32, 4 d v bytes. c is
+2048 tokens: 0.5 GiB, and 2 GiB for the sum, which few tokens (c or less) do not need. The cotangent of each token's loss
+must be known by then, which is why the reduction is part of the op.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from jtile.compiler.primitives import store
+from jtile.compiler.params import CompilerParams
+from jtile.op import Implementation, TileOp, over_devices
+from jtile.ops import softmax_cross_entropy as of_logits
+from jtile.ops.softmax_cross_entropy import Options
+
+# Spec. `forward` and `backward` are those of softmax_cross_entropy with the product inside; `gradients` is both, where
+# the weight of each token's loss in a sum is known.
+
+forward = TileOp(
+    "linear_cross_entropy",
+    "x: ... d, weight: d v, labels[v]: ..., bias?: v -> logsumexp lse: ..., picked: ..., total?: ...",
+    whole="d",
+)
+backward = TileOp(
+    "linear_cross_entropy_backward",
+    "x: ... d, weight: d v, labels[v]: ..., bias?: v, lse: ..., dlse: ..., dpicked?: ..., dtotal?: ... "
+    "-> dx: ... d, dweight: d v, dbias?: v",
+    whole="d",
+)
+gradients = TileOp(
+    "linear_cross_entropy_gradients",
+    "x: ... d, weight: d v, labels[v]: ..., bias?: v, token_weights: ... "
+    "-> logsumexp lse: ..., picked: ..., total?: ..., dx: ... d, dweight: d v, dbias?: v",
+    whole="d",
+)
+
+
+# Reference: all logits at once.
+
+
+def _dot(a, b, contract: tuple[int, int], dtype):
+    """The product that sums over these axes, accumulated in float32 and rounded once."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=dtype)
+
+
+def _logits(x, weight, bias):
+    logits = _dot(x, weight, ((x.ndim - 1,), (0,)), x.dtype)
+    return logits if bias is None else logits + bias.astype(jnp.promote_types(bias.dtype, jnp.float32))
+
+
+def _of_operands(dlogits, x, weight, bias, dtype):
+    """The gradients of x, in this dtype, of weight and bias."""
+    tokens = tuple(range(x.ndim - 1))
+    dbias = None if bias is None else jnp.sum(dlogits, tokens, dtype=jnp.promote_types(bias.dtype, jnp.float32))
+    dlogits = dlogits.astype(x.dtype)
+    dx = _dot(dlogits, weight, ((x.ndim - 1,), (1,)), dtype)
+    return dx, _dot(x, dlogits, (tokens, tokens), weight.dtype), dbias
+
+
+@forward.reference
+def forward_reference(x, weight, labels, bias, *, logits_soft_cap, total):
+    logits = _logits(x, weight, bias)
+    return of_logits.forward_reference(logits, labels, logits_soft_cap=logits_soft_cap, total=total)
+
+
+@backward.reference
+def backward_reference(x, weight, labels, bias, lse, *cotangents, logits_soft_cap):
+    logits = _logits(x, weight, bias)
+    (dlogits,) = of_logits.backward_reference(logits, labels, lse, *cotangents, logits_soft_cap=logits_soft_cap)
+    return _of_operands(dlogits, x, weight, bias, jnp.float32)
+
+
+def _cotangents(options: Options, vocabulary: int, token_weights, lse, picked, total):
+    """Of a token's statistics, where the cotangent of its loss is its weight. They depend on the log-sum-exp alone."""
+    given = (lse, picked) if total is None else (lse, picked, total)
+    _, pull = jax.vjp(lambda lse, picked, total=None: options.nats(vocabulary, lse, picked, total), *given)
+    return (*pull(token_weights), None)[:3]
+
+
+@gradients.reference
+def gradients_reference(x, weight, labels, bias, token_weights, *, options, vocabulary):
+    cap, total = options.logits_soft_cap, options.label_smoothing > 0
+    logits = _logits(x, weight, bias)
+    statistics = of_logits.forward_reference(logits, labels, logits_soft_cap=cap, total=total)
+    lse = over_devices(statistics[0], "v", "logsumexp")
+    cotangents = _cotangents(options, vocabulary, token_weights, lse, *statistics[1:])
+    (dlogits,) = of_logits.backward_reference(logits, labels, lse, *cotangents, logits_soft_cap=cap)
+    return (*statistics, *_of_operands(dlogits, x, weight, bias, x.dtype))
+
+
+# Kernels. A program multiplies one tile of logits and finishes it while it is in registers.
+
+SLAB = 2**27  # logits whose gradients are there at once, when they are formed again
+TOKENS = 2048  # whose logits are there at once, when gradients are formed in the forward pass
+FUSED = False
+GROUP = 16  # tiles below each other that run at once, so that what they read stays in the second-level cache
+
+
+def _tile(x, weight) -> tuple[int, int, int, CompilerParams]:
+    """Tokens, classes and terms of a step."""
+    sides = (128, 256, 64) if x.dtype.itemsize <= 2 else (64, 64, 32)
+    fitted = (min(s, max(16, pl.next_power_of_2(n))) for s, n in zip(sides, (*x.shape[:1], *weight.shape[1::-1])))
+    return *fitted, CompilerParams(num_warps=8, num_stages=3)
+
+
+def _on_tiles(name: str, finish: Callable, x, weight, bias, of_token: list, outs: list):
+    """`finish(logits, columns, of_token, out_refs)` on every tile; `outs` are pairs of a shape and of a function from
+    the tile's sides to its block and the block's index."""
+    (rows, d), v = x.shape, weight.shape[1]
+    block, lanes, terms, params = _tile(x, weight)
+    down, across, steps = pl.cdiv(rows, block), pl.cdiv(v, lanes), pl.cdiv(d, terms)
+
+    def place(i):
+        first = i // (GROUP * across) * GROUP
+        group = jnp.minimum(down - first, GROUP)
+        within = i % (GROUP * across)
+        return first + within % group, within // group
+
+    given = [None if value is None else i for i, value in enumerate(of_token)]
+    operands = [value for value in (bias, *of_token) if value is not None]
+
+    def kernel(x_ref, weight_ref, *refs):
+        values = iter(ref[...] for ref in refs[: len(operands)])
+
+        def step(i, logits):
+            at = pl.ds(i * terms, terms)
+            return logits + _dot(x_ref[:, at], weight_ref[at, :], ((1,), (0,)), jnp.float32)
+
+        logits = lax.fori_loop(0, steps, step, jnp.zeros((block, lanes), jnp.float32))
+        if bias is not None:
+            logits = logits + next(values)[None, :].astype(jnp.float32)
+        columns = place(pl.program_id(0))[1] * lanes + lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
+        finish(logits, columns, [None if i is None else next(values)[:, None] for i in given], refs[len(operands) :])
+
+    row = pl.BlockSpec((block,), lambda i: (place(i)[0],))
+    vocabulary = [] if bias is None else [pl.BlockSpec((lanes,), lambda i: (place(i)[1],))]
+    kinds = {
+        "tile": ((rows, v), pl.BlockSpec((block, lanes), place)),
+        "row": ((rows,), row),
+        "part of row": ((across, rows), pl.BlockSpec((None, block), lambda i: place(i)[::-1])),
+    }
+    return pl.pallas_call(
+        kernel,
+        grid=(down * across,),
+        in_specs=[
+            pl.BlockSpec((block, steps * terms), lambda i: (place(i)[0], 0)),
+            pl.BlockSpec((steps * terms, lanes), lambda i: (0, place(i)[1])),
+            *vocabulary,
+            *[row] * (len(operands) - len(vocabulary)),
+        ],
+        out_specs=[kinds[kind][1] for kind, _ in outs],
+        out_shape=[jax.ShapeDtypeStruct(kinds[kind][0], dtype) for kind, dtype in outs],
+        compiler_params=params,
+        name=name,
+    )(x, weight, *operands)
+
+
+def _statistics(x, weight, labels, bias, cap, total: bool, keep: bool):
+    """Of each token, as `forward` has them; and its logits, if they are to be kept."""
+    v = weight.shape[1]
+
+    def finish(logits, columns, of_token, refs):
+        lse_ref, picked_ref, *more = refs
+        (label,) = of_token
+        if keep:
+            more.pop()[...] = logits.astype(x.dtype)
+        logits = of_logits._capped(logits, cap)
+        here = (label[:, 0] >= columns[0, 0]) & (label[:, 0] < columns[0, 0] + columns.shape[1])
+        # Of all programs with this token only the one that has its label writes.
+        store(picked_ref, jnp.sum(jnp.where(columns == label, logits, 0.0), axis=1), mask=here)
+        inside = columns < v
+        for total_ref in more:
+            total_ref[...] = jnp.sum(jnp.where(inside, logits, 0.0), axis=1)
+        logits = jnp.where(inside, logits, -jnp.inf)
+        top = jnp.maximum(jnp.max(logits, axis=1), jnp.finfo(jnp.float32).min)  # keeps -inf - -inf from arising
+        lse_ref[...] = top + jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=1))
+
+    part = ("part of row", jnp.float32)
+    outs = [part, ("row", jnp.float32), *[part] * total, *[("tile", x.dtype)] * keep]
+    lse, picked, *more = _on_tiles("linear_cross_entropy", finish, x, weight, bias, [labels], outs)
+    picked = jnp.where(of_logits._inside(labels, v), picked, 0.0)
+    sums = jnp.sum(more[0], axis=0) if total else None
+    return (jax.nn.logsumexp(lse, axis=0), picked, sums), more[-1] if keep else None
+
+
+@forward.kernel
+def forward_kernel(x, weight, labels, bias, *, logits_soft_cap, total):
+    return _statistics(x, weight, labels, bias, logits_soft_cap, total, keep=False)[0]
+
+
+@backward.kernel
+def backward_kernel(x, weight, labels, bias, lse, dlse, dpicked, dtotal, *, logits_soft_cap):
+    def finish(logits, columns, of_token, refs):
+        refs[0][...] = of_logits._gradient(logits, columns, *of_token, cap=logits_soft_cap).astype(x.dtype)
+
+    def slab(start, size, sums):
+        dx, dweight, dbias = sums
+        w = lax.dynamic_slice_in_dim(weight, start, size, axis=1)
+        b = None if bias is None else lax.dynamic_slice_in_dim(bias, start, size)
+        of_token = [labels - start, lse, dlse, dpicked, dtotal]
+        (dlogits,) = _on_tiles("linear_cross_entropy_backward", finish, x, w, b, of_token, [("tile", x.dtype)])
+        dx = dx + _dot(dlogits, w, ((1,), (1,)), jnp.float32)
+        part = _dot(x, dlogits, ((0,), (0,)), weight.dtype)
+        dweight = lax.dynamic_update_slice_in_dim(dweight, part, start, axis=1)
+        if bias is not None:
+            part = jnp.sum(dlogits, axis=0, dtype=jnp.float32)
+            dbias = lax.dynamic_update_slice_in_dim(dbias, part, start, axis=0)
+        return dx, dweight, dbias
+
+    dbias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
+    zeros = jnp.zeros(x.shape, jnp.float32), jnp.zeros(weight.shape, weight.dtype), dbias
+    return _by_parts(weight.shape[1], max(SLAB // x.shape[0] // 256, 1) * 256, slab, zeros)
+
+
+@gradients.kernel
+def gradients_kernel(x, weight, labels, bias, token_weights, *, options, vocabulary):
+    rows, v = x.shape[0], weight.shape[1]
+    cap, total = options.logits_soft_cap, options.label_smoothing > 0
+
+    def chunk(start, size, results):
+        xs, labels_, weights = (lax.dynamic_slice_in_dim(a, start, size) for a in (x, labels, token_weights))
+        if FUSED:
+            statistics, logits = _statistics(xs, weight, labels_, bias, cap, total, keep=True)
+        else:
+            logits = _dot(xs, weight, ((1,), (0,)), x.dtype)
+            if bias is not None:
+                logits = (logits + bias.astype(jnp.float32)).astype(x.dtype)
+            statistics = of_logits.forward_kernel(logits, labels_, logits_soft_cap=cap, total=total)
+        lse = over_devices(statistics[0], "v", "logsumexp")
+        cotangents = _cotangents(options, vocabulary, weights, lse, *statistics[1:])
+        (dlogits,) = of_logits.backward_reference(logits, labels_, lse, *cotangents, logits_soft_cap=cap)
+        *of_token, dweight, dbias = results
+        found = *statistics, _dot(dlogits, weight, ((1,), (1,)), x.dtype)
+        of_token = [
+            None if a is None else lax.dynamic_update_slice_in_dim(a, part, start, axis=0)
+            for a, part in zip(of_token, found, strict=True)
+        ]
+        dweight = dweight + _dot(xs, dlogits, ((0,), (0,)), dweight.dtype)
+        return *of_token, dweight, None if bias is None else dbias + jnp.sum(dlogits, axis=0, dtype=jnp.float32)
+
+    of_token = [jnp.zeros(rows, jnp.float32) if present else None for present in (True, True, total)]
+    dbias = None if bias is None else jnp.zeros(v, jnp.float32)
+    summed = jnp.float32 if rows > TOKENS else weight.dtype
+    zeros = *of_token, jnp.zeros(x.shape, x.dtype), jnp.zeros(weight.shape, summed), dbias
+    *results, dweight, dbias = _by_parts(rows, TOKENS, chunk, zeros)
+    return *results, dweight.astype(weight.dtype), dbias
+
+
+def _by_parts(size: int, part: int, function: Callable, carry):
+    """`function(start, size, carry)` for one part after the other; the last may be smaller."""
+    count, rest = divmod(size, part)
+    carry = lax.fori_loop(0, count, lambda i, carry: function(i * part, part, carry), carry)
+    return function(count * part, rest, carry) if rest else carry
+
+
+# Derivative.
+
+
+@forward.transpose
+def forward_transpose(operands, results, cotangents, *, total, **options):
+    del total  # it has a cotangent or not
+    dx, dweight, dbias = backward(*operands, results[0], *cotangents, **options)
+    return dx, dweight, None, dbias
+
+
+def _losses(options: Options, implementation: Implementation, x, weight, labels, bias):
+    """Of each token. Its derivative forms the logits again."""
+    statistics = forward(
+        x,
+        weight,
+        labels,
+        bias,
+        logits_soft_cap=options.logits_soft_cap,
+        total=options.label_smoothing > 0,
+        split=options.split,
+        implementation=implementation,
+    )
+    return options.loss(labels, options.vocabulary(weight.shape[1]), *statistics)
+
+
+def _weighted(losses, token_weights):
+    return jnp.sum(jnp.where(token_weights == 0, 0.0, token_weights * losses))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _sum_of_losses(options: Options, implementation: Implementation, x, weight, labels, bias, token_weights):
+    return _weighted(_losses(options, implementation, x, weight, labels, bias), token_weights)
+
+
+@functools.partial(_sum_of_losses.defjvp, symbolic_zeros=True)
+def _sum_of_losses_jvp(options: Options, implementation: Implementation, primals, tangents):
+    """The products of tangents and gradients. Reverse mode multiplies the gradients, which are there, by one number."""
+    x, weight, labels, bias, token_weights = primals
+    vocabulary = options.vocabulary(weight.shape[1])
+    counted = jnp.where(options.ignored(labels), 0.0, token_weights * options.counts(labels, vocabulary))
+    *statistics, dx, dweight, dbias = gradients(
+        x,
+        weight,
+        labels,
+        bias,
+        counted,
+        options=options,
+        vocabulary=vocabulary,
+        split=options.split,
+        implementation=implementation,
+    )
+    losses = options.loss(labels, vocabulary, *statistics)
+    x_dot, weight_dot, _, bias_dot, token_weights_dot = tangents
+
+    def along(*pairs):
+        moving = [(g, t) for g, t in pairs if g is not None and not isinstance(t, SymbolicZero)]
+        return sum(
+            (jnp.sum(g.astype(losses.dtype) * t.astype(losses.dtype)) for g, t in moving), jnp.zeros((), losses.dtype)
+        )
+
+    shared = along((dweight, weight_dot), (dbias, bias_dot))
+    if options.axis_name is not None:
+        shared = lax.psum(shared, options.axis_name)
+    return _weighted(losses, token_weights), shared + along((dx, x_dot), (losses, token_weights_dot))
+
+
+# Public name.
+
+
+def linear_cross_entropy(
+    x: Float[Array, "*tokens d"],
+    weight: Float[Array, "d vocabulary"],
+    labels: Int[Array, "*tokens"],
+    *,
+    bias: Float[Array, " vocabulary"] | None = None,
+    token_weights: Float[Array, "*tokens"] | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logits_soft_cap: float | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    implementation: Implementation = None,
+) -> Float[Array, "*tokens"] | Float[Array, ""]:
+    """`softmax_cross_entropy(x @ weight + bias, labels)` without the logits: no array of tokens × vocabulary."""
+    x, weight, labels = jnp.asarray(x), jnp.asarray(weight), jnp.asarray(labels)
+    options = Options.checked(
+        "linear_cross_entropy", labels, ignore_index, label_smoothing, z_loss, logits_soft_cap, axis_name
+    )
+    labels = labels.astype(jnp.int32)
+    if token_weights is None:
+        return _losses(options, implementation, x, weight, labels, bias)
+    token_weights = jnp.asarray(token_weights, jnp.promote_types(x.dtype, jnp.float32))
+    return _sum_of_losses(options, implementation, x, weight, labels, bias, token_weights)
