@@ -27,6 +27,7 @@ from jtile.debugger import debug
 from jtile.op import TileOp
 from jtile.ops.attention import dot_product_attention
 from jtile.ops.gated_activation import gated_activation
+from jtile.ops.linear_cross_entropy import linear_cross_entropy
 from jtile.ops.rms_norm import rms_norm
 from jtile.ops.rope import rope
 from jtile.ops.softmax_cross_entropy import softmax_cross_entropy
@@ -54,6 +55,7 @@ __all__ = [
     "gated_activation",
     "inspect",
     "interpret_pallas",
+    "linear_cross_entropy",
     "load",
     "max_contiguous",
     "retarget_pallas",

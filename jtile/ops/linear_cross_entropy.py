@@ -268,6 +268,7 @@ def gradients_kernel(x, weight, labels, bias, token_weights, *, options, vocabul
 
 def _by_parts(size: int, part: int, function: Callable, carry):
     """`function(start, size, carry)` for one part after the other; the last may be smaller."""
+    part = min(part, size)
     count, rest = divmod(size, part)
     carry = lax.fori_loop(0, count, lambda i, carry: function(i * part, part, carry), carry)
     return function(count * part, rest, carry) if rest else carry
