@@ -116,7 +116,7 @@ def lower(op: TileOp, platform: str | None, ctx, *operands, call: Call):
                 "still to choose how the op is split. Call the op inside jax.shard_map, or shard its operands over a "
                 "mesh whose axes are AxisType.Explicit: jax.make_mesh's default."
             )
-        return list(sharding.partitioned(op, call, function, values))
+        return list(sharding.partitioned(op, call, function, values, borrowed.mesh_around(ctx)))
 
     # Shardings and varying axes are settled by now. Kernels are traced without them, and need not know of them.
     plain = ctx.replace(avals_in=borrowed.plain_avals(ctx.avals_in), avals_out=borrowed.plain_avals(ctx.avals_out))

@@ -221,8 +221,11 @@ def split(op: TileOp, call: Call, mesh: AbstractMesh, operands: Sequence, avals:
         )(*operands)
 
 
-def partitioned(op: TileOp, call: Call, function: Callable, operands: Sequence) -> Sequence[jax.Array]:
-    """Run `function` on every device's part of the operands, once XLA has chosen how to split them."""
+def partitioned(op: TileOp, call: Call, function: Callable, operands: Sequence, around) -> Sequence[jax.Array]:
+    """Run `function` on every device's part of the operands, once XLA has chosen how to split them.
+
+    `around` is the mesh of the `shard_map` in which this is lowered, if there is one: its manual axes have names, too.
+    """
     layout = Layout.of(op, operands, call)
     whole = custom_partitioning(lambda *values: tuple(function(*values, call=call)))
 
@@ -235,7 +238,7 @@ def partitioned(op: TileOp, call: Call, function: Callable, operands: Sequence) 
         specs = [axes_of(getattr(i.sharding, "spec", None), len(i.shape)) for i in operand_infos]
         assigned = layout.divisible(layout.assign(specs), mesh)
         shardings = lambda many: tuple(NamedSharding(mesh, layout.place(dims, assigned)) for dims in many)  # noqa: E731
-        return mesh, functools.partial(alone, assigned), shardings(layout.results), shardings(layout.operands)
+        return around or mesh, functools.partial(alone, assigned), shardings(layout.results), shardings(layout.operands)
 
     whole.def_partition(partition, sharding_rule=layout.rule())
     return whole(*operands)
