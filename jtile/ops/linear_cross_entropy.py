@@ -22,12 +22,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from jtile.compiler.primitives import store
 from jtile.compiler.params import CompilerParams
+from jtile.compiler.primitives import store
 from jtile.op import Implementation, TileOp, over_devices
 from jtile.ops import softmax_cross_entropy as of_logits
 from jtile.ops.softmax_cross_entropy import Options
@@ -57,37 +58,37 @@ gradients = TileOp(
 # Reference: all logits at once.
 
 
-def _dot(a, b, contract: tuple[int, int], dtype):
+def dot(a, b, contract: tuple[int, int], dtype):
     """The product that sums over these axes, accumulated in float32 and rounded once."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=dtype)
 
 
-def _logits(x, weight, bias):
-    logits = _dot(x, weight, ((x.ndim - 1,), (0,)), x.dtype)
+def all_logits(x, weight, bias):
+    logits = dot(x, weight, ((x.ndim - 1,), (0,)), x.dtype)
     return logits if bias is None else logits + bias.astype(jnp.promote_types(bias.dtype, jnp.float32))
 
 
-def _of_operands(dlogits, x, weight, bias, dtype):
+def of_operands(dlogits, x, weight, bias, dtype):
     """The gradients of x, in this dtype, of weight and bias."""
     tokens = tuple(range(x.ndim - 1))
     dbias = None if bias is None else jnp.sum(dlogits, tokens, dtype=jnp.promote_types(bias.dtype, jnp.float32))
     dlogits = dlogits.astype(x.dtype)
-    dx = _dot(dlogits, weight, ((x.ndim - 1,), (1,)), dtype)
-    return dx, _dot(x, dlogits, (tokens, tokens), weight.dtype), dbias
+    dx = dot(dlogits, weight, ((x.ndim - 1,), (1,)), dtype)
+    return dx, dot(x, dlogits, (tokens, tokens), weight.dtype), dbias
 
 
 @forward.reference
 def forward_reference(x, weight, labels, bias, *, logits_soft_cap, total):
-    logits = _logits(x, weight, bias)
+    logits = all_logits(x, weight, bias)
     return of_logits.forward_reference(logits, labels, logits_soft_cap=logits_soft_cap, total=total)
 
 
 @backward.reference
 def backward_reference(x, weight, labels, bias, lse, *cotangents, logits_soft_cap):
-    logits = _logits(x, weight, bias)
+    logits = all_logits(x, weight, bias)
     (dlogits,) = of_logits.backward_reference(logits, labels, lse, *cotangents, logits_soft_cap=logits_soft_cap)
-    return _of_operands(dlogits, x, weight, bias, jnp.float32)
+    return of_operands(dlogits, x, weight, bias, jnp.float32)
 
 
 def _cotangents(options: Options, vocabulary: int, token_weights, lse, picked, total):
@@ -100,12 +101,12 @@ def _cotangents(options: Options, vocabulary: int, token_weights, lse, picked, t
 @gradients.reference
 def gradients_reference(x, weight, labels, bias, token_weights, *, options, vocabulary):
     cap, total = options.logits_soft_cap, options.label_smoothing > 0
-    logits = _logits(x, weight, bias)
+    logits = all_logits(x, weight, bias)
     statistics = of_logits.forward_reference(logits, labels, logits_soft_cap=cap, total=total)
     lse = over_devices(statistics[0], "v", "logsumexp")
     cotangents = _cotangents(options, vocabulary, token_weights, lse, *statistics[1:])
     (dlogits,) = of_logits.backward_reference(logits, labels, lse, *cotangents, logits_soft_cap=cap)
-    return (*statistics, *_of_operands(dlogits, x, weight, bias, x.dtype))
+    return (*statistics, *of_operands(dlogits, x, weight, bias, x.dtype))
 
 
 # Kernels. A program multiplies one tile of logits and finishes it while it is in registers.
@@ -119,7 +120,7 @@ GROUP = 16  # tiles below each other that run at once, so that what they read st
 def _tile(x, weight) -> tuple[int, int, int, CompilerParams]:
     """Tokens, classes and terms of a step."""
     sides = (128, 256, 64) if x.dtype.itemsize <= 2 else (64, 64, 32)
-    fitted = (min(s, max(16, pl.next_power_of_2(n))) for s, n in zip(sides, (*x.shape[:1], *weight.shape[1::-1])))
+    fitted = (min(s, max(16, pl.next_power_of_2(n))) for s, n in zip(sides, (len(x), *weight.shape[::-1]), strict=True))
     return *fitted, CompilerParams(num_warps=8, num_stages=3)
 
 
@@ -144,7 +145,7 @@ def _on_tiles(name: str, finish: Callable, x, weight, bias, of_token: list, outs
 
         def step(i, logits):
             at = pl.ds(i * terms, terms)
-            return logits + _dot(x_ref[:, at], weight_ref[at, :], ((1,), (0,)), jnp.float32)
+            return logits + dot(x_ref[:, at], weight_ref[at, :], ((1,), (0,)), jnp.float32)
 
         logits = lax.fori_loop(0, steps, step, jnp.zeros((block, lanes), jnp.float32))
         if bias is not None:
@@ -219,8 +220,8 @@ def backward_kernel(x, weight, labels, bias, lse, dlse, dpicked, dtotal, *, logi
         b = None if bias is None else lax.dynamic_slice_in_dim(bias, start, size)
         of_token = [labels - start, lse, dlse, dpicked, dtotal]
         (dlogits,) = _on_tiles("linear_cross_entropy_backward", finish, x, w, b, of_token, [("tile", x.dtype)])
-        dx = dx + _dot(dlogits, w, ((1,), (1,)), jnp.float32)
-        part = _dot(x, dlogits, ((0,), (0,)), weight.dtype)
+        dx = dx + dot(dlogits, w, ((1,), (1,)), jnp.float32)
+        part = dot(x, dlogits, ((0,), (0,)), weight.dtype)
         dweight = lax.dynamic_update_slice_in_dim(dweight, part, start, axis=1)
         if bias is not None:
             part = jnp.sum(dlogits, axis=0, dtype=jnp.float32)
@@ -229,44 +230,54 @@ def backward_kernel(x, weight, labels, bias, lse, dlse, dpicked, dtotal, *, logi
 
     dbias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
     zeros = jnp.zeros(x.shape, jnp.float32), jnp.zeros(weight.shape, weight.dtype), dbias
-    return _by_parts(weight.shape[1], max(SLAB // x.shape[0] // 256, 1) * 256, slab, zeros)
+    return by_parts(weight.shape[1], max(SLAB // x.shape[0] // 256, 1) * 256, slab, zeros)
 
 
 @gradients.kernel
 def gradients_kernel(x, weight, labels, bias, token_weights, *, options, vocabulary):
-    rows, v = x.shape[0], weight.shape[1]
     cap, total = options.logits_soft_cap, options.label_smoothing > 0
 
-    def chunk(start, size, results):
-        xs, labels_, weights = (lax.dynamic_slice_in_dim(a, start, size) for a in (x, labels, token_weights))
+    def chunk(x, labels, token_weights):
         if FUSED:
-            statistics, logits = _statistics(xs, weight, labels_, bias, cap, total, keep=True)
+            statistics, logits = _statistics(x, weight, labels, bias, cap, total, keep=True)
         else:
-            logits = _dot(xs, weight, ((1,), (0,)), x.dtype)
+            logits = dot(x, weight, ((1,), (0,)), x.dtype)
             if bias is not None:
                 logits = (logits + bias.astype(jnp.float32)).astype(x.dtype)
-            statistics = of_logits.forward_kernel(logits, labels_, logits_soft_cap=cap, total=total)
+            statistics = of_logits.forward_kernel(logits, labels, logits_soft_cap=cap, total=total)
         lse = over_devices(statistics[0], "v", "logsumexp")
-        cotangents = _cotangents(options, vocabulary, weights, lse, *statistics[1:])
-        (dlogits,) = of_logits.backward_reference(logits, labels_, lse, *cotangents, logits_soft_cap=cap)
-        *of_token, dweight, dbias = results
-        found = *statistics, _dot(dlogits, weight, ((1,), (1,)), x.dtype)
-        of_token = [
-            None if a is None else lax.dynamic_update_slice_in_dim(a, part, start, axis=0)
-            for a, part in zip(of_token, found, strict=True)
-        ]
-        dweight = dweight + _dot(xs, dlogits, ((0,), (0,)), dweight.dtype)
-        return *of_token, dweight, None if bias is None else dbias + jnp.sum(dlogits, axis=0, dtype=jnp.float32)
+        cotangents = _cotangents(options, vocabulary, token_weights, lse, *statistics[1:])
+        (dlogits,) = of_logits.backward_reference(logits, labels, lse, *cotangents, logits_soft_cap=cap)
+        return statistics, dlogits
 
-    of_token = [jnp.zeros(rows, jnp.float32) if present else None for present in (True, True, total)]
-    dbias = None if bias is None else jnp.zeros(v, jnp.float32)
-    summed = jnp.float32 if rows > TOKENS else weight.dtype
-    zeros = *of_token, jnp.zeros(x.shape, x.dtype), jnp.zeros(weight.shape, summed), dbias
-    *results, dweight, dbias = _by_parts(rows, TOKENS, chunk, zeros)
-    return *results, dweight.astype(weight.dtype), dbias
+    statistics, *found = by_tokens(chunk, weight, bias, x, labels, token_weights)
+    return *statistics, *found
 
 
-def _by_parts(size: int, part: int, function: Callable, carry):
+def by_tokens(function: Callable, weight, bias, x, *of_token):
+    """`function` of `x` and `of_token`, some tokens at a time. It returns results of each token and the gradients of
+    its logits; what comes back are the results, and the gradients of x, weight and bias."""
+    rows = len(x)
+    shapes = jax.eval_shape(lambda *a: function(*a)[0], x, *of_token)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    dbias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
+    dweight = jnp.zeros(weight.shape, jnp.float32 if rows > TOKENS else weight.dtype)
+
+    def chunk(start, size, carry):
+        results, dweight, dbias = carry
+        part, *others = (lax.dynamic_slice_in_dim(a, start, size) for a in (x, *of_token))
+        found, dlogits = function(part, *others)
+        found = found, dot(dlogits, weight, ((1,), (1,)), x.dtype)
+        results = jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, start, axis=0), results, found)
+        dweight = dweight + dot(part, dlogits, ((0,), (0,)), dweight.dtype)
+        return results, dweight, None if bias is None else dbias + jnp.sum(dlogits, axis=0, dtype=jnp.float32)
+
+    carry = (zeros, jnp.zeros_like(x)), dweight, dbias
+    (results, dx), dweight, dbias = by_parts(rows, TOKENS, chunk, carry)
+    return results, dx, dweight.astype(weight.dtype), dbias
+
+
+def by_parts(size: int, part: int, function: Callable, carry):
     """`function(start, size, carry)` for one part after the other; the last may be smaller."""
     part = min(part, size)
     count, rest = divmod(size, part)
@@ -326,6 +337,10 @@ def _sum_of_losses_jvp(options: Options, implementation: Implementation, primals
         implementation=implementation,
     )
     losses = options.loss(labels, vocabulary, *statistics)
+    losses, dx, dweight, dbias = (
+        g if g is None else checkpoint_name(g, f"linear_cross_entropy_{name}")
+        for name, g in {"losses": losses, "dx": dx, "dweight": dweight, "dbias": dbias}.items()
+    )
     x_dot, weight_dot, _, bias_dot, token_weights_dot = tangents
 
     def along(*pairs):
@@ -357,8 +372,66 @@ def linear_cross_entropy(
     axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation = None,
 ) -> Float[Array, "*tokens"] | Float[Array, ""]:
-    """`softmax_cross_entropy(x @ weight + bias, labels)` without the logits: no array of tokens × vocabulary."""
+    """`softmax_cross_entropy(x @ weight + bias, labels)`, with no array of tokens × vocabulary.
+
+    Products and sums are taken in float32 (float64 of float64). Options and loss are those of `softmax_cross_entropy`.
+
+    `token_weights` chooses between two ways to the gradient, since the cotangent of every token's loss must be known to
+    form it in the forward pass:
+
+    * without them the result is the loss of each token, and the backward pass forms the logits again, a part of the
+      vocabulary at a time. Leanest: beside the gradients it takes one array like `x` in float32 and some 10⁸ logits.
+    * with them the result is the sum Σ token_weights · loss, and where it is differentiated, and only there, its
+      gradients are formed together with it from the same logits, some thousand tokens at a time. Fastest: three
+      products instead of four; it adds the gradient of `weight` in float32. For a mean, weights are 1 / count.
+
+    Both have the same derivatives, in forward mode and of higher order, too.
+
+    Args:
+        x: any leading shape, then d: the hidden states of tokens.
+        weight: a matrix as of `flax.nnx.Linear`; of an embedding table pass the transpose.
+        labels: any integer dtype, from 0 to vocabulary − 1, as in `softmax_cross_entropy`.
+        bias: added to the logits.
+        token_weights: the weight of each token's loss in a sum. A token of weight 0 counts for nothing, whatever its
+            logits are. Differentiable.
+        ignore_index: tokens with this label have loss and gradient 0.
+        label_smoothing: 0 ≤ ε < 1.
+        z_loss: weight of the squared log-sum-exp.
+        logits_soft_cap: positive; logits become cap · tanh(logits / cap) first.
+        axis_name: inside `jax.shard_map`, the mesh axis or axes that split the vocabulary: `weight` and `bias` are this
+            device's parts, `labels` count from the start of the whole. Elsewhere arrays know how they are split.
+        implementation: `None`, `"triton"`, `"xla"` or `"interpret"`, see `jtile.TileOp`; `"xla"` keeps all logits.
+
+    Returns:
+        The loss of each token in nats with the shape of `labels`, or their weighted sum, a scalar; float32 (float64 for
+        float64).
+
+    Raises:
+        ValueError: shapes that do not match, `x` that is not floating point or `weight` of another dtype, labels that
+            are not integers, or an option out of its range.
+        NotImplementedError: the named implementation cannot serve the call.
+
+    Sources: logits formed again by parts, Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2024
+    (arXiv:2411.09009), sections 4.2 and 4.3; gradients in the forward pass, Hsu et al., Liger Kernel, 2024
+    (arXiv:2410.10989), section 3.2. For the options see `softmax_cross_entropy`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import jtile
+        >>> x, weight, labels = jnp.ones((4, 8)), jnp.zeros((8, 100)), jnp.arange(4)
+        >>> print(jnp.exp(jtile.linear_cross_entropy(x, weight, labels)).round())
+        [100. 100. 100. 100.]
+        >>> mean = lambda x, weight: jtile.linear_cross_entropy(x, weight, labels, token_weights=jnp.full(4, 1 / 4))
+        >>> loss, (dx, dweight) = jax.value_and_grad(mean, argnums=(0, 1))(x, weight)
+    """
     x, weight, labels = jnp.asarray(x), jnp.asarray(weight), jnp.asarray(labels)
+    if not jnp.issubdtype(x.dtype, jnp.floating) or weight.dtype != x.dtype:
+        raise ValueError(
+            "linear_cross_entropy: `x` and `weight` must have one floating-point dtype, in which they are multiplied, "
+            f"got {x.dtype} and {weight.dtype}; cast them"
+        )
+    if weight.shape[-1:] == (0,):
+        raise ValueError(f"linear_cross_entropy: the vocabulary must not be empty, but `weight` has {weight.shape}")
     options = Options.checked(
         "linear_cross_entropy", labels, ignore_index, label_smoothing, z_loss, logits_soft_cap, axis_name
     )
