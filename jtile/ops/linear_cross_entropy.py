@@ -237,7 +237,7 @@ def backward_kernel(x, weight, labels, bias, lse, dlse, dpicked, dtotal, *, logi
 def gradients_kernel(x, weight, labels, bias, token_weights, *, options, vocabulary):
     cap, total = options.logits_soft_cap, options.label_smoothing > 0
 
-    def chunk(x, labels, token_weights):
+    def chunk(sums, x, labels, token_weights):
         if FUSED:
             statistics, logits = _statistics(x, weight, labels, bias, cap, total, keep=True)
         else:
@@ -248,33 +248,46 @@ def gradients_kernel(x, weight, labels, bias, token_weights, *, options, vocabul
         lse = over_devices(statistics[0], "v", "logsumexp")
         cotangents = _cotangents(options, vocabulary, token_weights, lse, *statistics[1:])
         (dlogits,) = of_logits.backward_reference(logits, labels, lse, *cotangents, logits_soft_cap=cap)
-        return statistics, dlogits
+        dx, sums = added(sums, dlogits, x, weight)
+        return (*statistics, dx), sums
 
-    statistics, *found = by_tokens(chunk, weight, bias, x, labels, token_weights)
-    return *statistics, *found
+    results, sums = by_tokens(chunk, no_sums(len(x), weight, bias), x, labels, token_weights)
+    return *results, *finished(sums, weight)
 
 
-def by_tokens(function: Callable, weight, bias, x, *of_token):
-    """`function` of `x` and `of_token`, some tokens at a time. It returns results of each token and the gradients of
-    its logits; what comes back are the results, and the gradients of x, weight and bias."""
-    rows = len(x)
-    shapes = jax.eval_shape(lambda *a: function(*a)[0], x, *of_token)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    dbias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
+def no_sums(rows: int, weight, bias):
+    """The sums over so many tokens that are the gradients of weight and bias, before the first."""
     dweight = jnp.zeros(weight.shape, jnp.float32 if rows > TOKENS else weight.dtype)
+    return dweight, None if bias is None else jnp.zeros(bias.shape, jnp.float32)
 
-    def chunk(start, size, carry):
-        results, dweight, dbias = carry
-        part, *others = (lax.dynamic_slice_in_dim(a, start, size) for a in (x, *of_token))
-        found, dlogits = function(part, *others)
-        found = found, dot(dlogits, weight, ((1,), (1,)), x.dtype)
-        results = jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, start, axis=0), results, found)
-        dweight = dweight + dot(part, dlogits, ((0,), (0,)), dweight.dtype)
-        return results, dweight, None if bias is None else dbias + jnp.sum(dlogits, axis=0, dtype=jnp.float32)
 
-    carry = (zeros, jnp.zeros_like(x)), dweight, dbias
-    (results, dx), dweight, dbias = by_parts(rows, TOKENS, chunk, carry)
-    return results, dx, dweight.astype(weight.dtype), dbias
+def added(sums, dlogits, x, weight):
+    """The gradient of x for some tokens, from that of their logits; and the sums with these tokens' part added."""
+    dweight, dbias = sums
+    dweight = dweight + dot(x, dlogits, ((0,), (0,)), dweight.dtype)
+    dbias = None if dbias is None else dbias + jnp.sum(dlogits, axis=0, dtype=jnp.float32)
+    return dot(dlogits, weight, ((1,), (1,)), x.dtype), (dweight, dbias)
+
+
+def finished(sums, weight):
+    dweight, dbias = sums
+    return dweight.astype(weight.dtype), dbias
+
+
+def by_tokens(function: Callable, sums, *of_token):
+    """`function(sums, *of_token)`, which returns results of each token and new sums, some tokens at a time."""
+    shapes, _ = jax.eval_shape(function, sums, *of_token)
+
+    def part(start, size, carry):
+        results, sums = carry
+        found, sums = function(
+            sums, *(None if a is None else lax.dynamic_slice_in_dim(a, start, size) for a in of_token)
+        )
+        put = lambda all, some: lax.dynamic_update_slice_in_dim(all, some, start, axis=0)  # noqa: E731
+        return jax.tree.map(put, results, found), sums
+
+    results = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return by_parts(len(of_token[0]), TOKENS, part, (results, sums))
 
 
 def by_parts(size: int, part: int, function: Callable, carry):

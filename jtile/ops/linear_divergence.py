@@ -1,0 +1,125 @@
+"""Divergence of a student's distribution over a vocabulary from a teacher's, from the hidden states of both.
+
+With a and b the logarithms of the student's and the teacher's probabilities of a class, every divergence here is a sum
+Σ f(a, b) over the vocabulary. Its gradient by the student's logits is f' − exp(a) Σ f', f' being the derivative by a.
+Both sides' logits are there for some tokens at a time, and formed again in the backward pass.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from jtile.op import TileOp, over_devices
+from jtile.ops.linear_cross_entropy import added, all_logits, by_tokens, finished, no_sums, of_operands
+
+Kind = Literal["forward", "reverse", "jensen_shannon"]
+
+# Spec. The teacher is fixed: it has no gradient.
+
+_OPERANDS = "x: ... d, weight: d v, bias?: v, teacher_x: ... e, teacher_weight: e v, teacher_bias?: v"
+forward = TileOp(
+    "linear_divergence",
+    f"{_OPERANDS} -> divergence: ...; logsumexp lse: ..., logsumexp teacher_lse: ..., slope: ...",
+    whole="d e",
+)
+backward = TileOp(
+    "linear_divergence_backward",
+    f"{_OPERANDS}, lse: ..., teacher_lse: ..., slope: ..., ddivergence: ... -> dx: ... d, dweight: d v, dbias?: v",
+    whole="d e",
+)
+
+
+# What is summed, and its derivative by the first argument.
+
+
+def _times(probability, x):
+    """What is improbable counts for nothing, even where the logarithm of its probability is −inf."""
+    return jnp.where(probability == 0, 0.0, probability * x)
+
+
+def _term(kind: Kind, beta: float) -> Callable:
+    def forward(a, b):
+        return _times(jnp.exp(b), b - a)
+
+    def reverse(a, b):
+        return _times(jnp.exp(a), a - b)
+
+    def jensen_shannon(a, b):
+        mixed = jnp.logaddexp(jnp.log1p(-beta) + a, jnp.log(beta) + b)
+        return beta * _times(jnp.exp(b), b - mixed) + (1 - beta) * _times(jnp.exp(a), a - mixed)
+
+    return {"forward": forward, "reverse": reverse, "jensen_shannon": jensen_shannon}[kind]
+
+
+def _values_and_slopes(logits, lse, teacher_logits, teacher_lse, kind, beta, temperature):
+    a = _tempered(logits, temperature) - lse[..., None]
+    b = _tempered(teacher_logits, temperature) - teacher_lse[..., None]
+    return a, *jax.jvp(lambda a: _term(kind, beta)(a, b), [a], [jnp.ones_like(a)])
+
+
+def _tempered(logits, temperature):
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
+
+
+def _divergence(logits, teacher_logits, *, temperature, **options):
+    lse, teacher_lse = (jax.nn.logsumexp(_tempered(x, temperature), axis=-1) for x in (logits, teacher_logits))
+    whole, teacher_whole = (over_devices(x, "v", "logsumexp") for x in (lse, teacher_lse))
+    _, values, slopes = _values_and_slopes(
+        logits, whole, teacher_logits, teacher_whole, temperature=temperature, **options
+    )
+    return jnp.sum(values, axis=-1), lse, teacher_lse, jnp.sum(slopes, axis=-1)
+
+
+def _dlogits(logits, teacher_logits, lse, teacher_lse, slope, ddivergence, *, temperature, **options):
+    a, _, slopes = _values_and_slopes(logits, lse, teacher_logits, teacher_lse, temperature=temperature, **options)
+    gradient = slopes - jnp.exp(a) * slope[..., None]
+    scale = (ddivergence / temperature)[..., None]
+    return jnp.where(scale == 0, 0.0, scale * gradient)  # a token that counts for nothing has no gradient
+
+
+# Reference.
+
+
+@forward.reference
+def forward_reference(x, weight, bias, teacher_x, teacher_weight, teacher_bias, *, kind, beta, temperature):
+    logits = all_logits(x, weight, bias), all_logits(teacher_x, teacher_weight, teacher_bias)
+    return _divergence(*logits, kind=kind, beta=beta, temperature=temperature)
+
+
+@backward.reference
+def backward_reference(x, weight, bias, teacher_x, teacher_weight, teacher_bias, *of_token, kind, beta, temperature):
+    logits = all_logits(x, weight, bias), all_logits(teacher_x, teacher_weight, teacher_bias)
+    dlogits = _dlogits(*logits, *of_token, kind=kind, beta=beta, temperature=temperature)
+    return of_operands(dlogits, x, weight, bias, x.dtype)
+
+
+# Kernel: the same some tokens at a time. XLA fuses what is done to logits as well as can be.
+
+
+@forward.kernel
+def forward_kernel(x, weight, bias, teacher_x, teacher_weight, teacher_bias, **options):
+    def some(sums, x, teacher_x):
+        return forward_reference(x, weight, bias, teacher_x, teacher_weight, teacher_bias, **options), sums
+
+    return by_tokens(some, (), x, teacher_x)[0]
+
+
+@backward.kernel
+def backward_kernel(x, weight, bias, teacher_x, teacher_weight, teacher_bias, *of_token, **options):
+    def some(sums, x, teacher_x, *of_token):
+        logits = all_logits(x, weight, bias), all_logits(teacher_x, teacher_weight, teacher_bias)
+        return added(sums, _dlogits(*logits, *of_token, **options).astype(x.dtype), x, weight)
+
+    dx, sums = by_tokens(some, no_sums(len(x), weight, bias), x, teacher_x, *of_token)
+    return dx, *finished(sums, weight)
+
+
+# Derivative.
+
+
+@forward.transpose
+def forward_transpose(operands, results, cotangents, **options):
+    dx, dweight, dbias = backward(*operands, *results[1:], cotangents[0], **options)
+    return dx, dweight, dbias, None, None, None
