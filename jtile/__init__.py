@@ -1,6 +1,6 @@
 """jtile: tile kernels as first-class JAX operations."""
 
-from jtile import testing
+from jtile import losses, testing
 from jtile.compiler.interpret import interpret_pallas
 from jtile.compiler.launch import EXPORT_CHECKS
 from jtile.compiler.pallas import retarget_pallas
@@ -57,6 +57,7 @@ __all__ = [
     "interpret_pallas",
     "linear_cross_entropy",
     "load",
+    "losses",
     "max_contiguous",
     "retarget_pallas",
     "rms_norm",
