@@ -145,7 +145,7 @@ def _divergence(name: str, operands, kind, beta, temperature, axis_name, impleme
             f"{name}: `temperature` must be positive and finite, and known when tracing; got {temperature}"
         )
     teacher = [None if a is None else jax.lax.stop_gradient(a) for a in operands[3:]]
-    return linear_divergence.forward(
+    (divergence,) = linear_divergence.forward(
         *operands[:3],
         *teacher,
         kind=kind,
@@ -153,7 +153,8 @@ def _divergence(name: str, operands, kind, beta, temperature, axis_name, impleme
         temperature=float(temperature),
         split={} if axis_name is None else {"v": axis_name},
         implementation=implementation,
-    )[0]
+    )
+    return divergence
 
 
 # Preferences.

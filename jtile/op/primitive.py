@@ -158,7 +158,7 @@ class TileOp:
             groups=((),) * len(given),
             implementation=implementation,
             static=tuple(sorted(static.items())),
-            split=tuple(sorted(split.items())),
+            split=tuple(sorted({**sharding.splits(), **split}.items())),
         )
         return sharding.completed(self, self.bind(given, call), split)
 

@@ -262,12 +262,18 @@ _SPLIT: ContextVar[Mapping[str, tuple[str, ...]]] = ContextVar("split", default=
 
 @contextlib.contextmanager
 def on_parts(call: Call):
-    """A context for a reference or kernel whose operands are one device's parts."""
+    """A context for a reference, kernel or transpose rule whose operands are one device's parts: so are those of the
+    ops that it calls."""
     token = _SPLIT.set({dim: _axes(axes) for dim, axes in call.split})
     try:
         yield
     finally:
         _SPLIT.reset(token)
+
+
+def splits() -> Mapping[str, tuple[str, ...]]:
+    """The mesh axes that split each dimension there."""
+    return _SPLIT.get()
 
 
 def over_devices(value: jax.Array, dim: str, reduction: Literal["sum", "logsumexp"] = "sum") -> jax.Array:

@@ -21,12 +21,12 @@ Kind = Literal["forward", "reverse", "jensen_shannon"]
 _OPERANDS = "x: ... d, weight: d v, bias?: v, teacher_x: ... e, teacher_weight: e v, teacher_bias?: v"
 forward = TileOp(
     "linear_divergence",
-    f"{_OPERANDS} -> divergence: ...; logsumexp lse: ..., logsumexp teacher_lse: ..., slope: ...",
+    f"{_OPERANDS} -> divergence: ...",
     whole="d e",
 )
 backward = TileOp(
     "linear_divergence_backward",
-    f"{_OPERANDS}, lse: ..., teacher_lse: ..., slope: ..., ddivergence: ... -> dx: ... d, dweight: d v, dbias?: v",
+    f"{_OPERANDS}, ddivergence: ... -> dx: ... d, dweight: d v, dbias?: v",
     whole="d e",
 )
 
@@ -53,30 +53,24 @@ def _term(kind: Kind, beta: float) -> Callable:
     return {"forward": forward, "reverse": reverse, "jensen_shannon": jensen_shannon}[kind]
 
 
-def _values_and_slopes(logits, lse, teacher_logits, teacher_lse, kind, beta, temperature):
-    a = _tempered(logits, temperature) - lse[..., None]
-    b = _tempered(teacher_logits, temperature) - teacher_lse[..., None]
-    return a, *jax.jvp(lambda a: _term(kind, beta)(a, b), [a], [jnp.ones_like(a)])
+def _log_probs(logits, temperature):
+    x = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
+    return x - over_devices(jax.nn.logsumexp(x, axis=-1), "v", "logsumexp")[..., None]
 
 
-def _tempered(logits, temperature):
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
+def _divergence(logits, teacher_logits, *, kind, beta, temperature):
+    a, b = _log_probs(logits, temperature), _log_probs(teacher_logits, temperature)
+    return jnp.sum(_term(kind, beta)(a, b), axis=-1)
 
 
-def _divergence(logits, teacher_logits, *, temperature, **options):
-    lse, teacher_lse = (jax.nn.logsumexp(_tempered(x, temperature), axis=-1) for x in (logits, teacher_logits))
-    whole, teacher_whole = (over_devices(x, "v", "logsumexp") for x in (lse, teacher_lse))
-    _, values, slopes = _values_and_slopes(
-        logits, whole, teacher_logits, teacher_whole, temperature=temperature, **options
-    )
-    return jnp.sum(values, axis=-1), lse, teacher_lse, jnp.sum(slopes, axis=-1)
-
-
-def _dlogits(logits, teacher_logits, lse, teacher_lse, slope, ddivergence, *, temperature, **options):
-    a, _, slopes = _values_and_slopes(logits, lse, teacher_logits, teacher_lse, temperature=temperature, **options)
-    gradient = slopes - jnp.exp(a) * slope[..., None]
+def _gradient(logits, teacher_logits, ddivergence, *, kind, beta, temperature):
+    """Of the student's logits."""
+    a, b = _log_probs(logits, temperature), _log_probs(teacher_logits, temperature)
+    _, slopes = jax.jvp(lambda a: _term(kind, beta)(a, b), [a], [jnp.ones_like(a)])
+    slope = over_devices(jnp.sum(slopes, axis=-1), "v")
     scale = (ddivergence / temperature)[..., None]
-    return jnp.where(scale == 0, 0.0, scale * gradient)  # a token that counts for nothing has no gradient
+    dlogits = scale * (slopes - jnp.exp(a) * slope[..., None])
+    return jnp.where(scale == 0, 0.0, dlogits)  # a token that counts for nothing has no gradient
 
 
 # Reference.
@@ -85,13 +79,15 @@ def _dlogits(logits, teacher_logits, lse, teacher_lse, slope, ddivergence, *, te
 @forward.reference
 def forward_reference(x, weight, bias, teacher_x, teacher_weight, teacher_bias, *, kind, beta, temperature):
     logits = all_logits(x, weight, bias), all_logits(teacher_x, teacher_weight, teacher_bias)
-    return _divergence(*logits, kind=kind, beta=beta, temperature=temperature)
+    return (_divergence(*logits, kind=kind, beta=beta, temperature=temperature),)
 
 
 @backward.reference
-def backward_reference(x, weight, bias, teacher_x, teacher_weight, teacher_bias, *of_token, kind, beta, temperature):
+def backward_reference(
+    x, weight, bias, teacher_x, teacher_weight, teacher_bias, ddivergence, *, kind, beta, temperature
+):
     logits = all_logits(x, weight, bias), all_logits(teacher_x, teacher_weight, teacher_bias)
-    dlogits = _dlogits(*logits, *of_token, kind=kind, beta=beta, temperature=temperature)
+    dlogits = _gradient(*logits, ddivergence, kind=kind, beta=beta, temperature=temperature)
     return of_operands(dlogits, x, weight, bias, x.dtype)
 
 
@@ -107,12 +103,12 @@ def forward_kernel(x, weight, bias, teacher_x, teacher_weight, teacher_bias, **o
 
 
 @backward.kernel
-def backward_kernel(x, weight, bias, teacher_x, teacher_weight, teacher_bias, *of_token, **options):
-    def some(sums, x, teacher_x, *of_token):
+def backward_kernel(x, weight, bias, teacher_x, teacher_weight, teacher_bias, ddivergence, **options):
+    def some(sums, x, teacher_x, ddivergence):
         logits = all_logits(x, weight, bias), all_logits(teacher_x, teacher_weight, teacher_bias)
-        return added(sums, _dlogits(*logits, *of_token, **options).astype(x.dtype), x, weight)
+        return added(sums, _gradient(*logits, ddivergence, **options).astype(x.dtype), x, weight)
 
-    dx, sums = by_tokens(some, no_sums(len(x), weight, bias), x, teacher_x, *of_token)
+    dx, sums = by_tokens(some, no_sums(len(x), weight, bias), x, teacher_x, ddivergence)
     return dx, *finished(sums, weight)
 
 
@@ -121,5 +117,5 @@ def backward_kernel(x, weight, bias, teacher_x, teacher_weight, teacher_bias, *o
 
 @forward.transpose
 def forward_transpose(operands, results, cotangents, **options):
-    dx, dweight, dbias = backward(*operands, *results[1:], cotangents[0], **options)
-    return dx, dweight, dbias, None, None, None
+    del results
+    return *backward(*operands, *cotangents, **options), None, None, None
