@@ -186,6 +186,7 @@ def token_log_probs(
     _check_shapes("token_log_probs", labels.shape, mask=mask)
     if mask is not None:
         labels = jnp.where(mask, labels.astype(jnp.int32), _MASKED)
+        x = jnp.where(mask[..., None], x, 0)  # the gradient of weight multiplies them by 0, which NaN survives
     return -linear_cross_entropy(
         x,
         weight,

@@ -175,9 +175,7 @@ def test_kto():
 
     def loss(x, weight):
         weights = dict(desirable_weight=1.5, undesirable_weight=0.8)
-        return losses.kto(
-            x, weight, labels, reference, desirable, reference_point=0.7, mask=mask, beta=0.3, **weights
-        )
+        return losses.kto(x, weight, labels, reference, desirable, reference_point=0.7, mask=mask, beta=0.3, **weights)
 
     check(loss, defined, x, WEIGHT)
 
@@ -214,7 +212,10 @@ def test_what_is_masked_out_may_hold_anything():
         lambda x: losses.orpo(x, WEIGHT, LABELS, mask=mask),
         lambda x: losses.grpo(x, WEIGHT, LABELS, REFERENCE, old_log_probs=old, reference_log_probs=old, mask=mask),
     ):
-        (actual, pull), (expected, pull_expected) = jax.vjp(loss, broken), jax.vjp(loss, jnp.where(MASK[..., None], X, 0))
+        (actual, pull), (expected, pull_expected) = (
+            jax.vjp(loss, broken),
+            jax.vjp(loss, jnp.where(MASK[..., None], X, 0)),
+        )
         np.testing.assert_array_equal(actual, expected)
         (dx,) = pull(jnp.ones_like(actual))
         np.testing.assert_array_equal(dx, *pull_expected(jnp.ones_like(actual)))
@@ -224,9 +225,15 @@ def test_what_is_masked_out_may_hold_anything():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: losses.kl_divergence(X, WEIGHT, X, WEIGHT, direction="up"), "`direction` must be 'forward' or 'reverse'"),
+        (
+            lambda: losses.kl_divergence(X, WEIGHT, X, WEIGHT, direction="up"),
+            "`direction` must be 'forward' or 'reverse'",
+        ),
         (lambda: losses.kl_divergence(X, WEIGHT, X, WEIGHT, temperature=0), "`temperature` must be positive"),
-        (lambda: losses.kl_divergence(X, WEIGHT, X.astype(int), WEIGHT), "`teacher_x` and `teacher_weight` must have one"),
+        (
+            lambda: losses.kl_divergence(X, WEIGHT, X.astype(int), WEIGHT),
+            "`teacher_x` and `teacher_weight` must have one",
+        ),
         (lambda: losses.kl_divergence(X, WEIGHT, X, WEIGHT[:, 1:]), "dimension `v` must agree: it is 70 in `weight`"),
         (lambda: losses.jensen_shannon_divergence(X, WEIGHT, X, WEIGHT, beta=1.0), "`beta` must be between 0 and 1"),
         (lambda: losses.dpo(X[0], WEIGHT, LABELS[0], REFERENCE[0]), "the first axis must hold chosen and rejected"),

@@ -88,7 +88,7 @@ def forward_reference(x, weight, labels, bias, *, logits_soft_cap, total):
 def backward_reference(x, weight, labels, bias, lse, *cotangents, logits_soft_cap):
     logits = all_logits(x, weight, bias)
     (dlogits,) = of_logits.backward_reference(logits, labels, lse, *cotangents, logits_soft_cap=logits_soft_cap)
-    return of_operands(dlogits, x, weight, bias, jnp.float32)
+    return of_operands(dlogits, x, weight, bias, jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _cotangents(options: Options, vocabulary: int, token_weights, lse, picked, total):
@@ -452,4 +452,9 @@ def linear_cross_entropy(
     if token_weights is None:
         return _losses(options, implementation, x, weight, labels, bias)
     token_weights = jnp.asarray(token_weights, jnp.promote_types(x.dtype, jnp.float32))
+    if token_weights.shape != labels.shape:
+        raise ValueError(
+            f"linear_cross_entropy: `token_weights` must have the shape of `labels`, {labels.shape}, got "
+            f"{token_weights.shape}"
+        )
     return _sum_of_losses(options, implementation, x, weight, labels, bias, token_weights)
