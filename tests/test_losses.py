@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jtile import losses
 from jtile.ops import linear_cross_entropy as op
+from jtile.testing import Case, check_op
 
 IMPLEMENTATIONS = ["interpret", "xla"]
 V = 70
@@ -246,3 +247,15 @@ def test_what_is_masked_out_may_hold_anything():
 def test_what_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("law", ["gradient", "second_order", "explicit_sharding", "shard_map"])
+def test_laws(law):
+    case = Case(
+        "x: b s d, weight: d v, teacher_x: b s e, teacher_weight: e v -> divergence: b s",
+        {"b": 4, "s": 8, "d": 6, "e": 4, "v": 40},
+        options={"beta": 0.3, "temperature": 2.0},
+        split="b s v",
+        axis_names={"v": "axis_name"},
+    )
+    check_op(losses.jensen_shannon_divergence, [case], laws=[law])
