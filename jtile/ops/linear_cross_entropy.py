@@ -21,16 +21,16 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import ShapeDtypeStruct, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from jtile.compiler.params import CompilerParams
 from jtile.compiler.primitives import store
 from jtile.op import Implementation, TileOp, over_devices
 from jtile.ops import softmax_cross_entropy as of_logits
+from jtile.ops.products import Part, dot, on_tiles, tile_of
 from jtile.ops.softmax_cross_entropy import Options
 
 # Spec. `forward` and `backward` are those of softmax_cross_entropy with the product inside; `gradients` is both, where
@@ -56,12 +56,6 @@ gradients = TileOp(
 
 
 # Reference: all logits at once.
-
-
-def dot(a, b, contract: tuple[int, int], dtype):
-    """The product that sums over these axes, accumulated in float32 and rounded once."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=dtype)
 
 
 def all_logits(x, weight, bias):
@@ -109,71 +103,56 @@ def gradients_reference(x, weight, labels, bias, token_weights, *, options, voca
     return (*statistics, *of_operands(dlogits, x, weight, bias, x.dtype))
 
 
-# Kernels. A program multiplies one tile of logits and finishes it while it is in registers.
+# Kernels.
 
 SLAB = 2**27  # logits whose gradients are there at once, when they are formed again
 TOKENS = 2048  # whose logits are there at once, when gradients are formed in the forward pass
-FUSED = False
-GROUP = 16  # tiles below each other that run at once, so that what they read stays in the second-level cache
+LEAN = "tiles"
 
 
-def _tile(x, weight) -> tuple[int, int, int, CompilerParams]:
-    """Tokens, classes and terms of a step."""
-    sides = (128, 256, 64) if x.dtype.itemsize <= 2 else (64, 64, 32)
-    fitted = (min(s, max(16, pl.next_power_of_2(n))) for s, n in zip(sides, (len(x), *weight.shape[::-1]), strict=True))
-    return *fitted, CompilerParams(num_warps=8, num_stages=3)
+def _whole(n: int, step: int) -> int:
+    return pl.cdiv(n, step) * step
 
 
-def _on_tiles(name: str, finish: Callable, x, weight, bias, of_token: list, outs: list):
-    """`finish(logits, columns, of_token, out_refs)` on every tile; `outs` are pairs of a shape and of a function from
-    the tile's sides to its block and the block's index."""
-    (rows, d), v = x.shape, weight.shape[1]
-    block, lanes, terms, params = _tile(x, weight)
-    down, across, steps = pl.cdiv(rows, block), pl.cdiv(v, lanes), pl.cdiv(d, terms)
+def _on_logits(name: str, finish: Callable, x, weight, bias, of_token: list, outputs: list, v: int, part=None):
+    """`finish(logits, columns, of_token, outputs)` on every tile of v classes' logits, of this part of the vocabulary
+    where there are several of them. `outputs` are pairs of a kind, as below, and a dtype."""
+    rows, d = x.shape
+    block, lanes, step = tile_of(rows, v, d, x.dtype)
+    across = pl.cdiv(v, lanes)
+    given = [value for value in of_token if value is not None]
 
-    def place(i):
-        first = i // (GROUP * across) * GROUP
-        group = jnp.minimum(down - first, GROUP)
-        within = i % (GROUP * across)
-        return first + within % group, within // group
-
-    given = [None if value is None else i for i, value in enumerate(of_token)]
-    operands = [value for value in (bias, *of_token) if value is not None]
-
-    def kernel(x_ref, weight_ref, *refs):
-        values = iter(ref[...] for ref in refs[: len(operands)])
-
-        def step(i, logits):
-            at = pl.ds(i * terms, terms)
-            return logits + dot(x_ref[:, at], weight_ref[at, :], ((1,), (0,)), jnp.float32)
-
-        logits = lax.fori_loop(0, steps, step, jnp.zeros((block, lanes), jnp.float32))
+    def with_bias(logits, place, inputs, outputs):
+        _, column, part = place
+        columns = (part * across + column) * lanes + lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
+        values = iter([ref[...] for ref in inputs])
+        of_tokens = [None if value is None else next(values)[:, None] for value in of_token]
         if bias is not None:
             logits = logits + next(values)[None, :].astype(jnp.float32)
-        columns = place(pl.program_id(0))[1] * lanes + lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
-        finish(logits, columns, [None if i is None else next(values)[:, None] for i in given], refs[len(operands) :])
+        finish(logits, columns, of_tokens, outputs)
 
-    row = pl.BlockSpec((block,), lambda i: (place(i)[0],))
-    vocabulary = [] if bias is None else [pl.BlockSpec((lanes,), lambda i: (place(i)[1],))]
+    classes = lambda row, column, part: (part * across + column,)  # noqa: E731
     kinds = {
-        "tile": ((rows, v), pl.BlockSpec((block, lanes), place)),
-        "row": ((rows,), row),
-        "part of row": ((across, rows), pl.BlockSpec((None, block), lambda i: place(i)[::-1])),
+        "tile": lambda dtype: Part(ShapeDtypeStruct((rows, v), dtype), (block, lanes), lambda r, c, p: (r, c)),
+        "row": lambda dtype: Part(ShapeDtypeStruct((rows,), dtype), (block,), lambda r, c, p: (r,)),
+        "part of row": lambda dtype: Part(
+            ShapeDtypeStruct((across, rows), dtype), (None, block), lambda r, c, p: (c, r)
+        ),
     }
-    return pl.pallas_call(
-        kernel,
-        grid=(down * across,),
-        in_specs=[
-            pl.BlockSpec((block, steps * terms), lambda i: (place(i)[0], 0)),
-            pl.BlockSpec((steps * terms, lanes), lambda i: (0, place(i)[1])),
-            *vocabulary,
-            *[row] * (len(operands) - len(vocabulary)),
+    return on_tiles(
+        name,
+        with_bias,
+        (rows, v, d),
+        Part(x, (block, _whole(d, step)), lambda r, c, p: (r, 0)),
+        Part(weight, (_whole(d, step), lanes), lambda r, c, p: (0, *classes(r, c, p))),
+        (1, 0),
+        [
+            *(Part(value, (block,), lambda r, c, p: (r,)) for value in given),
+            *([] if bias is None else [Part(bias, (lanes,), classes)]),
         ],
-        out_specs=[kinds[kind][1] for kind, _ in outs],
-        out_shape=[jax.ShapeDtypeStruct(kinds[kind][0], dtype) for kind, dtype in outs],
-        compiler_params=params,
-        name=name,
-    )(x, weight, *operands)
+        [kinds[kind](dtype) for kind, dtype in outputs],
+        part=part,
+    )
 
 
 def _statistics(x, weight, labels, bias, cap, total: bool, keep: bool):
@@ -197,8 +176,8 @@ def _statistics(x, weight, labels, bias, cap, total: bool, keep: bool):
         lse_ref[...] = top + jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=1))
 
     part = ("part of row", jnp.float32)
-    outs = [part, ("row", jnp.float32), *[part] * total, *[("tile", x.dtype)] * keep]
-    lse, picked, *more = _on_tiles("linear_cross_entropy", finish, x, weight, bias, [labels], outs)
+    outputs = [part, ("row", jnp.float32), *[part] * total, *[("tile", x.dtype)] * keep]
+    lse, picked, *more = _on_logits("linear_cross_entropy", finish, x, weight, bias, [labels], outputs, v)
     picked = jnp.where(of_logits._inside(labels, v), picked, 0.0)
     sums = jnp.sum(more[0], axis=0) if total else None
     return (jax.nn.logsumexp(lse, axis=0), picked, sums), more[-1] if keep else None
@@ -210,63 +189,98 @@ def forward_kernel(x, weight, labels, bias, *, logits_soft_cap, total):
 
 
 @backward.kernel
-def backward_kernel(x, weight, labels, bias, lse, dlse, dpicked, dtotal, *, logits_soft_cap):
-    def finish(logits, columns, of_token, refs):
-        refs[0][...] = of_logits._gradient(logits, columns, *of_token, cap=logits_soft_cap).astype(x.dtype)
+def backward_kernel(x, weight, labels, bias, *of_token, logits_soft_cap):
+    (rows, d), v = x.shape, weight.shape[1]
+    slabs = pl.cdiv(v, max(SLAB // rows, 256))
+    size = _whole(pl.cdiv(v, slabs), 256)  # whole tiles; the last slab overhangs
 
-    def slab(start, size, sums):
+    def gradient(logits, columns, of_token, outputs):
+        dlogits = of_logits._gradient(logits, columns, *of_token, cap=logits_soft_cap)
+        outputs[0][...] = jnp.where(columns < v, dlogits, 0.0).astype(x.dtype)
+
+    def write(product, place, inputs, outputs):
+        outputs[0][...] = product.astype(outputs[0].dtype)
+
+    def slab(i, sums):
         dx, dweight, dbias = sums
-        w = lax.dynamic_slice_in_dim(weight, start, size, axis=1)
-        b = None if bias is None else lax.dynamic_slice_in_dim(bias, start, size)
-        of_token = [labels - start, lse, dlse, dpicked, dtotal]
-        (dlogits,) = _on_tiles("linear_cross_entropy_backward", finish, x, w, b, of_token, [("tile", x.dtype)])
-        dx = dx + dot(dlogits, w, ((1,), (1,)), jnp.float32)
-        part = dot(x, dlogits, ((0,), (0,)), weight.dtype)
-        dweight = lax.dynamic_update_slice_in_dim(dweight, part, start, axis=1)
+        (dlogits,) = _on_logits(
+            "linear_cross_entropy_dlogits",
+            gradient,
+            x,
+            weight,
+            bias,
+            [labels, *of_token],
+            [("tile", x.dtype)],
+            size,
+            part=i,
+        )
+        if LEAN == "tiles":
+            block, lanes, step = tile_of(rows, d, size, x.dtype)
+            mine = Part(dx, (block, lanes), lambda row, column, part: (row, column))
+            (dx,) = on_tiles(
+                "linear_cross_entropy_dx",
+                write,
+                (rows, d, size),
+                Part(dlogits, (block, size), lambda row, column, part: (row, 0)),
+                Part(weight, (lanes, size), lambda row, column, part: (column, part)),
+                (1, 1),
+                [mine],
+                [mine],
+                part=i,
+                start=lambda inputs: inputs[0][...],
+                aliases={0: 0},
+            )
+        else:
+            w = lax.dynamic_slice_in_dim(weight, i * size, size, axis=1)
+            dx = dx + dot(dlogits, w, ((1,), (1,)), jnp.float32)
+        block, lanes, step = tile_of(d, size, rows, x.dtype)
+        across = pl.cdiv(size, lanes)
+        (dweight,) = on_tiles(
+            "linear_cross_entropy_dweight",
+            write,
+            (d, size, rows),
+            Part(x, (_whole(rows, step), block), lambda row, column, part: (0, row)),
+            Part(dlogits, (_whole(rows, step), lanes), lambda row, column, part: (0, column)),
+            (0, 0),
+            [Part(dweight, (8, 8), lambda row, column, part: (0, 0))],
+            [Part(dweight, (block, lanes), lambda row, column, part: (row, part * across + column))],
+            part=i,
+            aliases={0: 0},
+        )
         if bias is not None:
             part = jnp.sum(dlogits, axis=0, dtype=jnp.float32)
-            dbias = lax.dynamic_update_slice_in_dim(dbias, part, start, axis=0)
+            dbias = lax.dynamic_update_slice_in_dim(dbias, part, i * size, axis=0)
         return dx, dweight, dbias
 
-    dbias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
-    zeros = jnp.zeros(x.shape, jnp.float32), jnp.zeros(weight.shape, weight.dtype), dbias
-    return by_parts(weight.shape[1], max(SLAB // x.shape[0] // 256, 1) * 256, slab, zeros)
+    dbias = None if bias is None else jnp.zeros(slabs * size, jnp.float32)
+    start = jnp.zeros(x.shape, jnp.float32), lax.empty(weight.shape, weight.dtype), dbias
+    dx, dweight, dbias = lax.fori_loop(0, slabs, slab, start)
+    return dx, dweight, None if bias is None else dbias[:v]
 
 
 @gradients.kernel
 def gradients_kernel(x, weight, labels, bias, token_weights, *, options, vocabulary):
     cap, total = options.logits_soft_cap, options.label_smoothing > 0
 
-    def chunk(sums, x, labels, token_weights):
-        if FUSED:
-            statistics, logits = _statistics(x, weight, labels, bias, cap, total, keep=True)
-        else:
-            logits = dot(x, weight, ((1,), (0,)), x.dtype)
-            if bias is not None:
-                logits = (logits + bias.astype(jnp.float32)).astype(x.dtype)
-            statistics = of_logits.forward_kernel(logits, labels, logits_soft_cap=cap, total=total)
+    def some(sums, x, labels, token_weights):
+        statistics, logits = _statistics(x, weight, labels, bias, cap, total, keep=True)
         lse = over_devices(statistics[0], "v", "logsumexp")
         cotangents = _cotangents(options, vocabulary, token_weights, lse, *statistics[1:])
         (dlogits,) = of_logits.backward_reference(logits, labels, lse, *cotangents, logits_soft_cap=cap)
-        dx, sums = added(sums, dlogits, x, weight)
+        dx, sums = added(sums, dlogits, x, weight, bias)
         return (*statistics, dx), sums
 
-    results, sums = by_tokens(chunk, no_sums(len(x), weight, bias), x, labels, token_weights)
+    results, sums = by_tokens(some, x, labels, token_weights)
     return *results, *finished(sums, weight)
 
 
-def no_sums(rows: int, weight, bias):
-    """The sums over so many tokens that are the gradients of weight and bias, before the first."""
-    dweight = jnp.zeros(weight.shape, jnp.float32 if rows > TOKENS else weight.dtype)
-    return dweight, None if bias is None else jnp.zeros(bias.shape, jnp.float32)
-
-
-def added(sums, dlogits, x, weight):
-    """The gradient of x for some tokens, from that of their logits; and the sums with these tokens' part added."""
-    dweight, dbias = sums
-    dweight = dweight + dot(x, dlogits, ((0,), (0,)), dweight.dtype)
-    dbias = None if dbias is None else dbias + jnp.sum(dlogits, axis=0, dtype=jnp.float32)
-    return dot(dlogits, weight, ((1,), (1,)), x.dtype), (dweight, dbias)
+def added(sums, dlogits, x, weight, bias):
+    """The gradient of x for some tokens, from that of their logits; and with these tokens' part added the gradients of
+    weight and bias, `sums`, which are None before the first."""
+    dweight = dot(x, dlogits, ((0,), (0,)), jnp.float32)
+    dbias = None if bias is None else jnp.sum(dlogits, axis=0, dtype=jnp.float32)
+    sums = (dweight, dbias) if sums is None else jax.tree.map(jnp.add, sums, (dweight, dbias))
+    return dot(dlogits, weight, ((1,), (1,)), x.dtype), sums
 
 
 def finished(sums, weight):
@@ -274,28 +288,30 @@ def finished(sums, weight):
     return dweight.astype(weight.dtype), dbias
 
 
-def by_tokens(function: Callable, sums, *of_token):
-    """`function(sums, *of_token)`, which returns results of each token and new sums, some tokens at a time."""
-    shapes, _ = jax.eval_shape(function, sums, *of_token)
+def by_tokens(function: Callable, *of_token):
+    """`function(sums, *of_token)`, which returns results of each token and new sums, some tokens at a time.
 
-    def part(start, size, carry):
+    The first get None for the sums.
+    """
+    rows = len(of_token[0])
+    size = min(rows, _whole(pl.cdiv(rows, pl.cdiv(rows, TOKENS)), 128))
+
+    def of(start, size):
+        return [lax.dynamic_slice_in_dim(value, start, size) for value in of_token]
+
+    def following(start, size, carry):
         results, sums = carry
-        found, sums = function(
-            sums, *(None if a is None else lax.dynamic_slice_in_dim(a, start, size) for a in of_token)
-        )
-        put = lambda all, some: lax.dynamic_update_slice_in_dim(all, some, start, axis=0)  # noqa: E731
-        return jax.tree.map(put, results, found), sums
+        found, sums = function(sums, *of(start, size))
+        return put(results, found, start), sums
 
-    results = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return by_parts(len(of_token[0]), TOKENS, part, (results, sums))
+    def put(results, found, start):
+        return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, start, axis=0), results, found)
 
-
-def by_parts(size: int, part: int, function: Callable, carry):
-    """`function(start, size, carry)` for one part after the other; the last may be smaller."""
-    part = min(part, size)
-    count, rest = divmod(size, part)
-    carry = lax.fori_loop(0, count, lambda i, carry: function(i * part, part, carry), carry)
-    return function(count * part, rest, carry) if rest else carry
+    first, sums = function(None, *of(0, size))
+    carry = put(jax.tree.map(lambda a: lax.empty((rows, *a.shape[1:]), a.dtype), first), first, 0), sums
+    count, rest = divmod(rows, size)
+    carry = lax.fori_loop(1, count, lambda i, carry: following(i * size, size, carry), carry)
+    return following(count * size, rest, carry) if rest else carry
 
 
 # Derivative.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jtile.op import TileOp, over_devices
-from jtile.ops.linear_cross_entropy import added, all_logits, by_tokens, finished, no_sums, of_operands
+from jtile.ops.linear_cross_entropy import added, all_logits, by_tokens, finished, of_operands
 
 Kind = Literal["forward", "reverse", "jensen_shannon"]
 
@@ -96,19 +96,19 @@ def backward_reference(
 
 @forward.kernel
 def forward_kernel(x, weight, bias, teacher_x, teacher_weight, teacher_bias, **options):
-    def some(sums, x, teacher_x):
-        return forward_reference(x, weight, bias, teacher_x, teacher_weight, teacher_bias, **options), sums
+    def some(_, x, teacher_x):
+        return forward_reference(x, weight, bias, teacher_x, teacher_weight, teacher_bias, **options), None
 
-    return by_tokens(some, (), x, teacher_x)[0]
+    return by_tokens(some, x, teacher_x)[0]
 
 
 @backward.kernel
 def backward_kernel(x, weight, bias, teacher_x, teacher_weight, teacher_bias, ddivergence, **options):
     def some(sums, x, teacher_x, ddivergence):
         logits = all_logits(x, weight, bias), all_logits(teacher_x, teacher_weight, teacher_bias)
-        return added(sums, _gradient(*logits, ddivergence, **options).astype(x.dtype), x, weight)
+        return added(sums, _gradient(*logits, ddivergence, **options).astype(x.dtype), x, weight, bias)
 
-    dx, sums = by_tokens(some, no_sums(len(x), weight, bias), x, teacher_x, ddivergence)
+    dx, sums = by_tokens(some, x, teacher_x, ddivergence)
     return dx, *finished(sums, weight)
 
 
