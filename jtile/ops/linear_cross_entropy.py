@@ -266,7 +266,7 @@ def gradients_kernel(x, weight, labels, bias, token_weights, *, options, vocabul
         statistics, logits = _statistics(x, weight, labels, bias, cap, total, keep=True)
         lse = over_devices(statistics[0], "v", "logsumexp")
         cotangents = _cotangents(options, vocabulary, token_weights, lse, *statistics[1:])
-        (dlogits,) = of_logits.backward_reference(logits, labels, lse, *cotangents, logits_soft_cap=cap)
+        (dlogits,) = of_logits.backward_kernel(logits, labels, lse, *cotangents, logits_soft_cap=cap)
         dx, sums = added(sums, dlogits, x, weight, bias)
         return (*statistics, dx), sums
 
@@ -291,27 +291,33 @@ def finished(sums, weight):
 def by_tokens(function: Callable, *of_token):
     """`function(sums, *of_token)`, which returns results of each token and new sums, some tokens at a time.
 
-    The first get None for the sums.
+    The first get None for the sums. The last may be zeros that are no tokens.
     """
     rows = len(of_token[0])
-    size = min(rows, _whole(pl.cdiv(rows, pl.cdiv(rows, TOKENS)), 128))
+    count = pl.cdiv(rows, TOKENS)
+    size = rows if count == 1 else _whole(pl.cdiv(rows, count), 128)
+    pad = lambda value: jnp.pad(value, [(0, count * size - rows), *[(0, 0)] * (value.ndim - 1)])  # noqa: E731
+    of_token = [value if count * size == rows else pad(value) for value in of_token]
 
-    def of(start, size):
-        return [lax.dynamic_slice_in_dim(value, start, size) for value in of_token]
+    def some(i, sums):
+        return function(sums, *(lax.dynamic_slice_in_dim(value, i * size, size) for value in of_token))
 
-    def following(start, size, carry):
+    def put(results, found, i):
+        return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, i * size, axis=0), results, found)
+
+    def step(i, carry):
         results, sums = carry
-        found, sums = function(sums, *of(start, size))
-        return put(results, found, start), sums
+        found, sums = some(i, sums)
+        return put(results, found, i), sums
 
-    def put(results, found, start):
-        return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, start, axis=0), results, found)
-
-    first, sums = function(None, *of(0, size))
-    carry = put(jax.tree.map(lambda a: lax.empty((rows, *a.shape[1:]), a.dtype), first), first, 0), sums
-    count, rest = divmod(rows, size)
-    carry = lax.fori_loop(1, count, lambda i, carry: following(i * size, size, carry), carry)
-    return following(count * size, rest, carry) if rest else carry
+    first, sums = some(0, None)
+    if count == 1:
+        return first, sums
+    results = jax.tree.map(lambda a: lax.empty((count * size, *a.shape[1:]), a.dtype), first)
+    # XLA would take a loop of one step apart, and keep the sums twice.
+    bound = lax.optimization_barrier(jnp.int32(count))
+    results, sums = lax.fori_loop(1, bound, step, (put(results, first, 0), sums))
+    return jax.tree.map(lambda a: a[:rows], results), sums
 
 
 # Derivative.

@@ -162,6 +162,7 @@ def backward_kernel(logits, labels, lse, dlse, dpicked, dtotal, *, logits_soft_c
         in_specs=[tile, *[row] * len(given)],
         out_specs=[tile],
         out_shape=[logits],
+        input_output_aliases={0: 0},  # XLA copies logits that are needed afterwards
         compiler_params=CompilerParams(num_warps=4, num_stages=1),
         name="softmax_cross_entropy_backward",
     )(logits, *given)
