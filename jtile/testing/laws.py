@@ -131,7 +131,7 @@ def shapes(trial: Trial) -> None:
     """Sizes of 1, odd sizes, and nothing at all."""
     case = trial.case
     free = [name for name in case.sizes if name not in case.fixed.split()]
-    odd = {name: 3 if name in case.split.split() else 17 for name in free}
+    odd = {name: 3 if case.sizes[name] <= 8 else 17 for name in free}
     for sizes in dict.fromkeys(free, 1), odd:
         gradient(trial.variant(sizes={**case.sizes, **sizes}))
     compound = {factor for term in case.parsed.operands for dim in term.dims if len(dim) > 1 for factor in dim}
