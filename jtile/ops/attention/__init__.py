@@ -22,8 +22,7 @@ from jtile.ops.attention import kernels, reference
 
 forward = TileOp(
     "dot_product_attention",
-    "query: ... s (k g) d, key: ... t k d, value: ... t k e, origin[s]?: "
-    "-> out: ... s (k g) e, lse: ... s (k g)",
+    "query: ... s (k g) d, key: ... t k d, value: ... t k e, origin[s]?: -> out: ... s (k g) e, lse: ... s (k g)",
     whole="t d e",
 )
 backward = TileOp(
@@ -110,11 +109,10 @@ def dot_product_attention(
 ):
     """Scaled dot-product attention, softmax(scale · query keyᵀ) value, as `jax.nn.dot_product_attention` has it.
 
-    Memory grows with the sequence, not with its square. Devices may share out queries: they then gather keys and values,
-    and for the gradient exchange the sums of theirs. Scores, softmax and all sums are float32. Float32 operands are
-    multiplied in float32 (not TF32); with 16-bit operands the softmax's weights are rounded to their dtype before they
-    meet `value`, and their gradients before they meet `query` and `key`. The kernels serve head dims 16 to 256, powers
-    of two or not.
+    Memory grows with the sequence, not with its square. Devices may share out queries: they then gather keys and
+    values, and sum the gradients of these. Scores, softmax and all sums are float32. Float32 operands are multiplied in
+    float32 (not TF32); with 16-bit operands the softmax's weights are rounded to their dtype before they meet `value`,
+    and their gradients before they meet `query` and `key`. The kernels serve head dims 16 to 256, powers of two or not.
 
     Args:
         query: any leading shape, none included, then queries, heads and head dim.
