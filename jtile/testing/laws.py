@@ -198,9 +198,8 @@ def vmap(trial: Trial) -> None:
     def program(function: Callable, *inputs) -> Jaxpr:
         return jax.make_jaxpr(launching(function))(*inputs).jaxpr
 
-    functions = on_gpu, value_and_pullback(on_gpu)
-    inputs = (samples[0], trial.cotangents())
-    needed = [launches(program(f, *inputs[: i + 1])) for i, f in enumerate(functions)]
+    functions = {on_gpu: (samples[0],), value_and_pullback(on_gpu): (samples[0], trial.cotangents())}
+    needed = functools.cache(lambda function: launches(program(function, *functions[function])))
     unseen = {(n, axis) for n, x in samples[0].items() for axis in range(x.ndim + 1)}
 
     def axes(mapped: Iterable[str], turn: int) -> dict[str, int | None]:
@@ -218,10 +217,11 @@ def vmap(trial: Trial) -> None:
         operands, moved = stacked(samples, inner), stacked(samples, outer)
         over = ", ".join(mapped)
         unmapped = {x.size for n, x in operands.items() if n not in mapped and x.size > 1}
-        for i, function in enumerate(functions):
-            mapping = program(jax.vmap(function, in_axes=(inner, 0)[: i + 1]), *(operands, cotangents)[: i + 1])
+        for function, inputs in functions.items():
+            n = len(inputs)
+            mapping = program(jax.vmap(function, in_axes=(inner, 0)[:n]), *(operands, cotangents)[:n])
             found = launches(mapping)
-            assert found == needed[i], f"vmap over {over} launches {found} kernels instead of {needed[i]}"
+            assert found == needed(function), f"vmap over {over} launches {found} kernels instead of {needed(function)}"
             repeated = repeated_operands(mapping, unmapped, 3)
             assert not repeated, f"vmap over {over} repeats operands that it does not map: kernels read {repeated}"
 
