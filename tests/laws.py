@@ -90,7 +90,8 @@ CASES = {
             f"{ATTENTION}, lse: b s (k g)",
             {"b": 2, "s": 72, "t": 72, "k": 2, "g": 1, "d": 24, "e": 16},
             options={"is_causal": True, "return_lse": True},
-            split="b k",
+            split="s",
+            axis_names={"s": "axis_name"},
             fixed="d e",
             typical={"b": 2, "s": 1024, "t": 1024, "k": 8, "g": 4, "d": 80, "e": 80},
         ),
@@ -103,9 +104,10 @@ def trial(name: str) -> Trial:
     return Trial(*CASES[name])
 
 
-# The second case of attention differs from the first in arithmetic alone.
+# The second case of attention differs from the first in arithmetic, and in what a part of the queries needs to know.
 ARITHMETIC = ("kernel", "gradient", "forward_mode", "second_order", "dtypes", "shapes", "repeats", "compiles")
-TABLE = [(name, law) for name in CASES for law in (ARITHMETIC if name == "causal_attention" else LAWS)]
+SHARDING = ("auto_sharding", "explicit_sharding", "exchanges", "shard_map")
+TABLE = [(name, law) for name in CASES for law in (ARITHMETIC + SHARDING if name == "causal_attention" else LAWS)]
 
 
 @pytest.mark.parametrize("name, law", TABLE)
