@@ -26,6 +26,7 @@ from jtile.compiler.triton_call import triton_call
 from jtile.debugger import debug
 from jtile.op import TileOp
 from jtile.ops.attention import dot_product_attention
+from jtile.ops.dropout import dropout
 from jtile.ops.gated_activation import gated_activation
 from jtile.ops.rms_norm import rms_norm
 from jtile.ops.rope import rope
@@ -49,6 +50,7 @@ __all__ = [
     "debug_barrier",
     "dot",
     "dot_product_attention",
+    "dropout",
     "elementwise_inline_asm",
     "explain",
     "gated_activation",

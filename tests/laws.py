@@ -21,6 +21,14 @@ from jtile.testing.laws import value_and_pullback
 ROWS, TYPICAL_ROWS = {"b": 4, "s": 8}, {"b": 2, "s": 1024}
 ATTENTION = "query: b s (k g) d, key: b t k d, value: b t k e -> out: b s (k g) e"
 
+
+def dropout(x, key, residual=None, *, rate, implementation, **axes):
+    """With the mesh axis of each dimension by its name."""
+    split = {dim: axes[name] for dim, name in enumerate("bsd") if name in axes}
+    key = key.astype("uint32")
+    return jtile.dropout(x, rate, key, residual=residual, split=split, implementation=implementation)
+
+
 CASES = {
     "rms_norm": (
         jtile.rms_norm,
@@ -72,6 +80,19 @@ CASES = {
             exchanged={"v": 3},
             axis_names={"v": "axis_name"},
             typical={"b": 1, "s": 512, "v": 128_256},
+        ),
+    ),
+    "dropout": (
+        dropout,
+        Case(
+            "x: b s d, key: two, residual: b s d -> y: b s d",
+            ROWS | {"d": 64, "two": 2},
+            options={"rate": 0.3},
+            integers={"key": (0, 2**31 - 1)},
+            split="b d",
+            axis_names={"b": "b", "d": "d"},
+            fixed="two",
+            typical=TYPICAL_ROWS | {"d": 4096, "two": 2},
         ),
     ),
     "attention": (
