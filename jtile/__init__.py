@@ -30,6 +30,7 @@ from jtile.ops.dropout import dropout
 from jtile.ops.gated_activation import gated_activation
 from jtile.ops.rms_norm import rms_norm
 from jtile.ops.rope import rope
+from jtile.ops.softmax import log_softmax, softmax
 from jtile.ops.softmax_cross_entropy import softmax_cross_entropy
 from jtile.report import explain, inspect
 
@@ -57,10 +58,12 @@ __all__ = [
     "inspect",
     "interpret_pallas",
     "load",
+    "log_softmax",
     "max_contiguous",
     "retarget_pallas",
     "rms_norm",
     "rope",
+    "softmax",
     "softmax_cross_entropy",
     "store",
     "testing",

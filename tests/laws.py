@@ -29,6 +29,11 @@ def dropout(x, key, residual=None, *, rate, implementation, **axes):
     return jtile.dropout(x, rate, key, residual=residual, split=split, implementation=implementation)
 
 
+def softmax(x, mask, **options):
+    """Masked as attention's scores are: for each batch its keys."""
+    return jtile.softmax(x, mask=mask[:, None, :] != 0, **options)
+
+
 CASES = {
     "rms_norm": (
         jtile.rms_norm,
@@ -93,6 +98,26 @@ CASES = {
             axis_names={"b": "b", "d": "d"},
             fixed="two",
             typical=TYPICAL_ROWS | {"d": 4096, "two": 2},
+        ),
+    ),
+    "softmax": (
+        softmax,
+        Case(
+            "x: b s t, mask: b t -> y: b s t",
+            ROWS | {"t": 36},
+            options={"scale": 0.5, "is_causal": True},
+            integers={"mask": (0, 2)},
+            split="b",
+            typical=TYPICAL_ROWS | {"t": 4096},
+        ),
+    ),
+    "log_softmax": (
+        jtile.log_softmax,
+        Case(
+            "x: b s t -> y: b s t",
+            ROWS | {"t": 100},
+            split="b s",
+            typical=TYPICAL_ROWS | {"t": 4096},
         ),
     ),
     "attention": (

@@ -1,7 +1,7 @@
-"""Dropout that keeps no mask: kernels draw the same bits again for the gradient, on any tile and any number of devices.
+"""Dropout without a mask in memory: the gradient draws the same bits again, on any tile and any number of devices.
 
-An element's bits are a function of the key, of its row's number and of its column (`random_bits`). Rows and columns come
-as operands, which are split as the array is: so a device that has a part of it knows which part.
+An element's bits are a function of the key, of its row's number and of its column (`random_bits`). Rows and columns are
+operands, which are split as the array is: so a device that has a part of it knows which part.
 """
 
 from collections.abc import Mapping
@@ -112,8 +112,8 @@ def dropout(
 
     Bits are 16 to an element, so `rate` counts as the nearest multiple of 2⁻¹⁶, in the factor too.
 
-    Under `jax.vmap` each call draws from its own key, and calls that share a key drop the same elements, as they do with
-    `jax.random`. Split the key and map over it for others. A dropped element is 0 whatever it was, NaN included.
+    Under `jax.vmap` calls that share a key drop the same elements, as `jax.random` draws the same numbers: split the key
+    and map over it for others. A dropped element is 0 whatever it was, NaN included.
 
     Args:
         x: of any shape with up to 2³² rows, which are what the last dimension holds.
@@ -157,8 +157,8 @@ def dropout(
     if -1 in split or x.ndim - 1 in split:
         if d % COLUMNS:
             raise ValueError(
-                f"dropout: the last dimension may be split in multiples of {COLUMNS}, which share random bits, and this "
-                f"part has {d}; pad it, or gather it by jax.lax.all_gather"
+                f"dropout: the last dimension may be split into parts of a multiple of {COLUMNS}, and this one has {d}; "
+                "pad it, or gather it by jax.lax.all_gather"
             )
     threshold = round(rate * 2**BITS)
     if threshold == 0 or x.size == 0:
