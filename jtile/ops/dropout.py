@@ -112,8 +112,8 @@ def dropout(
 
     Bits are 16 to an element, so `rate` counts as the nearest multiple of 2⁻¹⁶, in the factor too.
 
-    Under `jax.vmap` calls that share a key drop the same elements, as `jax.random` draws the same numbers: split the key
-    and map over it for others. A dropped element is 0 whatever it was, NaN included.
+    Under `jax.vmap` calls that share a key drop the same elements, as they draw the same numbers from `jax.random`:
+    split the key and map over it for others. A dropped element is 0 whatever it was, NaN included.
 
     Args:
         x: of any shape with up to 2³² rows, which are what the last dimension holds.
@@ -157,7 +157,7 @@ def dropout(
     if -1 in split or x.ndim - 1 in split:
         if d % COLUMNS:
             raise ValueError(
-                f"dropout: the last dimension may be split into parts of a multiple of {COLUMNS}, and this one has {d}; "
+                f"dropout: parts of a last dimension that is split must be multiples of {COLUMNS}, and this one has {d}; "
                 "pad it, or gather it by jax.lax.all_gather"
             )
     threshold = round(rate * 2**BITS)

@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, Float
 from jtile.compiler.params import CompilerParams
 from jtile.op import Implementation, TileOp, check_known
 
-# Spec. A mask has some of the dimensions of x. Which, `of_mask` tells: whether the leading ones, each of those that have
-# a name, and the last. So nothing is repeated in memory, and devices split the mask as they split x.
+# Spec. A mask has some of the dimensions of x; `of_mask` tells whether it has the leading ones, each of those that have a
+# name, and the last. So nothing is repeated in memory, and devices split the mask as they split x.
 
 
 @functools.cache
@@ -256,9 +256,9 @@ def softmax(
     Scores are scaled first, then masked; sums are taken in float32 (float64 for float64 scores), and the result rounded
     once. The gradient is computed from the result alone, in one pass over it and its cotangent.
 
-    What does not count, by `mask`, by `is_causal` or as a score of −∞, is 0 in the result and the gradient, whatever `x`
-    and the cotangent are there, NaN included. A row in which nothing counts is 0 throughout. A row in which +∞ or NaN
-    counts is NaN, as it is in `jax.nn.softmax`, where it counts.
+    What does not count, by `mask`, by `is_causal` or as a score of −∞, is 0 in the result and in the gradient, whatever
+    `x` and the cotangent are there, NaN included. A row in which nothing counts is 0 throughout. Where +∞ or NaN counts
+    in a row, all that counts in it is NaN, as in `jax.nn.softmax`.
 
     Args:
         x: scores, of any shape with at least one dimension; softmax runs over the last. For another, move it there by
