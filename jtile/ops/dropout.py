@@ -157,8 +157,8 @@ def dropout(
     if -1 in split or x.ndim - 1 in split:
         if d % COLUMNS:
             raise ValueError(
-                f"dropout: parts of a last dimension that is split must be multiples of {COLUMNS}, and this one has {d}; "
-                "pad it, or gather it by jax.lax.all_gather"
+                f"dropout: parts of a last dimension that is split are multiples of {COLUMNS}, this one has {d}; pad "
+                "it, or gather it by jax.lax.all_gather"
             )
     threshold = round(rate * 2**BITS)
     if threshold == 0 or x.size == 0:

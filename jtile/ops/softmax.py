@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, Float
 from jtile.compiler.params import CompilerParams
 from jtile.op import Implementation, TileOp, check_known
 
-# Spec. A mask has some of the dimensions of x; `of_mask` tells whether it has the leading ones, each of those that have a
-# name, and the last. So nothing is repeated in memory, and devices split the mask as they split x.
+# Spec. A mask has some of the dimensions of x; `of_mask` tells whether it has the leading ones, each of those that have
+# a name, and the last. So nothing is repeated in memory, and devices split the mask as they split x.
 
 
 @functools.cache
