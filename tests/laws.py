@@ -204,7 +204,7 @@ def test_typical_sizes_on_gpu(name, law, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["rms_norm", "rope", "gated_activation", "softmax_cross_entropy"])
+@pytest.mark.parametrize("name", ["rms_norm", "rope", "gated_activation", "log_softmax", "softmax_cross_entropy"])
 def test_past_two_to_the_31_elements_on_gpu(name):
     """Four rows repeated until they fill it: the last four come out as they do alone."""
     op, case = CASES[name]

@@ -138,9 +138,9 @@ def dropout(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> import jtile
-        >>> y = jtile.dropout(jnp.ones((100, 1000)), 0.25, jax.random.key(0))
-        >>> print(sorted({float(value) for value in y.ravel().round(3)}), (y == 0).mean().round(2))
-        [0.0, 1.333] 0.25
+        >>> y = jtile.dropout(jnp.ones((100, 1000)), 0.5, jax.random.key(0))
+        >>> print(y.max(), (y == 0).mean().round(2))
+        2.0 0.5
     """
     check_known("dropout", rate=rate)
     x = jnp.asarray(x)
