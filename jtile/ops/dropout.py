@@ -50,7 +50,7 @@ def forward_reference(x, residual, row, column, key, *, threshold):
 
 # Kernel. A stream: every thread has several loads of 16 bytes in flight.
 
-BLOCK = 4096
+BLOCK = 2048
 
 
 @forward.kernel
@@ -61,19 +61,19 @@ def forward_kernel(x, residual, row, column, key, *, threshold):
 
     def dropout_kernel(x_ref, row_ref, column_ref, key_ref, *refs):
         *residual_refs, y_ref = refs
-        first = column_ref[0] // COLUMNS + pl.program_id(1) * (lanes // COLUMNS)
+        first = column_ref[0] // COLUMNS + pl.program_id(0) * (lanes // COLUMNS)
         groups = first + jnp.arange(lanes // COLUMNS, dtype=jnp.int32)[None]
         added = residual_refs[0][...] if residual_refs else None
         y_ref[...] = _dropped(x_ref[...], added, row_ref[...][:, None], groups, key_ref, threshold)
 
-    tile = pl.BlockSpec((block, lanes), lambda i, j: (i, j))
-    whole = lambda array: pl.BlockSpec(array.shape, lambda i, j: (0,))  # noqa: E731
+    tile = pl.BlockSpec((block, lanes), lambda j, i: (i, j))
+    whole = lambda array: pl.BlockSpec(array.shape, lambda j, i: (0,))  # noqa: E731
     added = [] if residual is None else [residual]
     return (
         pl.pallas_call(
             dropout_kernel,
-            grid=(pl.cdiv(rows, block), pl.cdiv(d, lanes)),
-            in_specs=[tile, pl.BlockSpec((block,), lambda i, j: (i,)), whole(column), whole(key), *[tile] * len(added)],
+            grid=(pl.cdiv(d, lanes), pl.cdiv(rows, block)),
+            in_specs=[tile, pl.BlockSpec((block,), lambda j, i: (i,)), whole(column), whole(key), *[tile] * len(added)],
             out_specs=tile,
             out_shape=x,
             compiler_params=CompilerParams(num_warps=4, num_stages=1),

@@ -96,20 +96,22 @@ def backward_reference(y, dy, *, scale, log):
     return (_gradient(y, dy, jnp.sum(_summand(y, dy, log), axis=-1, keepdims=True), scale, log),)
 
 
-# Kernel. A program owns whole rows, and registers hold them; wider rows are read twice, a chunk at a time, the second
-# time from the chip's cache.
+# Kernel. A program owns whole rows, and registers hold them. Of wider rows it owns a chunk: one kernel makes statistics
+# of the chunks, another one reads them again.
 
-WIDEST = 32768  # elements of a row that registers hold
+WIDEST = 32768
 CHUNK = 8192
-ACROSS = 1024  # lanes with statistics of their own
 
 
-def _rows_per_block(d: int) -> int:
-    return max(1, 4096 // pl.next_power_of_2(d))
+def _tile(rows: int, d: int) -> tuple[int, int]:
+    """How many rows and lanes a program has."""
+    lanes = pl.next_power_of_2(d) if d <= WIDEST else CHUNK
+    return min(max(1, 2048 // lanes), pl.next_power_of_2(rows)), lanes
 
 
-def _warps(d: int) -> int:
-    return min(16, max(4, pl.next_power_of_2(d) // 1024))
+def _warps(elements: int, each: int) -> int:
+    """So that a thread has several loads of 16 bytes in flight, and room in its registers for `each` element."""
+    return min(32, max(1, elements // (32 * each)))
 
 
 def forward_kernel(x, mask, query, *, of_mask, scale, log):
@@ -120,115 +122,118 @@ def forward_kernel(x, mask, query, *, of_mask, scale, log):
     cut = len(sizes) - 1
     while cut and query is None and has[cut - 1] == has[-1]:
         cut -= 1
-    rows = math.prod(sizes[cut:])
-    x3 = x.reshape(-1, rows, d)
-    block = min(_rows_per_block(d), pl.next_power_of_2(rows))
-    lanes = pl.next_power_of_2(d) if d <= WIDEST else CHUNK
-    steps = pl.cdiv(d, lanes)
+    outer, rows = math.prod(sizes[:cut]), math.prod(sizes[cut:])
+    block, lanes = _tile(rows, d)
+    chunks = pl.cdiv(d, lanes)
 
-    def of_outer(i):
+    def of_outer(k):
         index, stride = 0, 1
         for n, h in reversed(list(zip(sizes[:cut], has, strict=False))):
             if h:
-                index, stride = index + i % n * stride, stride * n
-            i = i // n
+                index, stride = index + k % n * stride, stride * n
+            k = k // n
         return index
 
-    def softmax_kernel(x_ref, *refs):
-        *given, y_ref = refs
-        mask_ref = given.pop(0) if mask is not None else None
-        queries = given.pop(0)[...][:, None] if query is not None else None
-
-        def scores(i):
-            columns = i * lanes + jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
-            part = (slice(None), pl.ds(i * lanes, lanes))
-            counts = None if mask_ref is None else mask_ref[part if mask.shape[-1] > 1 else ...]
-            if d % lanes:
-                counts = columns < d if counts is None else counts & (columns < d)
-            return _scores(x_ref[part], counts, queries, columns, scale)
-
-        if steps == 1:
-            z = scores(0)
-            top = jnp.maximum(jnp.max(z, axis=1, keepdims=True), _least(z.dtype))
-            total = jnp.sum(jnp.exp(z - top), axis=1, keepdims=True)
-            y_ref[...] = _normalized(z, top, total, log).astype(y_ref.dtype)
-            return
-
-        # Lanes keep a maximum and Σ exp(z - maximum) of their own, so that threads meet only at the end.
-        def gather(i, carry):
-            top, total = carry
-            z = scores(i).reshape(block, -1, ACROSS)
-            new_top = jnp.maximum(top, jnp.max(z, axis=1))
-            return new_top, total * jnp.exp(top - new_top) + jnp.sum(jnp.exp(z - new_top[:, None, :]), axis=1)
-
-        zeros = jnp.zeros((block, ACROSS), jnp.float32)
-        tops, totals = jax.lax.fori_loop(0, steps, gather, (zeros + _least(jnp.float32), zeros))
-        top = jnp.max(tops, axis=1, keepdims=True)
-        total = jnp.sum(totals * jnp.exp(tops - top), axis=1, keepdims=True)
-
-        @pl.loop(0, steps)
-        def _(i):
-            y_ref[:, pl.ds(i * lanes, lanes)] = _normalized(scores(i), top, total, log).astype(y_ref.dtype)
-
-    tile = pl.BlockSpec((None, block, steps * lanes), lambda i, j: (i, j, 0))
-    operands, specs = [x3], [tile]
+    operands, specs = (
+        [x.reshape(outer, rows, d)],
+        [tile := pl.BlockSpec((None, block, lanes), lambda c, r, k: (k, r, c))],
+    )
     if mask is not None:
         operands.append(mask.reshape(-1, rows if has[-1] else 1, mask.shape[-1]))
-        block_of_mask = (None, block if has[-1] else 1, steps * lanes if mask.shape[-1] > 1 else 1)
-        specs.append(pl.BlockSpec(block_of_mask, lambda i, j: (of_outer(i), j if has[-1] else 0, 0)))
+        shape = (None, block if has[-1] else 1, lanes if mask.shape[-1] > 1 else 1)
+        at = lambda c, r, k: (of_outer(k), r if has[-1] else 0, c if mask.shape[-1] > 1 else 0)  # noqa: E731
+        specs.append(pl.BlockSpec(shape, at))
     if query is not None:
         operands.append(query)
-        specs.append(pl.BlockSpec((block,), lambda i, j: (j,)))
-    y = pl.pallas_call(
-        softmax_kernel,
-        grid=(x3.shape[0], pl.cdiv(rows, block)),
-        in_specs=specs,
-        out_specs=tile,
-        out_shape=x3,
-        compiler_params=CompilerParams(num_warps=_warps(d), num_stages=1),
-        name="log_softmax" if log else "softmax",
-    )(*operands)
+        specs.append(pl.BlockSpec((block,), lambda c, r, k: (r,)))
+
+    def scores(x_ref, *refs):
+        columns = pl.program_id(0) * lanes + jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
+        given = iter(refs)
+        counts = None if mask is None else next(given)[...]
+        queries = None if query is None else next(given)[...][:, None]
+        if d % lanes:
+            counts = columns < d if counts is None else counts & (columns < d)
+        return _scores(x_ref[...], counts, queries, columns, scale)
+
+    def statistics(z):
+        top = jnp.maximum(jnp.max(z, axis=1, keepdims=True), _least(z.dtype))
+        return top, jnp.sum(jnp.exp(z - top), axis=1, keepdims=True)
+
+    def softmax_kernel(*refs):
+        *given, y_ref = refs
+        z = scores(*given)
+        y_ref[...] = _normalized(z, *statistics(z), log).astype(y_ref.dtype)
+
+    def statistics_kernel(*refs):
+        *given, top_ref, total_ref = refs
+        top_ref[...], total_ref[...] = statistics(scores(*given))
+
+    def normalize_kernel(*refs):
+        *given, top_ref, total_ref, y_ref = refs
+        y_ref[...] = _normalized(scores(*given), top_ref[...], total_ref[...], log).astype(y_ref.dtype)
+
+    def call(kernel, more, more_specs, out_specs, out_shape, name=""):
+        return pl.pallas_call(
+            kernel,
+            grid=(chunks, pl.cdiv(rows, block), outer),
+            in_specs=[*specs, *more_specs],
+            out_specs=out_specs,
+            out_shape=out_shape,
+            compiler_params=CompilerParams(num_warps=_warps(block * lanes, 32), num_stages=1),
+            name=f"{'log_' * log}softmax{name}",
+        )(*operands, *more)
+
+    if chunks == 1:
+        y = call(softmax_kernel, [], [], tile, operands[0])
+    else:
+        of_chunk = pl.BlockSpec((None, block, 1), lambda c, r, k: (k, r, c))
+        shape = jax.ShapeDtypeStruct((outer, rows, chunks), jnp.float32)
+        tops, totals = call(statistics_kernel, [], [], [of_chunk] * 2, [shape] * 2, "_statistics")
+        top = jnp.max(tops, axis=-1, keepdims=True)
+        total = jnp.sum(totals * jnp.exp(tops - top), axis=-1, keepdims=True)
+        of_row = pl.BlockSpec((None, block, 1), lambda c, r, k: (k, r, 0))
+        y = call(normalize_kernel, [top, total], [of_row] * 2, tile, operands[0])
     return (y.reshape(x.shape),)
 
 
 @backward.kernel
 def backward_kernel(y, dy, *, scale, log):
     rows, d = y.shape
-    block = min(_rows_per_block(d), pl.next_power_of_2(rows))
-    lanes = pl.next_power_of_2(d) if d <= WIDEST else CHUNK
-    steps = pl.cdiv(d, lanes)
+    block, lanes = _tile(rows, d)
+    chunks = pl.cdiv(d, lanes)
+
+    def sum_of_row(y, dy):
+        return jnp.sum(_summand(y, dy, log), axis=1, keepdims=True)
 
     def softmax_backward_kernel(y_ref, dy_ref, dx_ref):
-        if steps == 1:
-            y, dy = y_ref[...], dy_ref[...]
-            total = jnp.sum(_summand(y, dy, log), axis=1, keepdims=True)
-            dx_ref[...] = _gradient(y, dy, total, scale, log)
-            return
+        y, dy = y_ref[...], dy_ref[...]
+        dx_ref[...] = _gradient(y, dy, sum_of_row(y, dy), scale, log)
 
-        def gather(i, total):
-            part = (slice(None), pl.ds(i * lanes, lanes))
-            return total + jnp.sum(_summand(y_ref[part], dy_ref[part], log).reshape(block, -1, ACROSS), axis=1)
+    def total_kernel(y_ref, dy_ref, total_ref):
+        total_ref[...] = sum_of_row(y_ref[...], dy_ref[...])
 
-        totals = jax.lax.fori_loop(0, steps, gather, jnp.zeros((block, ACROSS), jnp.float32))
-        total = jnp.sum(totals, axis=1, keepdims=True)
+    def gradient_kernel(y_ref, dy_ref, total_ref, dx_ref):
+        dx_ref[...] = _gradient(y_ref[...], dy_ref[...], total_ref[...], scale, log)
 
-        @pl.loop(0, steps)
-        def _(i):
-            part = (slice(None), pl.ds(i * lanes, lanes))
-            dx_ref[part] = _gradient(y_ref[part], dy_ref[part], total, scale, log)
+    def call(kernel, more, more_specs, out_spec, out_shape, name=""):
+        return pl.pallas_call(
+            kernel,
+            grid=(chunks, pl.cdiv(rows, block)),
+            in_specs=[tile, tile, *more_specs],
+            out_specs=out_spec,
+            out_shape=out_shape,
+            compiler_params=CompilerParams(num_warps=_warps(block * lanes, 16), num_stages=1),
+            name=f"{'log_' * log}softmax_backward{name}",
+        )(y, dy, *more)
 
-    tile = pl.BlockSpec((block, steps * lanes), lambda i: (i, 0))
-    return (
-        pl.pallas_call(
-            softmax_backward_kernel,
-            grid=(pl.cdiv(rows, block),),
-            in_specs=[tile, tile],
-            out_specs=tile,
-            out_shape=y,
-            compiler_params=CompilerParams(num_warps=_warps(d), num_stages=1),
-            name=f"{'log_' * log}softmax_backward",
-        )(y, dy),
-    )
+    tile = pl.BlockSpec((block, lanes), lambda c, r: (r, c))
+    if chunks == 1:
+        return (call(softmax_backward_kernel, [], [], tile, y),)
+    shape = jax.ShapeDtypeStruct((rows, chunks), jnp.float32)
+    totals = call(total_kernel, [], [], pl.BlockSpec((block, 1), lambda c, r: (r, c)), shape, "_total")
+    of_row = pl.BlockSpec((block, 1), lambda c, r: (r, 0))
+    return (call(gradient_kernel, [jnp.sum(totals, axis=-1, keepdims=True)], [of_row], tile, y),)
 
 
 # Derivative.
