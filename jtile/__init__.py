@@ -26,9 +26,11 @@ from jtile.compiler.triton_call import triton_call
 from jtile.debugger import debug
 from jtile.op import TileOp
 from jtile.ops.attention import dot_product_attention
+from jtile.ops.dropout import dropout
 from jtile.ops.gated_activation import gated_activation
 from jtile.ops.rms_norm import rms_norm
 from jtile.ops.rope import rope
+from jtile.ops.softmax import log_softmax, softmax
 from jtile.ops.softmax_cross_entropy import softmax_cross_entropy
 from jtile.report import explain, inspect
 
@@ -49,16 +51,19 @@ __all__ = [
     "debug_barrier",
     "dot",
     "dot_product_attention",
+    "dropout",
     "elementwise_inline_asm",
     "explain",
     "gated_activation",
     "inspect",
     "interpret_pallas",
     "load",
+    "log_softmax",
     "max_contiguous",
     "retarget_pallas",
     "rms_norm",
     "rope",
+    "softmax",
     "softmax_cross_entropy",
     "store",
     "testing",

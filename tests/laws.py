@@ -21,6 +21,19 @@ from jtile.testing.laws import value_and_pullback
 ROWS, TYPICAL_ROWS = {"b": 4, "s": 8}, {"b": 2, "s": 1024}
 ATTENTION = "query: b s (k g) d, key: b t k d, value: b t k e -> out: b s (k g) e"
 
+
+def dropout(x, key, residual=None, *, rate, implementation, **axes):
+    """With the mesh axis of each dimension by its name."""
+    split = {dim: axes[name] for dim, name in enumerate("bsd") if name in axes}
+    key = key.astype("uint32")
+    return jtile.dropout(x, rate, key, residual=residual, split=split, implementation=implementation)
+
+
+def softmax(x, mask, **options):
+    """Masked as attention's scores are: for each batch its keys."""
+    return jtile.softmax(x, mask=mask[:, None, :] != 0, **options)
+
+
 CASES = {
     "rms_norm": (
         jtile.rms_norm,
@@ -72,6 +85,39 @@ CASES = {
             exchanged={"v": 3},
             axis_names={"v": "axis_name"},
             typical={"b": 1, "s": 512, "v": 128_256},
+        ),
+    ),
+    "dropout": (
+        dropout,
+        Case(
+            "x: b s d, key: two, residual: b s d -> y: b s d",
+            ROWS | {"d": 64, "two": 2},
+            options={"rate": 0.3},
+            integers={"key": (0, 2**31 - 1)},
+            split="b d",
+            axis_names={"b": "b", "d": "d"},
+            fixed="two",
+            typical=TYPICAL_ROWS | {"d": 4096, "two": 2},
+        ),
+    ),
+    "softmax": (
+        softmax,
+        Case(
+            "x: b s t, mask: b t -> y: b s t",
+            ROWS | {"t": 36},
+            options={"scale": 0.5, "is_causal": True},
+            integers={"mask": (0, 2)},
+            split="b",
+            typical=TYPICAL_ROWS | {"t": 4096},
+        ),
+    ),
+    "log_softmax": (
+        jtile.log_softmax,
+        Case(
+            "x: b s t -> y: b s t",
+            ROWS | {"t": 100},
+            split="b s",
+            typical=TYPICAL_ROWS | {"t": 4096},
         ),
     ),
     "attention": (
@@ -160,7 +206,7 @@ def test_typical_sizes_on_gpu(name, law, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["rms_norm", "rope", "gated_activation", "softmax_cross_entropy"])
+@pytest.mark.parametrize("name", ["rms_norm", "rope", "gated_activation", "log_softmax", "softmax_cross_entropy"])
 def test_past_two_to_the_31_elements_on_gpu(name):
     """Four rows repeated until they fill it: the last four come out as they do alone."""
     op, case = CASES[name]
