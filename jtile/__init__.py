@@ -27,7 +27,7 @@ from jtile.debugger import debug
 from jtile.op import TileOp
 from jtile.ops.attention import dot_product_attention
 from jtile.ops.gated_activation import gated_activation
-from jtile.ops.rms_norm import rms_norm
+from jtile.ops.norm import gated_rms_norm, group_norm, layer_norm, rms_norm
 from jtile.ops.rope import rope
 from jtile.ops.softmax_cross_entropy import softmax_cross_entropy
 from jtile.report import explain, inspect
@@ -52,8 +52,11 @@ __all__ = [
     "elementwise_inline_asm",
     "explain",
     "gated_activation",
+    "gated_rms_norm",
+    "group_norm",
     "inspect",
     "interpret_pallas",
+    "layer_norm",
     "load",
     "max_contiguous",
     "retarget_pallas",
