@@ -22,6 +22,7 @@ def _by_rows(kernel, given, out_shape, name):
     """A program for each row, which sees it whole."""
     rows, d = given["x"].shape
     chunks = pl.cdiv(d, CHUNK)
+
     def over_chunks(step, start=None):
         """`step(row and columns, columns, carried)` for each chunk; returns what is carried at the end."""
 

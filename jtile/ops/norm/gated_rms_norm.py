@@ -58,7 +58,5 @@ def gated_rms_norm(
     check_known("gated_rms_norm", norm_before_gate=norm_before_gate, epsilon=epsilon)
     x, gate = jnp.asarray(x), jnp.asarray(gate)
     check_dtypes("gated_rms_norm", x, gate=gate)
-    y, _ = op(
-        x, gate, scale, epsilon=float(epsilon), gate_last=bool(norm_before_gate), implementation=implementation
-    )
+    y, _ = op(x, gate, scale, epsilon=float(epsilon), gate_last=bool(norm_before_gate), implementation=implementation)
     return y

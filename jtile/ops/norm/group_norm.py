@@ -15,55 +15,55 @@ import operator
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from jtile import borrowed
 from jtile.compiler.params import CompilerParams
 from jtile.op import Implementation, TileOp, check_known
 from jtile.ops.norm.common import check_dtypes, combined, updated, wide
 
 # Spec.
 
-forward = TileOp(
-    "group_norm",
-    "x: ... s g k, scale: g k, bias?: g k -> y: ... s g k; mean: ... g, rstd: ... g",
-    whole="s k",
-)
+forward = TileOp("group_norm", "x: ... s c, scale: c, bias?: c -> y: ... s c; mean: ... c, rstd: ... c", whole="s c")
 backward = TileOp(
     "group_norm_backward",
-    "x: ... s g k, scale: g k, mean: ... g, rstd: ... g, dy: ... s g k -> dx: ... s g k, dscale: g k, dbias?: g k",
-    whole="s k",
+    "x: ... s c, scale: c, mean: ... c, rstd: ... c, dy: ... s c -> dx: ... s c, dscale: c, dbias?: c",
+    whole="s c",
 )
+
+
+def _averaged(of_channels, groups: int):
+    """The mean over each group's channels, for each of them."""
+    of_groups = of_channels.reshape(*of_channels.shape[:-1], groups, -1)
+    mean = jnp.broadcast_to(jnp.mean(of_groups, axis=-1, keepdims=True), of_groups.shape)
+    return mean.reshape(of_channels.shape)
 
 
 # Reference.
 
 
-def _of_places(number):
-    """What is one number a group, beside x."""
-    return number[..., None, :, None]
-
-
 @forward.reference
-def forward_reference(x, scale, bias, *, epsilon):
+def forward_reference(x, scale, bias, *, groups, epsilon):
     u = wide(x)
-    mean = jnp.mean(u, axis=(-3, -1))
-    u = u - _of_places(mean)
-    rstd = jax.lax.rsqrt(jnp.mean(u * u, axis=(-3, -1)) + epsilon)
-    y = u * _of_places(rstd) * wide(scale)
+    mean = _averaged(jnp.mean(u, axis=-2), groups)
+    u = u - mean[..., None, :]
+    rstd = jax.lax.rsqrt(_averaged(jnp.mean(u * u, axis=-2), groups) + epsilon)
+    y = u * rstd[..., None, :] * wide(scale)
     return (y if bias is None else y + wide(bias)).astype(x.dtype), mean, rstd
 
 
 @backward.reference
-def backward_reference(x, scale, mean, rstd, dy, *, biased):
-    rstd, dy = _of_places(rstd), wide(dy)
-    n = (wide(x) - _of_places(mean)) * rstd
+def backward_reference(x, scale, mean, rstd, dy, *, groups, biased):
+    rstd, dy = rstd[..., None, :], wide(dy)
+    n = (wide(x) - mean[..., None, :]) * rstd
     g = dy * wide(scale)
 
     def of_group(values):
-        return jnp.mean(values, axis=(-3, -1), keepdims=True)
+        return _averaged(jnp.mean(values, axis=-2), groups)[..., None, :]
 
     dx = rstd * (g - of_group(g) - n * of_group(g * n))
-    rows = tuple(range(x.ndim - 2))
+    rows = tuple(range(x.ndim - 1))
     return dx.astype(x.dtype), jnp.sum(dy * n, axis=rows), jnp.sum(dy, axis=rows) if biased else None
 
 
@@ -89,10 +89,9 @@ class Grid:
 
     @property
     def counts(self) -> jax.Array:
-        """The places in each part, beside (batch, parts, groups, channels of a group)."""
+        """The places in each part, beside (batch, parts, channels)."""
         part = self.turns * self.rows
-        of_part = jnp.minimum(part, self.places - part * jnp.arange(self.parts))
-        return of_part.astype(jnp.float32)[:, None, None]
+        return jnp.minimum(part, self.places - part * jnp.arange(self.parts)).astype(jnp.float32)[:, None]
 
     def over_blocks(self, step, start=None):
         """`step(places of the part, turn, carried)` for each block of a program."""
@@ -123,30 +122,18 @@ class Grid:
         )(given)
 
 
-def _of_channels(number, channels):
-    """What is one number a group, (batch, groups), for each channel."""
-    batch, groups = number.shape
-    return jnp.broadcast_to(number[..., None], (batch, groups, channels // groups)).reshape(batch, channels)
-
-
-def _places_and_channels(x):
-    batch, places, groups, k = x.shape
-    return x.reshape(batch, places, groups * k)
-
-
 @forward.kernel
-def forward_kernel(x, scale, bias, *, epsilon):
-    (batch, places, groups, k), shape = x.shape, x.shape
-    x = _places_and_channels(x)
+def forward_kernel(x, scale, bias, *, groups, epsilon):
+    batch, places, channels = x.shape
     mean, squares = _moments(x)
-    mean, squares = (a.reshape(batch, -1, groups, k) for a in (mean, squares))
-    mean, squares = (a[:, 0, :, 0] for a in combined(Grid(x, None).counts, mean, squares, axis=(1, 3), size=places * k))
-    rstd = jax.lax.rsqrt(squares / (places * k) + epsilon)
-    channels = groups * k
-    given = {"x": x, "mean": _of_channels(mean, channels), "factor": (rstd[..., None] * wide(scale)).reshape(batch, -1)}
+    of_channel, squares = combined(Grid(x, None).counts, mean, squares, axis=1, size=places)
+    mean = _averaged(of_channel[:, 0], groups)
+    variance = _averaged(squares[:, 0] / places + (of_channel[:, 0] - mean) ** 2, groups)
+    rstd = jax.lax.rsqrt(variance + epsilon)
+    given = {"x": x, "mean": mean, "factor": rstd * wide(scale)}
     if bias is not None:
-        given["bias"] = jnp.broadcast_to(wide(bias).reshape(1, -1), (batch, channels))
-    return _applied(given).reshape(shape), mean, rstd
+        given["bias"] = jnp.broadcast_to(wide(bias), (batch, channels))
+    return _applied(given), mean, rstd
 
 
 def _moments(x):
@@ -191,21 +178,13 @@ def _applied(given):
 
 
 @backward.kernel
-def backward_kernel(x, scale, mean, rstd, dy, *, biased):
-    (batch, places, groups, k), shape = x.shape, x.shape
-    given = {name: _places_and_channels(a) for name, a in (("x", x), ("dy", dy))}
-    of_channels = {name: _of_channels(a, groups * k) for name, a in (("mean", mean), ("rstd", rstd))}
-    sums = _gradient_sums({**given, **of_channels})
-    dscale, dbias = (a.reshape(batch, -1, groups, k).sum(axis=1) for a in sums)
-    mean_gn, mean_g = (jnp.mean(wide(scale) * a, axis=2) / places for a in (dscale, dbias))
+def backward_kernel(x, scale, mean, rstd, dy, *, groups, biased):
+    dscale, dbias = (a.sum(axis=1) for a in _gradient_sums({"x": x, "dy": dy, "mean": mean, "rstd": rstd}))
+    mean_gn, mean_g = (_averaged(wide(scale) * a, groups) / x.shape[1] for a in (dscale, dbias))
     # x̄ = factor · ȳ − slope · (x − μ) − level
-    given |= {
-        "mean": of_channels["mean"],
-        "factor": (rstd[..., None] * wide(scale)).reshape(batch, -1),
-        "slope": _of_channels(rstd * rstd * mean_gn, groups * k),
-        "level": _of_channels(rstd * mean_g, groups * k),
-    }
-    return _applied_gradient(given).reshape(shape), dscale.sum(axis=0), dbias.sum(axis=0) if biased else None
+    of_channels = {"mean": mean, "factor": rstd * wide(scale), "slope": rstd * rstd * mean_gn, "level": rstd * mean_g}
+    dx = _applied_gradient({"x": x, "dy": dy, **of_channels})
+    return dx, dscale.sum(axis=0), dbias.sum(axis=0) if biased else None
 
 
 def _gradient_sums(given):
@@ -249,14 +228,21 @@ def _applied_gradient(given):
 
 
 @forward.transpose
-def forward_transpose(operands, results, cotangents, *, epsilon, implementation):
+def forward_transpose(operands, results, cotangents, *, epsilon, **options):
     del epsilon  # it is in rstd
     x, scale, bias = operands
     _, mean, rstd = results
-    return backward(x, scale, mean, rstd, cotangents[0], biased=bias is not None, implementation=implementation)
+    return backward(x, scale, mean, rstd, cotangents[0], biased=bias is not None, **options)
 
 
 # Public name.
+
+
+def _with_places_as_one(x):
+    """All places along one dimension, which a kernel needs whole: so explicit axes that split one of them do no more."""
+    explicit = borrowed.explicit_mesh([jax.typeof(x)])
+    kept = None if explicit is None else PartitionSpec(*jax.typeof(x).sharding.spec[:1])
+    return jnp.reshape(x, (x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]), out_sharding=kept)
 
 
 def group_norm(
@@ -302,20 +288,13 @@ def group_norm(
     x, scale = jnp.asarray(x), jnp.asarray(scale)
     check_dtypes("group_norm", x)
     if x.ndim < 2:
-        raise ValueError(f"group_norm: `x` has dimensions (batch ... channels), so at least 2, but its shape is {x.shape}")
-    channels = x.shape[-1]
+        raise ValueError(
+            f"group_norm: `x` has dimensions (batch ... channels), so at least 2, but its shape is {x.shape}"
+        )
     groups = operator.index(groups)
-    if groups < 1 or channels % groups:
-        raise ValueError(f"group_norm: `groups` must divide the {channels} channels of `x`, got {groups}")
-    for name, weight in ("scale", scale), ("bias", bias):
-        if weight is not None and weight.shape != (channels,):
-            raise ValueError(f"group_norm: `{name}` must have shape ({channels},), a number for each channel, got {weight.shape}")
-    split = groups, channels // groups
+    if groups < 1 or x.shape[-1] % groups:
+        raise ValueError(f"group_norm: `groups` must divide the {x.shape[-1]} channels of `x`, got {groups}")
     y, *_ = forward(
-        x.reshape(x.shape[0], math.prod(x.shape[1:-1]), *split),
-        scale.reshape(split),
-        None if bias is None else jnp.reshape(bias, split),
-        epsilon=float(epsilon),
-        implementation=implementation,
+        _with_places_as_one(x), scale, bias, groups=groups, epsilon=float(epsilon), implementation=implementation
     )
     return y.reshape(x.shape)
