@@ -35,7 +35,8 @@ backward = TileOp(
 
 def _averaged(of_channels, groups: int):
     """The mean over each group's channels, for each of them."""
-    of_groups = of_channels.reshape(*of_channels.shape[:-1], groups, -1)
+    *batch, channels = of_channels.shape
+    of_groups = of_channels.reshape(*batch, groups, channels // groups)
     mean = jnp.broadcast_to(jnp.mean(of_groups, axis=-1, keepdims=True), of_groups.shape)
     return mean.reshape(of_channels.shape)
 

@@ -124,8 +124,6 @@ def forward(name, given, centred, epsilon, gate_last) -> dict[str, jax.Array]:
     plan = Plan.of(tile, rows, d)
 
     def kernel(refs, out):
-        inside = jax.lax.broadcasted_iota(jnp.int32, (1, d), 1) < d
-
         def step(block, at, _):
             u = before(refs, at, gate_last, out)
             if centred:
