@@ -28,7 +28,7 @@ from jtile.op import TileOp
 from jtile.ops.attention import dot_product_attention
 from jtile.ops.dropout import dropout
 from jtile.ops.gated_activation import gated_activation
-from jtile.ops.rms_norm import rms_norm
+from jtile.ops.norm import gated_rms_norm, group_norm, layer_norm, rms_norm
 from jtile.ops.rope import rope
 from jtile.ops.softmax import log_softmax, softmax
 from jtile.ops.softmax_cross_entropy import softmax_cross_entropy
@@ -55,8 +55,11 @@ __all__ = [
     "elementwise_inline_asm",
     "explain",
     "gated_activation",
+    "gated_rms_norm",
+    "group_norm",
     "inspect",
     "interpret_pallas",
+    "layer_norm",
     "load",
     "log_softmax",
     "max_contiguous",

@@ -54,6 +54,65 @@ CASES = {
             typical=TYPICAL_ROWS | {"d": 4096},
         ),
     ),
+    "layer_norm": (
+        jtile.layer_norm,
+        Case(
+            "x: b s d, scale: d, bias: d -> y: b s d",
+            ROWS | {"d": 84},
+            split="b s",
+            typical=TYPICAL_ROWS | {"d": 4096},
+        ),
+    ),
+    "layer_norm_of_sum": (
+        jtile.layer_norm,
+        Case(
+            "x: b s d, scale: d, residual: b s d -> y: b s d, h: b s d",
+            ROWS | {"d": 72},
+            options={"epsilon": 1e-5},
+            split="b s",
+            typical=TYPICAL_ROWS | {"d": 4096},
+        ),
+    ),
+    "gated_rms_norm": (
+        jtile.gated_rms_norm,
+        Case(
+            "x: b s d, gate: b s d, scale: d -> y: b s d",
+            ROWS | {"d": 76},
+            split="b s",
+            typical=TYPICAL_ROWS | {"d": 4096},
+        ),
+    ),
+    "rms_norm_gated": (
+        jtile.gated_rms_norm,
+        Case(
+            "x: b s d, gate: b s d, scale: d -> y: b s d",
+            ROWS | {"d": 68},
+            options={"norm_before_gate": True},
+            split="b s",
+            typical=TYPICAL_ROWS | {"d": 4096},
+        ),
+    ),
+    "group_norm": (
+        jtile.group_norm,
+        Case(
+            "x: b h w c, scale: c -> y: b h w c",
+            {"b": 4, "h": 4, "w": 2, "c": 24},
+            options={"groups": 4},
+            split="b",
+            fixed="c",
+            typical={"b": 4, "h": 32, "w": 32, "c": 640},
+        ),
+    ),
+    "group_norm_with_bias": (
+        jtile.group_norm,
+        Case(
+            "x: b s c, scale: c, bias: c -> y: b s c",
+            {"b": 4, "s": 9, "c": 12},
+            options={"groups": 3, "epsilon": 1e-5},
+            split="b",
+            fixed="c",
+        ),
+    ),
     "rope": (
         jtile.rope,
         Case(
@@ -150,10 +209,12 @@ def trial(name: str) -> Trial:
     return Trial(*CASES[name])
 
 
-# The second case of attention differs from the first in arithmetic, and in what a part of the queries needs to know.
+# What these cases, beside another of their op, differ in: arithmetic, and what a part of the queries needs to know.
 ARITHMETIC = ("kernel", "gradient", "forward_mode", "second_order", "dtypes", "shapes", "repeats", "compiles")
 SHARDING = ("auto_sharding", "explicit_sharding", "exchanges", "shard_map")
-TABLE = [(name, law) for name in CASES for law in (ARITHMETIC + SHARDING if name == "causal_attention" else LAWS)]
+SOME = dict.fromkeys(("layer_norm_of_sum", "rms_norm_gated", "group_norm_with_bias"), ARITHMETIC)
+SOME |= {"causal_attention": ARITHMETIC + SHARDING}
+TABLE = [(name, law) for name in CASES for law in SOME.get(name, LAWS)]
 
 
 @pytest.mark.parametrize("name, law", TABLE)
