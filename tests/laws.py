@@ -179,6 +179,32 @@ CASES = {
             typical=TYPICAL_ROWS | {"t": 4096},
         ),
     ),
+    "linear_cross_entropy": (
+        jtile.linear_cross_entropy,
+        Case(
+            "x: b s d, weight: d v, labels: b s -> loss: b s",
+            ROWS | {"d": 20, "v": 132},
+            options={"ignore_index": 3, "label_smoothing": 0.1, "z_loss": 1e-3, "logits_soft_cap": 20.0},
+            integers={"labels": (0, "v")},
+            split="b s v",
+            exchanged={"v": 3},
+            axis_names={"v": "axis_name"},
+            typical={"b": 1, "s": 512, "d": 1024, "v": 128_256},
+        ),
+    ),
+    "weighted_linear_cross_entropy": (
+        jtile.linear_cross_entropy,
+        Case(
+            "x: b s d, weight: d v, labels: b s, token_weights: b s -> loss:",
+            ROWS | {"d": 20, "v": 132},
+            options={"ignore_index": 3, "label_smoothing": 0.1, "z_loss": 1e-3, "logits_soft_cap": 20.0},
+            integers={"labels": (0, "v")},
+            split="b s v",
+            exchanged={"v": 3},
+            axis_names={"v": "axis_name"},
+            typical={"b": 1, "s": 512, "d": 1024, "v": 128_256},
+        ),
+    ),
     "attention": (
         jtile.dot_product_attention,
         Case(
