@@ -1,6 +1,6 @@
 """jtile: tile kernels as first-class JAX operations."""
 
-from jtile import testing
+from jtile import testing, tuning
 from jtile.compiler.interpret import interpret_pallas
 from jtile.compiler.launch import EXPORT_CHECKS
 from jtile.compiler.pallas import retarget_pallas
@@ -63,4 +63,5 @@ __all__ = [
     "store",
     "testing",
     "triton_call",
+    "tuning",
 ]
