@@ -31,6 +31,7 @@ from jtile.ops.rms_norm import rms_norm
 from jtile.ops.rope import rope
 from jtile.ops.softmax_cross_entropy import softmax_cross_entropy
 from jtile.report import explain, inspect
+from jtile.tuning.search import autotune
 
 __all__ = [
     "EXPORT_CHECKS",
@@ -45,6 +46,7 @@ __all__ = [
     "atomic_or",
     "atomic_xchg",
     "atomic_xor",
+    "autotune",
     "debug",
     "debug_barrier",
     "dot",

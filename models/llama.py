@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -265,6 +265,18 @@ def loss(model: Llama, tokens: Int[Array, "batch seq"]) -> Float[Array, ""]:
         model(tokens[:, :-1]), tokens[:, 1:], implementation=model.config.implementation
     )
     return losses.mean()
+
+
+def example(size: str, batch: int, sequence: int) -> tuple[Callable, tuple[Any, Any]]:
+    """A training step's loss and gradient as a function of parameters and tokens, and the shapes of those. It is what
+    `python -m jtile tune --model llama:SIZE` tunes."""
+    config = dataclasses.replace(SIZES[size], dtype="bfloat16")
+    graph, params = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))), nnx.Param)
+
+    def value_and_gradient(params, tokens):
+        return jax.value_and_grad(lambda params: loss(nnx.merge(graph, params), tokens))(params)
+
+    return value_and_gradient, (params, jax.ShapeDtypeStruct((batch, sequence + 1), jnp.int32))
 
 
 # Generation.

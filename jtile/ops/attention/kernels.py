@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jtile.ops.attention import tiles
 from jtile.ops.attention.reference import row_sums
 
 
@@ -164,9 +163,8 @@ def _by_queries(query, key, tile, is_causal):
     return (blocks, heads, batch), some_queries, all_keys
 
 
-def forward(query, key, value, *, scale, is_causal):
+def forward(query, key, value, *, tile, scale, is_causal):
     keys, head_dim, value_dim = key.shape[1], query.shape[-1], value.shape[-1]
-    tile = tiles.choose(tiles.FORWARD, query, value)
     grid, some_queries, all_keys = _by_queries(query, key, tile, is_causal)
     return pl.pallas_call(
         functools.partial(
@@ -184,15 +182,14 @@ def forward(query, key, value, *, scale, is_causal):
     )(query, key, value)
 
 
-def backward(query, key, value, out, lse, dout, dlse, *, scale, is_causal):
+def backward(query, key, value, out, lse, dout, dlse, *, tile, scale, is_causal):
     delta = row_sums(out, dout, dlse)
-    dquery = _dquery(query, key, value, lse, delta, dout, scale, is_causal)
-    return dquery, *_dkey_dvalue(query, key, value, lse, delta, dout, scale, is_causal)
+    dquery = _dquery(query, key, value, lse, delta, dout, tile.dquery, scale, is_causal)
+    return dquery, *_dkey_dvalue(query, key, value, lse, delta, dout, tile.dkey_dvalue, scale, is_causal)
 
 
-def _dquery(query, key, value, lse, delta, dout, scale, is_causal):
+def _dquery(query, key, value, lse, delta, dout, tile, scale, is_causal):
     keys, head_dim, value_dim = key.shape[1], query.shape[-1], value.shape[-1]
-    tile = tiles.choose(tiles.DQUERY, query, value)
     grid, some_queries, all_keys = _by_queries(query, key, tile, is_causal)
     return pl.pallas_call(
         functools.partial(
@@ -210,10 +207,9 @@ def _dquery(query, key, value, lse, delta, dout, scale, is_causal):
     )(query, key, value, lse, delta, dout)
 
 
-def _dkey_dvalue(query, key, value, lse, delta, dout, scale, is_causal):
+def _dkey_dvalue(query, key, value, lse, delta, dout, tile, scale, is_causal):
     (batch, keys, key_heads, head_dim), value_dim = key.shape, value.shape[-1]
     queries, group = query.shape[1], query.shape[2] // key_heads
-    tile = tiles.choose(tiles.DKEY_DVALUE, query, value)
     padded_queries = _round_up(queries, tile.block_q)
 
     def some_keys(width):
