@@ -9,7 +9,7 @@ from typing import Any
 
 import rich.table
 
-from bench import pallas, results
+from bench import pallas, results, training
 
 README = Path(__file__).parent.parent / "README.md"
 MARKS = "<!-- the bench: python -m bench report --write -->\n", "<!-- end of the bench -->\n"
@@ -73,6 +73,8 @@ def markdown(root: Path = results.ROOT) -> str:
         found = results.read(path)
         core = [row for row in found["rows"] if row["table"] == "core"]
         parts += [heading(found), *tables(core), *plot_links(path.parent.name, found["rows"])]
+    for path in results.newest("training_", root):
+        parts.append(training.markdown(results.read(path)))
     for path in results.newest("pallas_", root):
         parts.append(pallas_section(results.read(path)["rows"]))
     return "\n\n".join(parts) + "\n"

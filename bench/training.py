@@ -65,10 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "commit": results.commit(),
         "command": " ".join(["python", "-m", "bench.training", *sys.argv[1:]]),
     }
+    found = about | {"date": time.strftime("%Y-%m-%d"), "rows": rows}
     path = given.output or results.of_today(chip, f"training_{given.size}_")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(about | {"date": time.strftime("%Y-%m-%d"), "rows": rows}, indent=1) + "\n")
-    print(f"\n{table(rows)}\n\n{profile(rows)}\n\nwrote {path}")
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"\n{markdown(found)}\n\nwrote {path}")
     return 1 if any("gap" in row for row in rows if row["contender"] == "jtile") else 0
 
 
@@ -240,6 +241,18 @@ def line(row: dict[str, Any]) -> str:
         f"{row['seconds'] * 1e3:.1f} ms a step, the first after {row['first_step_seconds']:.0f} s, "
         f"loss {row['losses'][0]:.3f} to {row['losses'][1]:.3f}"
     )
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """What a file of measurements has, for people."""
+    about = (
+        f"Llama {found['size']}, {found['batch']} × {found['seq']} tokens a step, AdamW, float32 parameters and "
+        f"bfloat16 activations, on one {found['chip']}, {found['date']}:"
+    )
+    parts = [about, table(found["rows"])]
+    if any("gap" not in row for row in found["rows"]):
+        parts += ["Where the time goes, by what kernels are for:", profile(found["rows"])]
+    return "\n\n".join(parts)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -256,7 +256,8 @@ class _Trial:
 
 
 def _operands(call: Call, seed: int) -> list[jax.Array]:
-    """Random ones: floats normal, positions along a dimension inside of it, other integers small."""
+    """Random ones: floats normal, positions along a dimension inside of it, other integers small. A single integer,
+    such as where a sequence begins, is 0."""
     sizes, _ = call.op.signature.check(call.op.name, [None if x is None else x.shape for x in call.operands])
     made = []
     for i, (term, x) in enumerate(zip(call.op.signature.operands, call.operands, strict=True)):
@@ -265,6 +266,8 @@ def _operands(call: Call, seed: int) -> list[jax.Array]:
             continue
         if jnp.issubdtype(x.dtype, jnp.floating):
             made.append(jax.random.normal(key, x.shape, x.dtype))
+        elif x.ndim == 0:
+            made.append(jnp.zeros((), x.dtype))
         elif x.dtype == bool:
             made.append(jax.random.bernoulli(key, shape=x.shape))
         else:
