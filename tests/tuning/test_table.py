@@ -13,8 +13,9 @@ from jax.experimental import pallas as pl
 
 import jtile
 from jtile import tuning
+from jtile.compiler.interpret import interpret_pallas
 from jtile.compiler.target import Target
-from jtile.tuning import Entry, Tuning, table
+from jtile.tuning import Entry, Tuning, search, table
 from jtile.tuning.table import Problem
 
 H200, H100, A100 = map(Target.named, ("NVIDIA H200", "NVIDIA H100", "NVIDIA A100"))
@@ -282,3 +283,41 @@ def test_the_first_process_decides_for_all(tmp_path):
     ]
     outputs = [run.communicate(timeout=120) for run in runs]
     assert [out.decode().splitlines()[-1] for out, _ in outputs] == ["process 0"] * 2, outputs
+
+
+# The ops that declare tiles
+
+
+def offered():
+    """Of each op of jtile with tiles some call, and the tiles that it offers."""
+    bf16 = jnp.bfloat16
+    q, k = jax.random.normal(jax.random.key(0), (2, 2, 64, 2, 32), bf16)
+
+    def attend(q, k):
+        return jax.grad(lambda q, k: jtile.dot_product_attention(q, k, k, is_causal=True).astype(jnp.float32).sum())(
+            q, k
+        )
+
+    with tuning.recording() as calls:
+        jtile.inspect(attend, q, k)
+    return [pytest.param(call, id=call.op.name) for call in calls]
+
+
+@pytest.mark.parametrize("call", offered())
+def test_no_tile_changes_what_a_kernel_computes(call):
+    """The first offered, some others, and the last: the results differ by rounding alone."""
+    given = search._operands(call, 0)
+    tiles = table.candidates(call)
+    options = dict(call.options)
+
+    def results(tile):
+        def kernel(*operands):
+            rest = iter(operands)
+            full = [None if x is None else next(rest) for x in call.operands]
+            return call.op.kernel_function(*full, tile=tile, **options)
+
+        return [r for r in jax.jit(interpret_pallas(kernel))(*given) if r is not None]
+
+    expected = results(tiles[0])
+    for tile in {tiles[len(tiles) // 3], tiles[2 * len(tiles) // 3], tiles[-1]}:
+        assert search._difference(results(tile), expected) is None, tile
