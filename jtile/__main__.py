@@ -92,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def inspect(given: argparse.Namespace) -> int:
+    if not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")  # nothing runs: JAX need not look for a GPU, and complain of none
     named = [_target(name) for name in given.target or ["NVIDIA H200"]]
     targets = named if given.only else _with_other_generations(named)
     if given.html and not given.html.parent.is_dir():

@@ -133,7 +133,8 @@ def apply(e, name: str, shape: tuple[int, ...], dtype: np.dtype, *operands: Valu
         all(v.zero_outside(shape) for v in operands)
         or (name == "mul" and any(v.zero_outside(shape) for v in operands) and any(map(_finite_constant, operands)))
     )
-    return e.let(text, shape, dtype, name, bounds=bounds, zero_padded=zero)
+    product = name in ("mul", "square") or (name == "neg" and operands[0].product)
+    return e.let(text, shape, dtype, name, bounds=bounds, zero_padded=zero, product=product)
 
 
 rule(*{*PLAIN, *FLOAT, *INTEGER})(elementwise)
@@ -370,7 +371,8 @@ def integer_pow(e, eqn, x: Value):
     bounds = None
     if x.bounds is not None and x.bounds[0] >= 0:
         bounds = inner((x.bounds[0] ** exponent, x.bounds[1] ** exponent), x.dtype)
-    return Value(result, x.shape, x.dtype, bounds=bounds, zero_padded=x.zero_padded and exponent > 0)
+    zero = x.zero_padded and exponent > 0
+    return Value(result, x.shape, x.dtype, bounds=bounds, zero_padded=zero, product=exponent > 1)
 
 
 @rule("shift_left", "shift_right_arithmetic", "shift_right_logical")

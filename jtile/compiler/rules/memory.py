@@ -13,7 +13,7 @@ from jtile.compiler.arguments import Descriptor
 from jtile.compiler.kernel import Scratch, scratch_of
 from jtile.compiler.primitives import ATOMIC_TYPES, Atomic
 from jtile.compiler.rules import rule
-from jtile.compiler.value import Affine, Block, Value, constant, float8, four_bits, is_wide, tile
+from jtile.compiler.value import Affine, Block, Value, behind_a_move, constant, float8, four_bits, is_wide, tile
 
 # Most elements along a side of a block that the Tensor Memory Accelerator moves.
 TMA_LIMIT = 256
@@ -493,8 +493,7 @@ def transfer(e, block: Block, transforms: Sequence) -> Transfer | None:
     if e.params.warp_specialize:
         # For the warps that take the second half of a block, Triton 3.9 changes the number that is the coordinate
         # wherever the kernel uses it, in masks too. Hidden behind a move, it is a number of its own.
-        move = 'tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [{}], dtype=tl.int32, is_pure=True, pack=1)'
-        coordinates = [move.format(c) for c in coordinates]
+        coordinates = [behind_a_move(c, np.int32) for c in coordinates]
     return Transfer(name, ", ".join(coordinates), sizes)
 
 
