@@ -37,7 +37,8 @@ COLORS = {
 
 def rows_table(rows: Sequence[Row]) -> rich.table.Table:
     """One pass of a case, rival by rival."""
-    table = rich.table.Table(title=f"{rows[0]['case']}, {rows[0]['pass']}", title_justify="left", title_style="bold")
+    title = f"{rows[0]['case']}, {rows[0]['pass']}, measured in {rows[0].get('took', 0):.0f} s"
+    table = rich.table.Table(title=title, title_justify="left", title_style="bold")
     for name in ("rival", "time", "rate", "of the floor", "error", "memory", "first call"):
         table.add_column(name, justify="left" if name == "rival" else "right")
     for row in rows:

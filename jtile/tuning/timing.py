@@ -1,4 +1,4 @@
-"""Device time of functions: many calls in flight, on inputs that no cache holds."""
+"""The time of functions: many calls in flight, on inputs that no cache holds."""
 
 import math
 import statistics
