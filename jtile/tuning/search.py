@@ -19,7 +19,7 @@ import numpy as np
 from jtile.compiler import cache
 from jtile.report import launches
 from jtile.tuning import timing
-from jtile.tuning.table import Call, Entry, Problem, Tuning, agreed, candidates, encoded, recording
+from jtile.tuning.table import Call, Entry, Problem, Tuning, agreed, candidates, encoded, fields, recording
 
 CACHE = 64 << 20  # bytes, no smaller than the second-level cache of any supported chip
 HOST = 200e-6  # seconds that a program takes the device at least, for the host to keep up
@@ -152,11 +152,13 @@ def _measured(call: Call, step: Callable[[int, int], None], refused: dict[str, s
 def _combined(untuned: Any, times: dict[Any, float]) -> Any:
     """Of a tile made of tiles, one for each of several kernels, the best of each, among those that differ from the
     untuned one in that alone."""
-    if not all(hasattr(part, "_fields") for part in untuned):
+    parts = fields(untuned)
+    if parts is None or any(fields(part) is None for part in parts.values()):
         return None
     best = {}
-    for name in untuned._fields:
-        alone = [tile for tile in times if tile._replace(**{name: getattr(untuned, name)}) == untuned]
+    for name in parts:
+        rest = {other: part for other, part in parts.items() if other != name}
+        alone = [tile for tile in times if (fields(tile) or {}).items() >= rest.items()]
         best[name] = getattr(min(alone, key=lambda tile: times[tile]), name)
     return type(untuned)(**best)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import importlib.resources
 import json
@@ -322,15 +323,22 @@ def candidates(call: Call) -> list:
     return found
 
 
-# Tiles as JSON: NamedTuples are objects there, and sorted pairs here, since entries must be hashable.
+# Tiles as JSON: objects there, and pairs here, since entries must be hashable.
+
+
+def fields(tile: Any) -> dict[str, Any] | None:
+    """The parts of a tile that has some."""
+    if dataclasses.is_dataclass(tile) and not isinstance(tile, type):
+        return {field.name: getattr(tile, field.name) for field in dataclasses.fields(tile)}
+    return tile._asdict() if hasattr(tile, "_asdict") else None
 
 
 def _as_plain(tile: Any) -> Any:
-    """Dictionaries in place of NamedTuples."""
-    if hasattr(tile, "_asdict"):
-        return {name: _as_plain(value) for name, value in tile._asdict().items()}
+    """Dictionaries in place of NamedTuples and dataclasses."""
+    if (parts := fields(tile)) is not None:
+        return {name: _as_plain(value) for name, value in parts.items()}
     if tile is not None and not isinstance(tile, bool | int | float | str):
-        raise TypeError(f"a tile is a NamedTuple of numbers, strings, None and such tuples; it has {tile!r}")
+        raise TypeError(f"a tile is a NamedTuple or frozen dataclass of numbers, or of such tiles; it has {tile!r}")
     return tile
 
 

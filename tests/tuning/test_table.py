@@ -133,7 +133,8 @@ def test_an_op_that_offers_no_tile_says_so():
 
 
 def test_a_tile_of_other_things_than_numbers_is_refused():
-    with pytest.raises(TypeError, match="a tile is a NamedTuple of numbers"):
+    assert table.encoded(jtile.CompilerParams()) and table.encoded(None) is None
+    with pytest.raises(TypeError, match="a tile is a NamedTuple or frozen dataclass of numbers"):
         table.encoded((jnp.sin,))
 
 
