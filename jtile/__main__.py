@@ -29,7 +29,6 @@ from jtile.page import page
 from jtile.report import KernelReport, explain, launches, report, table
 from jtile.tuning import Tuning, search
 from jtile.tuning import load as load_tuning
-from jtile.tuning.table import Problem
 
 # A chip of each generation that Triton compiles for.
 GENERATIONS = ("NVIDIA A100", "NVIDIA L4", "NVIDIA H200", "NVIDIA B200")
@@ -139,7 +138,7 @@ def tune(given: argparse.Namespace) -> int:
     except RuntimeError as error:
         raise UsageError(str(error)) from None
     done = {(entry.chip, entry.problem) for entry in known}
-    left = [c for c in calls if (c.target.model, Problem.of(c.op, c.operands, c.options)) not in done]
+    left = [call for call in calls if (call.chip.model, call.problem) not in done]
     print(f"{len(calls)} calls have tiles to choose" + f", {len(calls) - len(left)} of them known" * (left != calls))
     start = time.perf_counter()
     try:

@@ -19,7 +19,7 @@ import numpy as np
 from jtile.compiler import cache
 from jtile.report import launches
 from jtile.tuning import timing
-from jtile.tuning.table import Call, Entry, Problem, Tuning, agreed, candidates, encoded, fields, recording
+from jtile.tuning.table import Call, Entry, Tuning, agreed, candidates, encoded, fields, recording
 
 CACHE = 64 << 20  # bytes, no smaller than the second-level cache of any supported chip
 HOST = 200e-6  # seconds that a program takes the device at least, for the host to keep up
@@ -98,10 +98,7 @@ def _key(call: Call) -> str:
     import triton
 
     offered = [encoded(tile) for tile in candidates(call)]
-    target = call.target
-    assert target is not None
-    problem = Problem.of(call.op, call.operands, call.options)
-    return cache.key_of("tile", triton.__version__, target.model, problem, repr(call.options), offered)
+    return cache.key_of("tile", triton.__version__, call.chip.model, call.problem, repr(call.options), offered)
 
 
 def _tuned(call: Call, step: Callable[[int, int], None]) -> Found:
@@ -136,17 +133,7 @@ def _measured(call: Call, step: Callable[[int, int], None], refused: dict[str, s
     winner = min(times, key=lambda tile: times[tile])
     if times[winner] > 0.99 * times[untuned]:  # within what measurements differ by
         winner = untuned
-    assert call.target is not None
-    problem = Problem.of(call.op, call.operands, call.options)
-    in_one = trial.count
-    return Entry(
-        problem,
-        call.target.model,
-        call.target.compute_capability,
-        encoded(winner),
-        times[winner] / in_one,
-        times[untuned] / in_one,
-    )
+    return call.entry(winner, times[winner] / trial.count, times[untuned] / trial.count)
 
 
 def _combined(untuned: Any, times: dict[Any, float]) -> Any:
@@ -170,7 +157,7 @@ class _Trial:
         self.call = call
         given = [x for x in call.operands if x is not None]
         size = sum(x.size * x.dtype.itemsize for x in given)
-        bandwidth = (call.target and call.target.memory_bandwidth) or 2e12
+        bandwidth = call.chip.memory_bandwidth or 2e12
         # Several calls in one program, each on operands of its own: more than a cache holds, and enough for the host to
         # keep up.
         least = max(2, math.ceil(4 * CACHE / max(1, size)), math.ceil(HOST * bandwidth / max(1, size)))
@@ -183,12 +170,6 @@ class _Trial:
         full = [None if x is None else next(rest) for x in self.call.operands]
         results = self.call.op(*full, implementation=implementation, **dict(self.call.options))
         return [r for r in results if r is not None]
-
-    def forced(self, tile: Any) -> Tuning:
-        call, target = self.call, self.call.target
-        assert target is not None
-        problem = Problem.of(call.op, call.operands, call.options)
-        return Tuning([Entry(problem, target.model, target.compute_capability, encoded(tile), 0.0, 0.0)])
 
     def compiled(
         self, tiles: Sequence, refused: dict[str, str], step: Callable[[int, int], None]
@@ -220,12 +201,11 @@ class _Trial:
 
     def _built(self, tile: Any) -> list:
         shapes = [x for x in self.call.operands if x is not None]
-        assert self.call.target is not None
-        with self.forced(tile):
-            return launches(self.function, shapes, self.call.target)
+        with Tuning([self.call.entry(tile)]):
+            return launches(self.function, shapes, self.call.chip)
 
     def _program(self, tile: Any) -> Callable:
-        with self.forced(tile):
+        with Tuning([self.call.entry(tile)]):
             many = jax.jit(lambda sets: [self.function(*operands) for operands in sets])
             compiled = many.lower(self.sets).compile()
         return functools.partial(compiled, self.sets)
@@ -233,11 +213,10 @@ class _Trial:
     @functools.cached_property
     def expected(self) -> list[jax.Array] | None:
         """What the reference computes of the first operands; None where it takes more than a quarter of the memory."""
-        assert self.call.target is not None
         reference = functools.partial(self.function, implementation="xla")
         compiled = jax.jit(reference).lower(*self.sets[0]).compile()
-        memory = compiled.memory_analysis()
-        affordable = (self.call.target.memory_bytes or math.inf) / 4
+        memory: Any = compiled.memory_analysis()
+        affordable = (self.call.chip.memory_bytes or math.inf) / 4
         fits = memory.temp_size_in_bytes + memory.output_size_in_bytes <= affordable
         return compiled(*self.sets[0]) if fits else None
 

@@ -264,6 +264,19 @@ class Call(NamedTuple):
     options: Pairs
     target: Target | None
 
+    @property
+    def problem(self) -> Problem:
+        return Problem.of(self.op, self.operands, self.options)
+
+    @property
+    def chip(self) -> Target:
+        assert self.target is not None, "the kernel is interpreted"
+        return self.target
+
+    def entry(self, tile: Any, seconds: float = 0.0, untuned_seconds: float = 0.0) -> Entry:
+        chip = self.chip
+        return Entry(self.problem, chip.model, chip.compute_capability, encoded(tile), seconds, untuned_seconds)
+
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Call]]:
@@ -294,11 +307,10 @@ def choose(
 def _choose(call: Call, tuning: Tuning) -> Choice:
     offered = candidates(call)
     if call.target is not None:
-        problem = Problem.of(call.op, call.operands, call.options)
         by_text = {encoded(tile): tile for tile in offered}
-        for entry in (shipped() | tuning).find(problem, call.target):
+        for entry in (shipped() | tuning).find(call.problem, call.target):
             if entry.tile in by_text:
-                return Choice(by_text[entry.tile], _source(entry, problem, call.target.model))
+                return Choice(by_text[entry.tile], _source(entry, call.problem, call.target.model))
     return Choice(offered[0], "heuristic")
 
 
