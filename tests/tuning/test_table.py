@@ -291,22 +291,21 @@ def test_the_first_process_decides_for_all(tmp_path):
 
 def offered():
     """Of each op of jtile with tiles some call, and the tiles that it offers."""
-    bf16 = jnp.bfloat16
-    q, k = jax.random.normal(jax.random.key(0), (2, 2, 64, 2, 32), bf16)
+    q, k = jax.random.normal(jax.random.key(0), (2, 2, 64, 2, 32), jnp.bfloat16)
 
-    def attend(q, k):
-        return jax.grad(lambda q, k: jtile.dot_product_attention(q, k, k, is_causal=True).astype(jnp.float32).sum())(
-            q, k
-        )
+    def everything(q, k):
+        attended = jtile.dot_product_attention(q, k, k, is_causal=True)
+        losses = jtile.softmax_cross_entropy(attended.reshape(8, -1), jnp.arange(8))
+        return losses.sum()
 
     with tuning.recording() as calls:
-        jtile.inspect(attend, q, k)
+        jtile.inspect(jax.grad(everything, (0, 1)), q, k)
     return [pytest.param(call, id=call.op.name) for call in calls]
 
 
 @pytest.mark.parametrize("call", offered())
 def test_no_tile_changes_what_a_kernel_computes(call):
-    """The first offered, some others, and the last: the results differ by rounding alone."""
+    """The first offered, one between and the last: the results differ by rounding alone."""
     given = search._operands(call, 0)
     tiles = table.candidates(call)
     options = dict(call.options)
@@ -320,5 +319,5 @@ def test_no_tile_changes_what_a_kernel_computes(call):
         return [r for r in jax.jit(interpret_pallas(kernel))(*given) if r is not None]
 
     expected = results(tiles[0])
-    for tile in {tiles[len(tiles) // 3], tiles[2 * len(tiles) // 3], tiles[-1]}:
+    for tile in {tiles[len(tiles) // 2], tiles[-1]}:
         assert search._difference(results(tile), expected) is None, tile
