@@ -1,7 +1,7 @@
 """Cross-entropy of logits x W + b that are never all there: T tokens, d wide, v classes.
 
-Logits in bfloat16 would take 2 T v bytes, and XLA keeps them thrice: for 8192 × 4096 × 128256 it adds 5.9 GiB to 2.1 GiB
-of operands and gradients. A product of T × d × v takes 12.5 ms of an H200 there; value and gradients need three.
+Logits in bfloat16 would take 2 T v bytes, and XLA keeps them thrice: for 8192 × 4096 × 128256 it adds 5.9 GiB to the
+2.1 GiB of operands and gradients. A product of T × d × v takes 12.5 ms of an H200 there; value and gradients need three.
 
 Forward. The kernel multiplies a tile of logits and reduces it while it is in registers; what leaves the chip is a
 log-sum-exp for each token and 256 classes, 4 T v / 256 bytes: 16 MiB.
@@ -266,7 +266,9 @@ def gradients_kernel(x, weight, labels, bias, token_weights, *, options, vocabul
         statistics, logits = _statistics(x, weight, labels, bias, cap, total, keep=True)
         lse = over_devices(statistics[0], "v", "logsumexp")
         cotangents = _cotangents(options, vocabulary, token_weights, lse, *statistics[1:])
-        (dlogits,) = of_logits.backward_kernel(logits, labels, lse, *cotangents, logits_soft_cap=cap)
+        (dlogits,) = of_logits.backward_kernel(
+            logits, labels, lse, *cotangents, tile=next(of_logits.tiles(logits)), logits_soft_cap=cap
+        )
         dx, sums = added(sums, dlogits, x, weight, bias)
         return (*statistics, dx), sums
 
