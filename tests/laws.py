@@ -240,6 +240,13 @@ ARITHMETIC = ("kernel", "gradient", "forward_mode", "second_order", "dtypes", "s
 SHARDING = ("auto_sharding", "explicit_sharding", "exchanges", "shard_map")
 SOME = dict.fromkeys(("layer_norm_of_sum", "rms_norm_gated", "group_norm_with_bias"), ARITHMETIC)
 SOME |= {"causal_attention": ARITHMETIC + SHARDING}
+# Its gradients are formed, and exchanged, in the forward pass.
+SOME |= {
+    "weighted_linear_cross_entropy": (
+        *("kernel", "gradient", "forward_mode", "second_order", "checkpoint"),
+        *("auto_sharding", "explicit_sharding", "shard_map"),
+    )
+}
 TABLE = [(name, law) for name in CASES for law in SOME.get(name, LAWS)]
 
 

@@ -1,13 +1,14 @@
 """Cross-entropy of logits x W + b that are never all there: T tokens, d wide, v classes.
 
 Logits in bfloat16 would take 2 T v bytes, and XLA keeps them thrice: for 8192 × 4096 × 128256 it adds 5.9 GiB to the
-2.1 GiB of operands and gradients. A product of T × d × v takes 12.5 ms of an H200 there; value and gradients need three.
+2.1 GiB of operands and gradients. There an H200 takes 12.5 ms for a product of T × d × v; value and gradients need
+three.
 
 Forward. The kernel multiplies a tile of logits and reduces it while it is in registers; what leaves the chip is a
 log-sum-exp for each token and 256 classes, 4 T v / 256 bytes: 16 MiB.
 
-Logits formed again in the backward pass: four products. A slab of s classes at a time, the kernel forms its logits again
-and writes their gradient G, 2 T s bytes, from which dW[:, slab] = xᵀ G is final, and dx += G W[:, slab]ᵀ is summed in
+Logits formed again in the backward pass: four products. A slab of s classes at a time, the kernel forms its logits and
+writes their gradient G, 2 T s bytes, from which dW[:, slab] = xᵀ G is final, and dx += G W[:, slab]ᵀ is summed in
 float32, read and written 8 T d bytes for each slab. s is such that G has about 10⁸ elements: 12,288 classes, 192 MiB.
 
 Gradients formed in the forward pass: three products. That needs whole rows of logits, so c tokens at a time: logits, G
@@ -114,7 +115,7 @@ def _whole(n: int, step: int) -> int:
 
 
 def _on_logits(name: str, finish: Callable, x, weight, bias, of_token: list, outputs: list, size: int, start=None):
-    """`finish(logits, columns, of_token, outputs)` on every tile of the logits of `size` classes from `start` on, a whole
+    """`finish(logits, columns, of_token, outputs)` on every tile of logits of `size` classes from `start` on, a whole
     number of tiles. `outputs` are pairs of a kind, as below, and a dtype."""
     rows, d = x.shape
     block, lanes, step = tile_of(rows, size, d, x.dtype)
