@@ -281,12 +281,12 @@ def by_tokens(function: Callable, *of_token):
     """
     rows = len(of_token[0])
     count = pl.cdiv(rows, TOKENS)
-    size = rows if count == 1 else _whole(pl.cdiv(rows, count), 128)
+    size = rows if count == 1 else _whole(pl.cdiv(rows, count), 8)
     pad = lambda value: jnp.pad(value, [(0, count * size - rows), *[(0, 0)] * (value.ndim - 1)])  # noqa: E731
-    of_token = [value if count * size == rows else pad(value) for value in of_token]
+    values = [value if count * size == rows else pad(value) for value in of_token]
 
     def some(i, sums):
-        return function(sums, *(lax.dynamic_slice_in_dim(value, i * size, size) for value in of_token))
+        return function(sums, *(lax.dynamic_slice_in_dim(value, i * size, size) for value in values))
 
     def put(results, found, i):
         return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, i * size, axis=0), results, found)
