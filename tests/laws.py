@@ -124,6 +124,18 @@ CASES = {
             typical=TYPICAL_ROWS | {"h": 32, "d": 128},
         ),
     ),
+    "qk_norm_rope": (
+        jtile.qk_norm_rope,
+        Case(
+            "q: b s h d, k: b s g d, q_scale: d, k_scale: d, positions: b s -> y: b s h d, z: b s g d",
+            ROWS | {"h": 4, "g": 2, "d": 20},
+            options={"epsilon": 1e-5},
+            integers={"positions": (-100, 100_000)},
+            split="b s",
+            fixed="d",
+            typical=TYPICAL_ROWS | {"h": 32, "g": 8, "d": 128},
+        ),
+    ),
     "gated_activation": (
         jtile.gated_activation,
         Case(
