@@ -35,8 +35,8 @@ def softmax(x, mask, **options):
 
 
 def qk_norm_rope(q, scale, positions, **options):
-    """Queries alone: keys fare as they do."""
-    return jtile.qk_norm_rope(q, q, scale, scale, positions, **options)[0]
+    """Keys that are the queries."""
+    return jtile.qk_norm_rope(q, q, scale, scale, positions, **options)
 
 
 CASES = {
@@ -132,7 +132,7 @@ CASES = {
     "qk_norm_rope": (
         qk_norm_rope,
         Case(
-            "q: b s h d, scale: d, positions: b s -> y: b s h d",
+            "q: b s h d, scale: d, positions: b s -> y: b s h d, z: b s h d",
             ROWS | {"h": 4, "d": 20},
             options={"epsilon": 1e-5},
             integers={"positions": (-100, 100_000)},
