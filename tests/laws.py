@@ -34,6 +34,11 @@ def softmax(x, mask, **options):
     return jtile.softmax(x, mask=mask[:, None, :] != 0, **options)
 
 
+def qk_norm_rope(q, scale, positions, **options):
+    """Keys that are the queries."""
+    return jtile.qk_norm_rope(q, q, scale, scale, positions, **options)
+
+
 CASES = {
     "rms_norm": (
         jtile.rms_norm,
@@ -120,6 +125,18 @@ CASES = {
             ROWS | {"h": 6, "d": 20},
             integers={"positions": (-100, 100_000)},
             split="b s h",
+            fixed="d",
+            typical=TYPICAL_ROWS | {"h": 32, "d": 128},
+        ),
+    ),
+    "qk_norm_rope": (
+        qk_norm_rope,
+        Case(
+            "q: b s h d, scale: d, positions: b s -> y: b s h d, z: b s h d",
+            ROWS | {"h": 4, "d": 20},
+            options={"epsilon": 1e-5},
+            integers={"positions": (-100, 100_000)},
+            split="b s",
             fixed="d",
             typical=TYPICAL_ROWS | {"h": 32, "d": 128},
         ),
