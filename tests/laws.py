@@ -227,7 +227,8 @@ CASES = {
         Case(
             ATTENTION,
             {"b": 2, "s": 40, "t": 72, "k": 2, "g": 3, "d": 16, "e": 16},
-            split="b k",
+            split="b s k",
+            axis_names={"s": "axis_name"},
             fixed="d e",
             typical={"b": 2, "s": 1024, "t": 1024, "k": 8, "g": 4, "d": 128, "e": 128},
         ),
@@ -254,7 +255,7 @@ def trial(name: str) -> Trial:
 
 # What these cases, beside another of their op, differ in: arithmetic, and what a part of the queries needs to know.
 ARITHMETIC = ("kernel", "gradient", "forward_mode", "second_order", "dtypes", "shapes", "repeats", "compiles")
-SHARDING = ("auto_sharding", "explicit_sharding", "exchanges", "shard_map")
+SHARDING = ("auto_sharding", "explicit_sharding", "shard_map")
 SOME = dict.fromkeys(("layer_norm_of_sum", "rms_norm_gated", "group_norm_with_bias"), ARITHMETIC)
 SOME |= {"causal_attention": ARITHMETIC + SHARDING}
 TABLE = [(name, law) for name in CASES for law in SOME.get(name, LAWS)]
