@@ -69,17 +69,22 @@ def forward_tiles(given: Arrays, target: Target | None) -> Iterator[Tile]:
 
 
 def backward_tiles(given: Arrays, target: Target | None) -> Iterator[Tile]:
-    rows, d = given["x"].shape
+    x, gated = given["x"], "gate" in given
+    rows, d = x.shape
     lanes, sms = pl.next_power_of_2(d), target.sms if target else MULTIPROCESSORS
-    if lanes > WIDEST_ROW:
-        yield from (Tile(1, lanes // n, 16, sms) for n in (8, 4) if lanes <= WIDEST_SUM)
-        yield Tile(1, 8192, 16)
+    if lanes <= (WIDEST_ROW // 2 if gated else WIDEST_ROW):
+        best = [(4096, 8, 2), (8192, 16, 1), (2048, 4, 4)]  # elements of a block, warps, programs at once
+        for elements, warps, at_once in best if lanes <= 2048 or gated else (best[1], best[0], best[2]):
+            if lanes <= elements:
+                block = _rows(rows, elements // lanes, target)
+                yield Tile(block, lanes, warps, at_once * sms, _stages(given, block, at_once, target))
         return
-    best = [(4096, 8, 2), (8192, 16, 1), (2048, 4, 4)]
-    for elements, warps, at_once in best if lanes <= 2048 else (best[1], best[0], best[2]):
-        if lanes <= elements:
-            block = _rows(rows, elements // lanes, target)
-            yield Tile(block, lanes, warps, at_once * sms, _stages(given, block, at_once, target))
+    if lanes <= WIDEST_SUM:
+        # Larger chunks spill registers on some chip: the sums of a row's width take half of them.
+        few = (gated or "mean" in given) and lanes > WIDEST_ROW
+        columns = (2048 if few else 4096) // x.dtype.itemsize
+        yield from (Tile(1, n, 16, sms) for n in (columns, 2 * columns, columns // 2))
+    yield Tile(1, 8192, 16)
 
 
 MULTIPROCESSORS = 132  # of an H100 or H200
