@@ -54,6 +54,65 @@ CASES = {
             typical=TYPICAL_ROWS | {"d": 4096},
         ),
     ),
+    "layer_norm": (
+        jtile.layer_norm,
+        Case(
+            "x: b s d, scale: d, bias: d -> y: b s d",
+            ROWS | {"d": 84},
+            split="b s",
+            typical=TYPICAL_ROWS | {"d": 4096},
+        ),
+    ),
+    "layer_norm_of_sum": (
+        jtile.layer_norm,
+        Case(
+            "x: b s d, scale: d, residual: b s d -> y: b s d, h: b s d",
+            ROWS | {"d": 72},
+            options={"epsilon": 1e-5},
+            split="b s",
+            typical=TYPICAL_ROWS | {"d": 4096},
+        ),
+    ),
+    "gated_rms_norm": (
+        jtile.gated_rms_norm,
+        Case(
+            "x: b s d, gate: b s d, scale: d -> y: b s d",
+            ROWS | {"d": 76},
+            split="b s",
+            typical=TYPICAL_ROWS | {"d": 4096},
+        ),
+    ),
+    "rms_norm_gated": (
+        jtile.gated_rms_norm,
+        Case(
+            "x: b s d, gate: b s d, scale: d -> y: b s d",
+            ROWS | {"d": 68},
+            options={"norm_before_gate": True},
+            split="b s",
+            typical=TYPICAL_ROWS | {"d": 4096},
+        ),
+    ),
+    "group_norm": (
+        jtile.group_norm,
+        Case(
+            "x: b h w c, scale: c -> y: b h w c",
+            {"b": 4, "h": 4, "w": 2, "c": 24},
+            options={"groups": 4},
+            split="b",
+            fixed="c",
+            typical={"b": 4, "h": 32, "w": 32, "c": 640},
+        ),
+    ),
+    "group_norm_with_bias": (
+        jtile.group_norm,
+        Case(
+            "x: b s c, scale: c, bias: c -> y: b s c",
+            {"b": 4, "s": 9, "c": 12},
+            options={"groups": 3, "epsilon": 1e-5},
+            split="b",
+            fixed="c",
+        ),
+    ),
     "rope": (
         jtile.rope,
         Case(
@@ -120,6 +179,32 @@ CASES = {
             typical=TYPICAL_ROWS | {"t": 4096},
         ),
     ),
+    "linear_cross_entropy": (
+        jtile.linear_cross_entropy,
+        Case(
+            "x: b s d, weight: d v, labels: b s -> loss: b s",
+            ROWS | {"d": 20, "v": 132},
+            options={"ignore_index": 3, "label_smoothing": 0.1, "z_loss": 1e-3, "logits_soft_cap": 20.0},
+            integers={"labels": (0, "v")},
+            split="b s v",
+            exchanged={"v": 3},
+            axis_names={"v": "axis_name"},
+            typical={"b": 1, "s": 512, "d": 1024, "v": 128_256},
+        ),
+    ),
+    "weighted_linear_cross_entropy": (
+        jtile.linear_cross_entropy,
+        Case(
+            "x: b s d, weight: d v, labels: b s, token_weights: b s -> loss:",
+            ROWS | {"d": 20, "v": 132},
+            options={"ignore_index": 3, "label_smoothing": 0.1, "z_loss": 1e-3, "logits_soft_cap": 20.0},
+            integers={"labels": (0, "v")},
+            split="b s v",
+            exchanged={"v": 3},
+            axis_names={"v": "axis_name"},
+            typical={"b": 1, "s": 512, "d": 1024, "v": 128_256},
+        ),
+    ),
     "attention": (
         jtile.dot_product_attention,
         Case(
@@ -136,7 +221,8 @@ CASES = {
             f"{ATTENTION}, lse: b s (k g)",
             {"b": 2, "s": 72, "t": 72, "k": 2, "g": 1, "d": 24, "e": 16},
             options={"is_causal": True, "return_lse": True},
-            split="b k",
+            split="s",
+            axis_names={"s": "axis_name"},
             fixed="d e",
             typical={"b": 2, "s": 1024, "t": 1024, "k": 8, "g": 4, "d": 80, "e": 80},
         ),
@@ -149,9 +235,12 @@ def trial(name: str) -> Trial:
     return Trial(*CASES[name])
 
 
-# The second case of attention differs from the first in arithmetic alone.
+# What these cases, beside another of their op, differ in: arithmetic, and what a part of the queries needs to know.
 ARITHMETIC = ("kernel", "gradient", "forward_mode", "second_order", "dtypes", "shapes", "repeats", "compiles")
-TABLE = [(name, law) for name in CASES for law in (ARITHMETIC if name == "causal_attention" else LAWS)]
+SHARDING = ("auto_sharding", "explicit_sharding", "exchanges", "shard_map")
+SOME = dict.fromkeys(("layer_norm_of_sum", "rms_norm_gated", "group_norm_with_bias"), ARITHMETIC)
+SOME |= {"causal_attention": ARITHMETIC + SHARDING}
+TABLE = [(name, law) for name in CASES for law in SOME.get(name, LAWS)]
 
 
 @pytest.mark.parametrize("name, law", TABLE)

@@ -100,20 +100,23 @@ def _warn_once(op: TileOp, reason: str) -> None:
 
 def lower(op: TileOp, platform: str | None, ctx, *operands, call: Call):
     platform = platform or "/".join(ctx.module_context.platforms)
-    function = functools.partial(execute, op, call, platform)
+
+    def function(*values, call):
+        return execute(op, call, platform, *values)
 
     def run(*values):
         if sharding.settled(ctx.avals_in):
             mesh = borrowed.explicit_mesh(ctx.avals_in)
-            # Where all axes are manual these are a device's own arrays.
-            return function(*values) if mesh is None else list(sharding.split(op, call, mesh, values, ctx.avals_in))
+            if mesh is None:  # where all axes are manual these are a device's own arrays
+                return function(*values, call=call)
+            return list(sharding.split(op, call, mesh, values, ctx.avals_in))
         if borrowed.exporting(ctx) and borrowed.device_count(ctx) > 1:
             raise NotImplementedError(
                 f"{op.name}: jax.export cannot save a program for {borrowed.device_count(ctx)} devices in which XLA is "
                 "still to choose how the op is split. Call the op inside jax.shard_map, or shard its operands over a "
                 "mesh whose axes are AxisType.Explicit: jax.make_mesh's default."
             )
-        return list(sharding.partitioned(op, call, function, values))
+        return list(sharding.partitioned(op, call, function, values, borrowed.mesh_around(ctx)))
 
     # Shardings and varying axes are settled by now. Kernels are traced without them, and need not know of them.
     plain = ctx.replace(avals_in=borrowed.plain_avals(ctx.avals_in), avals_out=borrowed.plain_avals(ctx.avals_out))
@@ -141,7 +144,7 @@ def execute(op: TileOp, call: Call, platform: str, *operands: jax.Array) -> list
 
         one_group = interpret_pallas(one_group)
     mapped = rules.vmap_groups(one_group, call.groups, call.group_count)
-    with rules.named(op, rules.ungrouped(operands, call), call):
+    with rules.named(op, rules.ungrouped(operands, call), call), sharding.on_parts(call):
         if choice.runs == "reference":
             return mapped(*operands)
         with jax.enable_x64(False):  # kernels count in 32 bits whatever the user's mode
