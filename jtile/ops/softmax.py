@@ -63,10 +63,10 @@ def _summand(y, dy, log):
 
 
 def _gradient(y, dy, total, scale, log):
-    share = y.astype(total.dtype)
-    counts = share != (-jnp.inf if log else 0)
-    share = jnp.exp(share) if log else share
-    return jnp.where(counts, scale * (_summand(y, dy, log) - share * total), 0.0).astype(y.dtype)
+    wide, dtype = total.dtype, y.dtype
+    y, dy = y.astype(wide), dy.astype(wide)
+    dz = jnp.where(y == -jnp.inf, 0.0, dy - jnp.exp(y) * total) if log else jnp.where(y == 0, 0.0, y * (dy - total))
+    return (scale * dz).astype(dtype)
 
 
 def _least(dtype) -> float:
