@@ -51,8 +51,7 @@ def _scores(x, mask, query, columns, scale):
 def _normalized(z, top, total, log):
     """`top` is finite, and `total` = Σ exp(z − top), which is 0 where nothing counts."""
     total = jnp.where(total == 0, 1.0, total)
-    y = z - top - jnp.log(total) if log else jnp.exp(z - top) * (1 / total)
-    return jnp.where(z == -jnp.inf, -jnp.inf if log else 0.0, y)
+    return z - top - jnp.log(total) if log else jnp.exp(z - top) * (1 / total)
 
 
 def _summand(y, dy, log):
@@ -88,7 +87,8 @@ def forward_reference(x, mask, query, *, of_mask, scale, log):
     query = None if query is None else query[:, None]
     z = _scores(x, mask, query, jnp.arange(x.shape[-1]), scale)
     top = jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True, initial=_least(z.dtype)))
-    return (_normalized(z, top, jnp.sum(jnp.exp(z - top), axis=-1, keepdims=True), log).astype(x.dtype),)
+    y = _normalized(z, top, jnp.sum(jnp.exp(z - top), axis=-1, keepdims=True), log)
+    return (jnp.where(z == -jnp.inf, jax.lax.stop_gradient(y), y).astype(x.dtype),)
 
 
 @backward.reference
@@ -262,8 +262,8 @@ def softmax(
     once. The gradient is computed from the result alone, in one pass over it and its cotangent.
 
     What does not count, by `mask`, by `is_causal` or as a score of −∞, is 0 in the result and in the gradient, whatever
-    `x` and the cotangent are there, NaN included. A row in which nothing counts is 0 throughout. Where +∞ or NaN counts
-    in a row, all that counts in it is NaN, as in `jax.nn.softmax`.
+    `x` and the cotangent are there, NaN included. A row in which nothing counts is 0 throughout, and one in which +∞ or
+    NaN counts is NaN throughout.
 
     Args:
         x: scores, of any shape with at least one dimension; softmax runs over the last. For another, move it there by
