@@ -9,7 +9,7 @@ from typing import Any
 
 import rich.table
 
-from bench import pallas, results
+from bench import pallas, results, training
 
 README = Path(__file__).parent.parent / "README.md"
 MARKS = "<!-- the bench: python -m bench report --write -->\n", "<!-- end of the bench -->\n"
@@ -37,7 +37,8 @@ COLORS = {
 
 def rows_table(rows: Sequence[Row]) -> rich.table.Table:
     """One pass of a case, rival by rival."""
-    table = rich.table.Table(title=f"{rows[0]['case']}, {rows[0]['pass']}", title_justify="left", title_style="bold")
+    title = f"{rows[0]['case']}, {rows[0]['pass']}, measured in {rows[0].get('took', 0):.0f} s"
+    table = rich.table.Table(title=title, title_justify="left", title_style="bold")
     for name in ("rival", "time", "rate", "of the floor", "error", "memory", "first call"):
         table.add_column(name, justify="left" if name == "rival" else "right")
     for row in rows:
@@ -73,6 +74,8 @@ def markdown(root: Path = results.ROOT) -> str:
         found = results.read(path)
         core = [row for row in found["rows"] if row["table"] == "core"]
         parts += [heading(found), *tables(core), *plot_links(path.parent.name, found["rows"])]
+    for path in results.newest("training_", root):
+        parts.append(training.markdown(results.read(path)))
     for path in results.newest("pallas_", root):
         parts.append(pallas_section(results.read(path)["rows"]))
     return "\n\n".join(parts) + "\n"

@@ -36,7 +36,10 @@ class Rival:
         return f"not installed: pip install {self.package}" if absent else None
 
     def version(self) -> str:
-        return f"{self.package} {importlib.metadata.version(self.package)}"
+        try:
+            return f"{self.package} {importlib.metadata.version(self.package)}"
+        except importlib.metadata.PackageNotFoundError:
+            return f"{self.package}, from a folder"
 
 
 RIVALS = {
@@ -137,6 +140,7 @@ def _():
     return _adamw(jnp.sqrt)
 
 
+@functools.cache
 def _tokamax():
     name = "xprof.cli.tools.get_kernel_stats_tool"
     if importlib.util.find_spec("xprof") is None:  # tokamax imports this, and needs it for its own benchmarks alone
@@ -175,6 +179,7 @@ def _(is_causal):
 
 def compiled(function: Callable) -> Callable:
     import torch
+    import torch._functorch.config
 
     torch._functorch.config.donated_buffer = False  # a pullback is timed many times on the same residuals
     return torch.compile(function, dynamic=False)

@@ -1,6 +1,6 @@
 """jtile: tile kernels as first-class JAX operations."""
 
-from jtile import losses, testing
+from jtile import losses, testing, tuning
 from jtile.compiler.interpret import interpret_pallas
 from jtile.compiler.launch import EXPORT_CHECKS
 from jtile.compiler.pallas import retarget_pallas
@@ -34,6 +34,7 @@ from jtile.ops.rope import rope
 from jtile.ops.softmax import log_softmax, softmax
 from jtile.ops.softmax_cross_entropy import softmax_cross_entropy
 from jtile.report import explain, inspect
+from jtile.tuning.search import autotune
 
 __all__ = [
     "EXPORT_CHECKS",
@@ -48,6 +49,7 @@ __all__ = [
     "atomic_or",
     "atomic_xchg",
     "atomic_xor",
+    "autotune",
     "debug",
     "debug_barrier",
     "dot",
@@ -74,4 +76,5 @@ __all__ = [
     "store",
     "testing",
     "triton_call",
+    "tuning",
 ]

@@ -8,7 +8,7 @@ between kernel and reference.
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -82,6 +82,8 @@ class TileOp:
       dimension. Optional: an op without a kernel runs its reference everywhere.
     * `@op.limits`: gets the kernel's operands as `jax.ShapeDtypeStruct`s and returns why the kernel cannot serve them,
       as a clause, or `None`. Optional.
+    * `@op.tiles`: gets the same, and the chip as `target`, and yields the tiles that the kernel may be launched with,
+      the one to use untuned first. The kernel then gets the chosen one as `tile`. `jtile.tuning` has more. Optional.
     * `@op.transpose`: reverse mode. `transpose(operands, results, cotangents, **options)` returns one cotangent an
       operand, `None` for zero, usually by calling another `TileOp`, the backward kernel. The first result's cotangent
       is always an array, another's is `None` where it is zero. Optional: the reference is differentiated without it.
@@ -112,6 +114,7 @@ class TileOp:
         self.reference_function: Callable[..., tuple] = self._no_reference
         self.kernel_function: Callable[..., tuple] | None = None
         self.limits_function: Callable[..., str | None] | None = None
+        self.tiles_function: Callable[..., Iterable[Hashable]] | None = None
         self.transpose_function: Callable[..., tuple] | None = None
         self.parent: TileOp | None = None  # the op whose derivative this is: such an op has no kernel by design
         self.primitive = TilePrimitive(self)
@@ -132,6 +135,10 @@ class TileOp:
 
     def limits(self, function: Callable) -> Callable:
         self.limits_function = function
+        return function
+
+    def tiles(self, function: Callable) -> Callable:
+        self.tiles_function = function
         return function
 
     def transpose(self, function: Callable) -> Callable:

@@ -15,6 +15,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,19 +86,30 @@ def backward_reference(logits, *of_token, logits_soft_cap):
 # Kernel. Blocks are read with several loads of 16 bytes a thread. Where tokens are fewer than a GPU has room for, the
 # forward pass splits the vocabulary too, and the parts' log-sum-exps are put together at the end.
 
-BLOCK = 4096  # logits that a program reads at a time
 PROGRAMS = 1056  # enough to fill the largest chips, eight for each multiprocessor
 
 
-def _tile(rows: int, v: int) -> tuple[int, int]:
-    lanes = min(BLOCK, pl.next_power_of_2(v))
-    return min(BLOCK // lanes, pl.next_power_of_2(rows)), lanes
+class Tile(NamedTuple):
+    """The logits that a program reads at a time."""
+
+    rows: int
+    lanes: int
+    num_warps: int
+
+
+@forward.tiles
+@backward.tiles
+def tiles(logits, *rest, **options):
+    rows, v = logits.shape
+    for size, num_warps in (4096, 4), (2048, 4), (4096, 8), (8192, 4), (8192, 8), (8192, 16), (16384, 8), (16384, 16):
+        lanes = min(size, pl.next_power_of_2(v))
+        yield Tile(min(size // lanes, pl.next_power_of_2(rows)), lanes, num_warps)
 
 
 @forward.kernel
-def forward_kernel(logits, labels, *, logits_soft_cap, total):
+def forward_kernel(logits, labels, *, tile, logits_soft_cap, total):
     rows, v = logits.shape
-    block, lanes = _tile(rows, v)
+    block, lanes, num_warps = tile
     across = min(lanes, 1024)
     steps = pl.cdiv(pl.cdiv(v, lanes), pl.cdiv(PROGRAMS, pl.cdiv(rows, block)))
     splits = pl.cdiv(v, steps * lanes)
@@ -133,7 +145,7 @@ def forward_kernel(logits, labels, *, logits_soft_cap, total):
         in_specs=[pl.BlockSpec((block, steps * lanes), lambda i, j: (i, j))],
         out_specs=[pl.BlockSpec((None, block), lambda i, j: (j, i))] * count,
         out_shape=[jax.ShapeDtypeStruct((splits, rows), jnp.float32)] * count,
-        compiler_params=CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=CompilerParams(num_warps=num_warps, num_stages=1),
         name="softmax_cross_entropy",
     )(logits)
     lse = jax.nn.logsumexp(lse, axis=0)
@@ -141,9 +153,9 @@ def forward_kernel(logits, labels, *, logits_soft_cap, total):
 
 
 @backward.kernel
-def backward_kernel(logits, labels, lse, dlse, dpicked, dtotal, *, logits_soft_cap):
+def backward_kernel(logits, labels, lse, dlse, dpicked, dtotal, *, tile, logits_soft_cap):
     rows, v = logits.shape
-    block, lanes = _tile(rows, v)
+    block, lanes, num_warps = tile
     of_token = [labels, lse, dlse, dpicked, dtotal]
     given = [x for x in of_token if x is not None]
 
@@ -162,7 +174,7 @@ def backward_kernel(logits, labels, lse, dlse, dpicked, dtotal, *, logits_soft_c
         in_specs=[tile, *[row] * len(given)],
         out_specs=[tile],
         out_shape=[logits],
-        compiler_params=CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=CompilerParams(num_warps=num_warps, num_stages=1),
         name="softmax_cross_entropy_backward",
     )(logits, *given)
     return tuple(out)

@@ -10,6 +10,7 @@ import pytest
 from bench import __main__ as command
 from bench import cases, measure, report, results, rivals, timing, trace
 from bench.cases import BACKWARD, BOTH, CASES, FORWARD
+from jtile.tuning.timing import seconds
 
 SMALL = cases.rms_norm(16, 64)
 IDS = [f"{case.table} {case.name}" for case in CASES]
@@ -65,7 +66,7 @@ def test_attention_is_judged_by_a_reference_that_holds_one_head_at_a_time():
 def on_cpu(monkeypatch, tmp_path):
     """As if the CPU were the GPU: jtile's kernels do not run, and the profiler sees none."""
     monkeypatch.setattr(command, "gpu", lambda: jax.devices()[0])
-    monkeypatch.setattr(timing, "kernel_seconds", lambda works: timing.seconds(works, rounds=1, settle=0.0, timed=0.0))
+    monkeypatch.setattr(timing, "kernel_seconds", lambda works, **options: seconds(works, rounds=1, settle=0, timed=0))
     monkeypatch.setattr(cases, "CASES", [SMALL, cases.softmax_cross_entropy(8, 300)])
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setattr(measure, "MOST_SETS", 2)
@@ -104,7 +105,7 @@ def test_a_second_run_replaces_its_own_rows_alone(on_cpu):
 
 def test_a_rival_that_is_wrong_is_found_out(monkeypatch):
     monkeypatch.setitem(rivals.ENTRIES, ("cuDNN", "rms_norm"), rivals.Entry(lambda: lambda x, scale: 1.1 * x * scale))
-    monkeypatch.setattr(timing, "kernel_seconds", lambda works: dict.fromkeys(works, 1.0))
+    monkeypatch.setattr(timing, "kernel_seconds", lambda works, **options: dict.fromkeys(works, 1.0))
     [rows] = measure.measure(SMALL, measure.Options(rivals=["cuDNN"], passes=[FORWARD]))
     assert rows[1]["error"] > 0.05 and not rows[1]["right"]
     assert rows[0]["rival"] == "copy" and rows[0]["right"]
@@ -120,7 +121,7 @@ def test_without_a_gpu_and_without_such_a_case_it_says_so():
 def test_kernels_that_the_profiler_misses_are_an_error():
     f, x = jax.jit(jnp.negative), jnp.ones(8)
     with pytest.raises(RuntimeError, match="0 kernels"):
-        timing.kernel_seconds({"f": (f, [(x,)])}, rounds=1, calls=2)
+        timing.kernel_seconds({"f": (f, [(x,)])}, rounds=1, settle=0.0, timed=0.0)
 
 
 def test_a_trace_sums_the_kernels():
@@ -144,7 +145,7 @@ def row(case, rival, seconds=None, direction=FORWARD, unit="B", table="core", at
     if seconds is None:
         return about | more
     measured = dict(seconds=seconds, rate=4e9 / seconds, share=1e-3 / seconds, error=1e-3, right=True)
-    return about | measured | dict(extra_bytes=2**30, first_call_seconds=0.5, clock="kernels") | more
+    return about | measured | dict(extra_bytes=2**30, first_call_seconds=0.5) | more
 
 
 STORED = [

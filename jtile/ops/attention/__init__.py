@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jtile.op import Implementation, TileOp, check_known
-from jtile.ops.attention import kernels, reference
+from jtile.ops.attention import kernels, reference, tiles
 
 # Spec. Query heads come in k groups of g, one group for each key head. `origin` is the query beside key 0, and is
 # there where the mask is causal: it tells a device with a part of the queries where its part begins.
@@ -34,8 +34,10 @@ backward = TileOp(
 )
 
 forward.reference(reference.forward)
+forward.tiles(tiles.forward_tiles)
 forward.kernel(kernels.forward)
 backward.reference(reference.backward)
+backward.tiles(tiles.backward_tiles)
 backward.kernel(kernels.backward)
 
 

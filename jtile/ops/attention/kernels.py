@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jtile.ops.attention import tiles
 from jtile.ops.attention.reference import row_sums
 
 
@@ -177,9 +176,8 @@ def _origin_spec(origin):
     return None if origin is None else pl.BlockSpec((), lambda *_: ())
 
 
-def forward(query, key, value, origin, *, scale):
+def forward(query, key, value, origin, *, tile, scale):
     keys, head_dim, value_dim = key.shape[1], query.shape[-1], value.shape[-1]
-    tile = tiles.choose(tiles.FORWARD, query, value)
     grid, some_queries, all_keys = _by_queries(query, key, tile, origin is not None)
     return pl.pallas_call(
         functools.partial(_forward_kernel, blocks=grid[0], keys=keys, block_k=tile.block_k, scale=scale),
@@ -195,15 +193,14 @@ def forward(query, key, value, origin, *, scale):
     )(query, key, value, origin)
 
 
-def backward(query, key, value, origin, out, lse, dout, dlse, *, scale):
+def backward(query, key, value, origin, out, lse, dout, dlse, *, tile, scale):
     delta = row_sums(out, dout, dlse)
-    dquery = _dquery(query, key, value, origin, lse, delta, dout, scale)
-    return dquery, *_dkey_dvalue(query, key, value, origin, lse, delta, dout, scale)
+    dquery = _dquery(query, key, value, origin, lse, delta, dout, tile.dquery, scale)
+    return dquery, *_dkey_dvalue(query, key, value, origin, lse, delta, dout, tile.dkey_dvalue, scale)
 
 
-def _dquery(query, key, value, origin, lse, delta, dout, scale):
+def _dquery(query, key, value, origin, lse, delta, dout, tile, scale):
     keys, head_dim, value_dim = key.shape[1], query.shape[-1], value.shape[-1]
-    tile = tiles.choose(tiles.DQUERY, query, value)
     grid, some_queries, all_keys = _by_queries(query, key, tile, origin is not None)
     return pl.pallas_call(
         functools.partial(_dquery_kernel, blocks=grid[0], keys=keys, block_k=tile.block_k, scale=scale),
@@ -219,10 +216,9 @@ def _dquery(query, key, value, origin, lse, delta, dout, scale):
     )(query, key, value, origin, lse, delta, dout)
 
 
-def _dkey_dvalue(query, key, value, origin, lse, delta, dout, scale):
+def _dkey_dvalue(query, key, value, origin, lse, delta, dout, tile, scale):
     (batch, keys, key_heads, head_dim), value_dim = key.shape, value.shape[-1]
     queries, group = query.shape[1], query.shape[2] // key_heads
-    tile = tiles.choose(tiles.DKEY_DVALUE, query, value)
     padded_queries = _round_up(queries, tile.block_q)
 
     def some_keys(width):
