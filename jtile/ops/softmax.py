@@ -147,10 +147,8 @@ def forward_kernel(x, mask, query, *, tile, of_mask, scale, log):
             k = k // n
         return index
 
-    operands, specs = (
-        [x.reshape(outer, rows, d)],
-        [spec := pl.BlockSpec((None, block, lanes), lambda c, r, k: (k, r, c))],
-    )
+    spec = pl.BlockSpec((None, block, lanes), lambda c, r, k: (k, r, c))
+    operands, specs = [x.reshape(outer, rows, d)], [spec]
     if mask is not None:
         operands.append(mask.reshape(-1, rows if has[-1] else 1, mask.shape[-1]))
         shape = (None, block if has[-1] else 1, lanes if mask.shape[-1] > 1 else 1)
@@ -176,7 +174,8 @@ def forward_kernel(x, mask, query, *, tile, of_mask, scale, log):
     def softmax_kernel(*refs):
         *given, y_ref = refs
         z = scores(*given)
-        y_ref[...] = _normalized(z, *statistics(z), log).astype(y_ref.dtype)
+        top, total = statistics(z)
+        y_ref[...] = _normalized(z, top, total, log).astype(y_ref.dtype)
 
     def statistics_kernel(*refs):
         *given, top_ref, total_ref = refs
@@ -201,8 +200,8 @@ def forward_kernel(x, mask, query, *, tile, of_mask, scale, log):
         y = call(softmax_kernel, [], [], spec, operands[0])
     else:
         of_chunk = pl.BlockSpec((None, block, 1), lambda c, r, k: (k, r, c))
-        shape = jax.ShapeDtypeStruct((outer, rows, chunks), jnp.float32)
-        tops, totals = call(statistics_kernel, [], [], [of_chunk] * 2, [shape] * 2, "_statistics")
+        of_chunks = jax.ShapeDtypeStruct((outer, rows, chunks), jnp.float32)
+        tops, totals = call(statistics_kernel, [], [], [of_chunk] * 2, [of_chunks] * 2, "_statistics")
         top = jnp.max(tops, axis=-1, keepdims=True)
         total = jnp.sum(totals * jnp.exp(tops - top), axis=-1, keepdims=True)
         of_row = pl.BlockSpec((None, block, 1), lambda c, r, k: (k, r, 0))
