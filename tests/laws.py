@@ -22,11 +22,10 @@ ROWS, TYPICAL_ROWS = {"b": 4, "s": 8}, {"b": 2, "s": 1024}
 ATTENTION = "query: b s (k g) d, key: b t k d, value: b t k e -> out: b s (k g) e"
 
 
-def dropout(x, key, residual=None, *, rate, implementation, **axes):
+def dropout(x, key, *, rate, implementation, **axes):
     """With the mesh axis of each dimension by its name."""
     split = {dim: axes[name] for dim, name in enumerate("bsd") if name in axes}
-    key = key.astype("uint32")
-    return jtile.dropout(x, rate, key, residual=residual, split=split, implementation=implementation)
+    return jtile.dropout(x, rate, key.astype("uint32"), split=split, implementation=implementation)
 
 
 def softmax(x, mask, **options):
@@ -166,7 +165,7 @@ CASES = {
     "dropout": (
         dropout,
         Case(
-            "x: b s d, key: two, residual: b s d -> y: b s d",
+            "x: b s d, key: two -> y: b s d",
             ROWS | {"d": 64, "two": 2},
             options={"rate": 0.3},
             integers={"key": (0, 2**31 - 1)},
