@@ -202,7 +202,7 @@ CASES = {
             ROWS | {"d": 20, "v": 132},
             options={"ignore_index": 3, "label_smoothing": 0.1, "z_loss": 1e-3, "logits_soft_cap": 20.0},
             integers={"labels": (0, "v")},
-            split="b s v",
+            split="b v",
             exchanged={"v": 3},
             axis_names={"v": "axis_name"},
             typical={"b": 1, "s": 512, "d": 1024, "v": 128_256},
@@ -215,7 +215,7 @@ CASES = {
             ROWS | {"d": 20, "v": 132},
             options={"ignore_index": 3, "label_smoothing": 0.1, "z_loss": 1e-3, "logits_soft_cap": 20.0},
             integers={"labels": (0, "v")},
-            split="b s v",
+            split="b v",
             exchanged={"v": 3},
             axis_names={"v": "axis_name"},
             typical={"b": 1, "s": 512, "d": 1024, "v": 128_256},
@@ -257,6 +257,13 @@ ARITHMETIC = ("kernel", "gradient", "forward_mode", "second_order", "dtypes", "s
 SHARDING = ("auto_sharding", "explicit_sharding", "shard_map")
 SOME = dict.fromkeys(("layer_norm_of_sum", "rms_norm_gated", "group_norm_with_bias"), ARITHMETIC)
 SOME |= {"causal_attention": ARITHMETIC + SHARDING}
+# Its gradients are formed, and exchanged, in the forward pass.
+SOME |= {
+    "weighted_linear_cross_entropy": (
+        *("kernel", "gradient", "forward_mode", "second_order", "checkpoint"),
+        *("auto_sharding", "explicit_sharding", "shard_map"),
+    )
+}
 TABLE = [(name, law) for name in CASES for law in SOME.get(name, LAWS)]
 
 
