@@ -128,6 +128,24 @@ def gated_activation(rows: int, d: int, activation: str = "silu") -> Case:
     )
 
 
+def softmax(rows: int, d: int, op: str = "softmax") -> Case:
+    size = rows * d * 2
+    return Case(op, f"{rows}×{d}", {"x": normal(rows, d)}, {FORWARD: 2 * size, BACKWARD: 3 * size})
+
+
+def dropout(rows: int, d: int, residual: bool = False) -> Case:
+    size = rows * d * 2
+    operands = {"x": normal(rows, d), "key": jax.random.key_data} | ({"residual": normal(rows, d)} if residual else {})
+    return Case(
+        "dropout",
+        f"{'with residual ' * residual}{rows}×{d}",
+        operands,
+        {FORWARD: (3 if residual else 2) * size, BACKWARD: 2 * size},
+        options={"rate": 0.1},
+        by=("x",),
+    )
+
+
 def softmax_cross_entropy(tokens: int, classes: int) -> Case:
     size = tokens * classes * 2
     return Case(
@@ -181,6 +199,11 @@ CASES = [
     gated_activation(16384, 14336, "silu"),
     gated_activation(16384, 14336, "gelu"),
     *sweeps(gated_activation),
+    softmax(32768, 8192),
+    softmax(32768, 8192, op="log_softmax"),
+    *sweeps(softmax),
+    dropout(65536, 4096),
+    dropout(65536, 4096, residual=True),
     softmax_cross_entropy(8192, 128256),
     softmax_cross_entropy(16384, 50257),
     attention(4, 4096, 16, 128, is_causal=True),

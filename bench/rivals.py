@@ -247,6 +247,27 @@ def _():
     return compiled(_adamw(torch.sqrt))
 
 
+@enter("torch.compile", "softmax")
+def _():
+    import torch
+
+    return compiled(lambda x: torch.softmax(x, -1))
+
+
+@enter("torch.compile", "log_softmax")
+def _():
+    import torch
+
+    return compiled(lambda x: torch.log_softmax(x, -1))
+
+
+@enter("Liger-Kernel", "softmax")
+def _():
+    from liger_kernel.transformers import functional
+
+    return functional.liger_softmax
+
+
 @enter("torch.compile", "softmax_cross_entropy")
 def _():
     import torch.nn.functional as F

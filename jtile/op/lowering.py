@@ -129,7 +129,7 @@ def lower(op: TileOp, platform: str | None, settled: bool, ctx, *operands, call:
                 "mesh whose axes are AxisType.Explicit: jax.make_mesh's default."
             )
         # The op is bound again, on parts: lowered there it knows its device.
-        return list(sharding.partitioned(op, call, functools.partial(op.settled.bind, call=call), values))
+        return list(sharding.partitioned(op, call, op.settled.bind, values, borrowed.mesh_around(ctx)))
 
     # Shardings and varying axes are settled by now. Kernels are traced without them, and need not know of them.
     plain = ctx.replace(avals_in=borrowed.plain_avals(ctx.avals_in), avals_out=borrowed.plain_avals(ctx.avals_out))
@@ -165,7 +165,7 @@ def execute(
 
         one_group = interpret_pallas(one_group)
     mapped = rules.vmap_groups(one_group, call.groups, call.group_count)
-    with rules.named(op, rules.ungrouped(operands, call), call):
+    with rules.named(op, rules.ungrouped(operands, call), call), sharding.on_parts(call):
         if choice.runs == "reference":
             return mapped(*operands)
         with jax.enable_x64(False):  # kernels count in 32 bits whatever the user's mode

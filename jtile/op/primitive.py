@@ -39,13 +39,15 @@ class Call:
 
     `present` tells which operands were given: only those are bound. `groups` tells for each of those which group axes
     lead it, outermost first. A group axis is a mapped axis of `vmap` over which the op's results must not be summed:
-    the kernel is launched once for all groups, and an operand without the axis is read by all of them.
+    the kernel is launched once for all groups, and an operand without the axis is read by all of them. `split` tells
+    which mesh axes split a dimension, where operands are one device's parts.
     """
 
     present: tuple[bool, ...]
     groups: tuple[tuple[bool, ...], ...]
     implementation: Implementation
     static: tuple[tuple[str, Hashable], ...]
+    split: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
 
     @property
     def group_count(self) -> int:
@@ -163,6 +165,7 @@ class TileOp:
             groups=((),) * len(given),
             implementation=implementation,
             static=tuple(sorted(static.items())),
+            split=tuple(sorted({**sharding.splits(), **split}.items())),
         )
         return sharding.completed(self, self.bind(given, call), split)
 

@@ -564,9 +564,13 @@ def _assembly(e, asm: str, constraints: str, pack: int, operands: Sequence[Value
 
 def interval(name: str, operands: tuple[Value, ...], dtype) -> Interval | None:
     """The least and greatest value of an integer operation, where they follow from its operands'."""
-    if name not in INTERVALS or not jnp.issubdtype(dtype, np.integer) or any(v.bounds is None for v in operands):
+    if name not in INTERVALS or not all(jnp.issubdtype(d, np.integer) for d in (dtype, *(v.dtype for v in operands))):
         return None
-    return inner(INTERVALS[name](*(v.bounds for v in operands)), dtype)
+    # Any number may be behind an unknown one: `min` and its like make something of that.
+    whole = [(int(jnp.iinfo(v.dtype).min), int(jnp.iinfo(v.dtype).max)) for v in operands]
+    if all(v.bounds is None for v in operands):
+        return None
+    return inner(INTERVALS[name](*(v.bounds or w for v, w in zip(operands, whole, strict=True))), dtype)
 
 
 def _corners(function, *operands: Interval) -> Interval:

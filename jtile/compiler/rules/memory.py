@@ -166,7 +166,7 @@ def _load(e, ref: Block | Scratch, transforms, mask: Value | None = None, other:
         text = f"{tma.name}.load([{tma.coordinates}])"
         text = text if tma.sizes == tile(shape) else f"tl.reshape({text}, {list(tile(shape))})"
         return e.let(text, shape, dtype, name, zero_padded=True)
-    e.by_pointer()
+    e.by_pointer(ref.ref)
     access = locate(e, ref, transforms, "load")
     zero = "0.0" if float8(dtype) else "0"  # which Triton converts from no integer
     value = e.let(f"tl.load({access.arguments(mask=mask, other=zero, **hints)})", shape, dtype, name, zero_padded=True)

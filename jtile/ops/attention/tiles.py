@@ -71,7 +71,7 @@ class BackwardTiles(NamedTuple):
     dkey_dvalue: Tile
 
 
-def forward_tiles(query, key, value, **options) -> Iterator[Tile]:
+def forward_tiles(query, key, value, *rest, **options) -> Iterator[Tile]:
     yield _fitting(FORWARD, query, value)
     yield from _others(query, value, (64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128), (256, 64))
 
