@@ -46,15 +46,24 @@ def hold(given: dict[str, jax.Array], *, forward: bool) -> bool:
 def forward_tile(given: dict[str, jax.Array]) -> Tile:
     rows, d = given["x"].shape
     lanes = pl.next_power_of_2(d)
-    block = min(max(1, 8192 // lanes), pl.next_power_of_2(rows))
-    return Tile(block, num_warps=min(16, max(4, block * lanes // 512)))
+    # A block for each multiprocessor comes before large blocks, which read the scale seldom.
+    block = _rows(rows, most=16384 // lanes)
+    return Tile(block, num_warps=min(16, max(4, block * lanes // 1024)))
 
 
 def backward_tile(given: dict[str, jax.Array]) -> Tile:
     rows, d = given["x"].shape
     lanes = pl.next_power_of_2(d)
-    block = min(max(1, 4096 // lanes), pl.next_power_of_2(rows))
-    return Tile(block, num_warps=min(16, max(4, block * lanes // 512)), programs=264)
+    block = _rows(rows, most=8192 // lanes)
+    return Tile(block, num_warps=min(16, max(4, block * lanes // 512)), programs=MULTIPROCESSORS, num_stages=3)
+
+
+MULTIPROCESSORS = 132  # of an H100 or H200; an A100 has 108, a B200 148
+
+
+def _rows(rows: int, most: int) -> int:
+    """Rows of a block: a power of two, as many as leave every multiprocessor one."""
+    return max(1, min(most, pl.next_power_of_2(rows // MULTIPROCESSORS + 1) // 2))
 
 
 # What a kernel computes of a part of the rows: `at` are rows and columns, `columns` the same without the rows. Numbers
