@@ -36,9 +36,9 @@ def row_norm(name: str, forward: str, backward: str, *, centred: bool = False) -
         return rows.forward_tiles(given) if rows.hold(given, forward=True) else [None]
 
     @gradient.tiles
-    def backward_tiles(*operands, **options):
+    def backward_tiles(*operands, target, **options):
         given = _named(gradient, operands)
-        return rows.backward_tiles(given) if rows.hold(given, forward=False) else [None]
+        return rows.backward_tiles(given, target) if rows.hold(given, forward=False) else [None]
 
     @op.kernel
     def forward_kernel(*operands, tile, epsilon, gate_last):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jtile.compiler.params import CompilerParams
+from jtile.compiler.target import Target
 from jtile.ops.norm.common import wide
 
 
@@ -53,11 +54,16 @@ def forward_tile(given: dict[str, jax.Array]) -> Tile:
     return Tile(block, num_warps=min(16, max(4, block * lanes // 1024)))
 
 
-def backward_tile(given: dict[str, jax.Array]) -> Tile:
+def backward_tile(given: dict[str, jax.Array], target: Target | None) -> Tile:
     rows, d = given["x"].shape
     lanes = pl.next_power_of_2(d)
-    block = _rows(rows, most=8192 // lanes)
-    return Tile(block, num_warps=min(16, max(4, block * lanes // 512)), programs=MULTIPROCESSORS, num_stages=3)
+    block = _rows(rows, most=(4096 if "gate" in given else 8192) // lanes)  # a gate takes as many registers again
+    # Two blocks are on their way where shared memory has room for them; 99 KiB of it there is on every chip.
+    waiting = sum(block * lanes * x.dtype.itemsize for x in given.values() if x.ndim == 2)
+    room = target.shared_bytes_per_block if target else 99 << 10
+    num_stages = 1 + min(2, (room - 4096) // waiting)
+    warps = min(16, max(4, block * lanes // 512))
+    return Tile(block, num_warps=warps, programs=MULTIPROCESSORS, num_stages=num_stages)
 
 
 def forward_tiles(given: dict[str, jax.Array]) -> Iterator[Tile]:
@@ -66,8 +72,8 @@ def forward_tiles(given: dict[str, jax.Array]) -> Iterator[Tile]:
     yield from _others(given, (None, 1), (2 * MULTIPROCESSORS, 2), (4 * MULTIPROCESSORS, 2))
 
 
-def backward_tiles(given: dict[str, jax.Array]) -> Iterator[Tile]:
-    yield backward_tile(given)
+def backward_tiles(given: dict[str, jax.Array], target: Target | None) -> Iterator[Tile]:
+    yield backward_tile(given, target)
     yield from _others(given, *itertools.product((MULTIPROCESSORS, 2 * MULTIPROCESSORS), (1, 3)))
 
 
