@@ -198,11 +198,11 @@ def test_no_array_of_sequence_times_sequence(is_causal):
     sequence, shape = 65536, (1, 65536, 1, 64)
     x, row = jax.ShapeDtypeStruct(shape, jnp.bfloat16), jax.ShapeDtypeStruct(shape[:-1], jnp.float32)
     origin = jax.ShapeDtypeStruct((), jnp.int32) if is_causal else None
-    for kernel, inputs in (
-        (attention.kernels.forward, (x, x, x, origin)),
-        (attention.kernels.backward, (x, x, x, origin, x, row, x, row)),
+    for kernel, tiles, inputs in (
+        (attention.kernels.forward, attention.tiles.forward_tiles, (x, x, x, origin)),
+        (attention.kernels.backward, attention.tiles.backward_tiles, (x, x, x, origin, x, row, x, row)),
     ):
-        jaxpr = jax.make_jaxpr(functools.partial(kernel, scale=0.125))(*inputs).jaxpr
+        jaxpr = jax.make_jaxpr(functools.partial(kernel, tile=next(tiles(*inputs)), scale=0.125))(*inputs).jaxpr
         sizes = [math.prod(v.aval.shape) for e in equations(jaxpr) for v in e.outvars if hasattr(v.aval, "shape")]
         assert len(sizes) > 50
         assert max(sizes) == math.prod(shape) < sequence**2 / 1000
