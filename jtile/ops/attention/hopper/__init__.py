@@ -1,0 +1,57 @@
+"""Attention's schedule for Hopper, in Gluon (Triton's language for schedules): `forward.py` and `backward.py`."""
+
+import dataclasses
+import functools
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """A forward call and its schedule, all of it known when compiling.
+
+    Attributes:
+        groups: of four warps, with 64 queries each.
+        block_k: keys of a block.
+        stages: blocks of keys, and of values, that shared memory holds.
+        turns: whether groups take turns in sending off products.
+        by_polynomial: how many of four exponentials are computed without the special function units.
+        out_in_query: whether the output leaves by the queries' shared memory.
+        together: heads that are worked on at the same time.
+    """
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    key_heads: int
+    key_width: int
+    value_width: int
+    causal: bool
+    slope: float
+    groups: int
+    block_k: int
+    stages: int
+    turns: bool
+    by_polynomial: int
+    out_in_query: bool
+    together: int
+
+    @property
+    def block_q(self) -> int:
+        return 64 * self.groups
+
+    @property
+    def query_blocks(self) -> int:
+        return -(-self.queries // self.block_q)
+
+    @property
+    def key_blocks(self) -> int:
+        return -(-self.keys // self.block_k)
+
+    @property
+    def tiles(self) -> int:
+        return self.query_blocks * self.batch * self.heads
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.key_heads
