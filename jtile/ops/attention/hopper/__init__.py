@@ -55,3 +55,59 @@ class Forward:
     @property
     def group(self) -> int:
         return self.heads // self.key_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Backward:
+    """A backward call and its schedule, all of it known when compiling.
+
+    Attributes:
+        block_q: queries of a block, 64 or 128.
+        stages: blocks of queries that shared memory holds.
+        together: key heads that are worked on at the same time.
+    """
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    key_heads: int
+    key_width: int
+    value_width: int
+    causal: bool
+    scale: float
+    block_q: int
+    stages: int
+    together: int
+
+    block_k = 128
+
+    @property
+    def slope(self) -> float:
+        return self.scale * math.log2(math.e)
+
+    @property
+    def query_blocks(self) -> int:
+        return -(-self.queries // self.block_q)
+
+    @property
+    def key_blocks(self) -> int:
+        return -(-self.keys // self.block_k)
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.key_heads
+
+    # Each group makes half of a block of dquery: half of its rows, or half of its columns.
+
+    @property
+    def dq_rows(self) -> int:
+        return 64 if self.block_q == 128 else 0
+
+    @property
+    def dq_columns(self) -> int:
+        return 0 if self.block_q == 128 else self.key_width // 2
+
+    @property
+    def dq_width(self) -> int:
+        return self.dq_columns or self.key_width

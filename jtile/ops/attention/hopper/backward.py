@@ -1,13 +1,15 @@
-"""Attention backward in Gluon: one kernel, five products, the same bits on every run.
+"""Attention backward: one kernel, five products, and the same bits on every run.
 
 A program owns a block of keys, whose dkey and dvalue two groups of four warps keep in registers, and walks over the
 blocks of queries that see it. Scores are made transposed, keys by queries, so that weights and their gradients are left
-operands of the next products as they stand. dquery is a sum over programs: each adds its part to a float32 array, by
-the Tensor Memory Accelerator, when its turn has come. Turns go by the number of the key block, which makes the order of
-every sum the same each time. A program waits for programs of smaller numbers only, which the hardware starts earlier.
+operands of the next products as they stand.
 
-It costs five products where two kernels without such a sum, one by queries and one by keys, take seven. The method but
-for the turns is FlashAttention-3's (Shah et al., 2024, arXiv:2407.08608).
+dquery is a sum over programs. Each adds its part to a float32 array, by the Tensor Memory Accelerator, when its turn
+has come: turns go by the number of the key block, so every sum is made in the same order each time. A program waits
+only for programs of smaller numbers, which the hardware starts earlier. Two kernels without such a sum, one by queries
+and one by keys, would take seven products.
+
+The rest is FlashAttention-3's method (Shah et al., 2024, arXiv:2407.08608).
 """
 
 from triton.experimental import gluon
@@ -20,285 +22,225 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from jtile.ops.attention.hopper.forward import _arrive, _wait
+from jtile.ops.attention.hopper.pipeline import arrive, matrix, ring, wait
 
 
 @gluon.jit
-def _both_groups():
+def _meet():
+    """Both groups come together, at a barrier of the hardware that Triton does not use."""
     gl.inline_asm("barrier.cta.sync 8, 256;")
 
 
 @gluon.jit
-def _arrive_after_warp(barrier):
-    """One arrival for each warp, after what all of its threads have written."""
-    gl.inline_asm(
-        "{ .reg .pred p; bar.warp.sync 0xffffffff; elect.sync _|p, 0xffffffff;"
-        " @p mbarrier.arrive.shared::cta.b64 _, [$0]; }",
-        "r",
-        [barrier],
-    )
-
-
-@gluon.jit
-def _wait_turn(pointer, turn):
+def _wait_turn(turns, turn):
     gl.inline_asm(
         "{ .reg .pred other; .reg .b32 now; again: ld.acquire.gpu.global.b32 now, [$0]; setp.ne.s32 other, now, $1;"
         " @other bra again; fence.proxy.async; }",
         "l,r",
-        [pointer, turn],
+        [turns, turn],
     )
 
 
 @gluon.jit
-def _pass_turn(pointer, turn):
+def _set_turn(turns, turn):
     gl.inline_asm(
-        "{ .reg .pred p; bar.warp.sync 0xffffffff; elect.sync _|p, 0xffffffff;"
-        " @p fence.proxy.async; @p st.release.gpu.global.b32 [$0], $1; }",
+        "{ .reg .pred one; bar.warp.sync 0xffffffff; elect.sync _|one, 0xffffffff; @one fence.proxy.async;"
+        " @one st.release.gpu.global.b32 [$0], $1; }",
         "l,r",
-        [pointer, turn + 1],
+        [turns, turn],
     )
 
 
 @gluon.jit
-def _place(blocks, heads, section):
-    """The block of keys and the head of a program. Heads come some at a time; of these the first blocks go first."""
-    index = gl.program_id(0)
-    before = index // (section * blocks) * section
-    together = gl.minimum(section, heads - before)
-    index -= before * blocks
-    return index // together, before + index % together
+def _place(S: gl.constexpr):
+    """The block of keys, the batch and the head of a program. So many heads are worked on together as have room in the
+    cache; of these the first blocks go first."""
+    number = gl.program_id(0)
+    before = number // (S.together * S.key_blocks) * S.together
+    together = gl.minimum(S.together, S.batch * S.key_heads - before)
+    number -= before * S.key_blocks
+    head = before + number % together
+    return number // together, head // S.key_heads, head % S.key_heads
 
 
 @gluon.jit
-def _query_blocks(col, queries, keys, BM: gl.constexpr, BN: gl.constexpr, CAUSAL: gl.constexpr):
-    """Of the keys from `col` on: the blocks of queries that see some, [first, last), and from where on they see all."""
-    last = gl.cdiv(queries, BM)
-    first = 0
-    whole = 0
-    if CAUSAL:
-        first = gl.minimum(col // BM, last)
-        whole = gl.minimum(gl.cdiv(col + BN - 1, BM), last)
-    if col + BN > keys:
-        whole = last
-    return first, whole, last
+def _query_blocks(j, S: gl.constexpr):
+    """The blocks of queries of which some see a key of block j, [start, stop), and from where on all see all."""
+    stop: gl.constexpr = S.query_blocks
+    if S.causal:
+        start = gl.minimum(j * S.block_k // S.block_q, stop)
+        whole = gl.minimum(((j + 1) * S.block_k + S.block_q - 2) // S.block_q, stop)
+        whole = gl.where((j + 1) * S.block_k > S.keys, stop, whole)
+        return start, whole, stop
+    else:
+        return 0, gl.where((j + 1) * S.block_k > S.keys, stop, 0), stop
 
 
 @gluon.jit
-def _load(
-    q_desc, do_desc, k_desc, v_desc, stat_desc, q_shared, do_shared, k_shared, v_shared, stat_shared,
-    q_full, q_empty, do_full, do_empty, kv_full, queries, keys, key_blocks, key_heads, batch, group, section,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-):  # fmt: skip
-    j, head = _place(key_blocks, key_heads * batch, section)
-    b = head // key_heads
-    kh = head % key_heads
-    col = j * BN
+def _load(q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared, stat_shared, kv_full, S: gl.constexpr):
+    j, b, kh = _place(S)
     mbarrier.expect(kv_full, 2 * (k_desc.nbytes_per_cta + v_desc.nbytes_per_cta))
     for half in gl.static_range(2):
-        tma.async_load(k_desc, [b, kh, col + half * 64, 0], kv_full, k_shared.index(half))
-        tma.async_load(v_desc, [b, kh, col + half * 64, 0], kv_full, v_shared.index(half))
-    first, _, last = _query_blocks(col, queries, keys, BM, BN, CAUSAL)
+        place = [b, kh, j * S.block_k + half * 64, 0]
+        tma.async_load(k_desc, place, kv_full, k_shared.index(half))
+        tma.async_load(v_desc, place, kv_full, v_shared.index(half))
+    start, _, stop = _query_blocks(j, S)
     step = 0
-    for h in range(kh * group, (kh + 1) * group):
-        for n in range(first, last):
-            row = (first + last - 1 - n) * BM
-            slot = step % STAGES
-            phase = (step // STAGES) & 1
-            mbarrier.wait(q_empty.index(slot), phase ^ 1)
-            mbarrier.expect(q_full.index(slot), q_desc.nbytes_per_cta + stat_desc.nbytes_per_cta)
-            tma.async_load(q_desc, [b, h, row, 0], q_full.index(slot), q_shared.index(slot))
-            tma.async_load(stat_desc, [0, b, h, row], q_full.index(slot), stat_shared.index(slot))
-            mbarrier.wait(do_empty.index(slot), phase ^ 1)
-            mbarrier.expect(do_full.index(slot), do_desc.nbytes_per_cta)
-            tma.async_load(do_desc, [b, h, row, 0], do_full.index(slot), do_shared.index(slot))
+    for h in range(kh * S.group, (kh + 1) * S.group):
+        for n in range(start, stop):
+            row = (start + stop - 1 - n) * S.block_q
+            q.acquire(step, q_desc.nbytes_per_cta + stat_desc.nbytes_per_cta)
+            tma.async_load(q_desc, [b, h, row, 0], q.barrier(step), q.slot(step))
+            tma.async_load(stat_desc, [0, b, h, row], q.barrier(step), stat_shared.index(step % S.stages))
+            do.load(step, do_desc, [b, h, row, 0])
             step += 1
 
 
 @gluon.jit
-def _add_dquery(
-    dq_desc, turns, dq_shared, dq_full, dq_empty, queries, keys, key_blocks, key_heads, batch, group, section,
-    BM: gl.constexpr, BN: gl.constexpr, CAUSAL: gl.constexpr,
-):  # fmt: skip
-    j, head = _place(key_blocks, key_heads * batch, section)
-    b = head // key_heads
-    kh = head % key_heads
-    first, _, last = _query_blocks(j * BN, queries, keys, BM, BN, CAUSAL)
-    query_blocks = gl.cdiv(queries, BM)
+def _add_dquery(dq_desc, turns, dq, S: gl.constexpr):
+    j, b, kh = _place(S)
+    start, _, stop = _query_blocks(j, S)
     step = 0
-    for h in range(kh * group, (kh + 1) * group):
-        for n in range(first, last):
-            i = first + last - 1 - n
-            turn = turns + (b * key_heads * group + h) * query_blocks + i
-            mbarrier.wait(dq_full, step & 1)
+    for h in range(kh * S.group, (kh + 1) * S.group):
+        for n in range(start, stop):
+            i = start + stop - 1 - n
+            turn = turns + (b * S.heads + h) * S.query_blocks + i
+            mbarrier.wait(dq.full.index(0), step % 2)
             _wait_turn(turn, j)
             for part in gl.static_range(2):
-                row = i * BM + (part * 64 if BM == 128 else 0)
-                col = 0 if BM == 128 else part * dq_desc.block_shape[3]
+                row = i * S.block_q + part * S.dq_rows
                 if j == 0:
-                    tma.async_store(dq_desc, [b, h, row, col], dq_shared.index(part))
+                    tma.async_store(dq_desc, [b, h, row, part * S.dq_columns], dq.blocks.index(part))
                 else:
-                    tma.async_atomic_add(dq_desc, [b, h, row, col], dq_shared.index(part))
+                    tma.async_atomic_add(dq_desc, [b, h, row, part * S.dq_columns], dq.blocks.index(part))
             tma.store_wait(0)
-            _arrive_after_warp(dq_empty)
+            arrive(dq.empty.index(0))
             tma.store_wait(0, read_only=False)
-            _pass_turn(turn, j)
+            _set_turn(turn, j + 1)
             step += 1
 
 
 @gluon.jit
 def _step(
-    i, step, k, v, q_shared, do_shared, k_shared, stat_shared, ds_shared, dq_shared,
-    q_full, q_empty, do_full, do_empty, dq_full, dq_empty, rows, cols, keys, slope, dk, dv,
-    MASKED: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
-    STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    i, step, k, v, q_ring, do_ring, k_shared, stat_shared, ds_shared, dq, rows, cols, dk, dv,
+    masked: gl.constexpr, group: gl.constexpr, S: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = q_shared.dtype
+    dtype: gl.constexpr = k.dtype
     s_layout: gl.constexpr = rows.type.layout.parent
-    DQ: gl.constexpr = DK if BM == 128 else DK // 2
-    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ, 16])
-    slot = step % STAGES
-    phase = (step // STAGES) & 1
-    q = q_shared.index(slot).reshape([BM, DK])
-    do = do_shared.index(slot).reshape([BM, DV])
-    zero = gl.zeros([64, BM], gl.float32, s_layout)
-    _wait(q_full.index(slot), phase)
-    s_token = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-    _wait(do_full.index(slot), phase)
-    dp_token = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-    stat = stat_shared.index(slot).reinterpret(gl.float32, [2, BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    s = warpgroup_mma_wait(1, deps=[s_token])
-    lse = stat.index(0).load(gl.SliceLayout(0, s_layout))
-    x = s * slope - lse[None, :]
-    if MASKED:
-        visible = cols[:, None] < keys
-        if CAUSAL:
-            visible = visible & (cols[:, None] <= (i * BM + rows)[None, :])
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.dq_width, 16])
+    zeros = gl.zeros([64, S.block_q], gl.float32, s_layout)
+    q, do = q_ring.block(step), do_ring.block(step)
+    stat = stat_shared.index(step % S.stages).reinterpret(
+        gl.float32, [2, S.block_q], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    q_ring.wait(step)
+    s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    do_ring.wait(step)
+    dp = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s])
+    x = s * S.slope - stat.index(0).load(gl.SliceLayout(0, s_layout))[None, :]
+    if masked:
+        visible = cols[:, None] < S.keys
+        if S.causal:
+            visible = visible & (cols[:, None] <= (i * S.block_q + rows)[None, :])
         x = gl.where(visible, x, -float("inf"))
     p = gl.exp2(x)
     p_left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, dv.type.layout, 2))
-    dv_token = warpgroup_mma(p_left, do, dv, is_async=True)
-    dp = warpgroup_mma_wait(1, deps=[dp_token])
-    delta = stat.index(1).load(gl.SliceLayout(0, s_layout))
-    ds = (p * (dp - delta[None, :])).to(dtype)
+    dv = warpgroup_mma(p_left, do, dv, is_async=True)
+    dp = warpgroup_mma_wait(1, deps=[dp])
+    ds = (p * (dp - stat.index(1).load(gl.SliceLayout(0, s_layout))[None, :])).to(dtype)
     ds_left = gl.convert_layout(ds, gl.DotOperandLayout(0, dk.type.layout, 2))
-    dk_token = warpgroup_mma(ds_left, q, dk, is_async=True)
-    ds_shared.index(step % 2 * 2 + GROUP).store(ds)
+    dk = warpgroup_mma(ds_left, q, dk, is_async=True)
+
+    # Two buffers: the other group may still read what this one wrote in the step before.
+    ds_shared.index(step % 2 * 2 + group).store(ds)
     fence_async_shared()
-    _both_groups()
-    dq_token = gl.zeros([64, DQ], gl.float32, dq_layout)
+    _meet()
+    part = gl.zeros([64, S.dq_width], gl.float32, dq_layout)
     for half in gl.static_range(2):
-        left = ds_shared.index(step % 2 * 2 + half)
-        right = k_shared.index(half).reshape([64, DK])
-        if BM == 128:
-            left = left.slice(GROUP * 64, 64, 1)
+        ds_half, k_half = ds_shared.index(step % 2 * 2 + half), matrix(k_shared.index(half))
+        if S.dq_rows > 0:
+            ds_half = ds_half.slice(group * 64, 64, 1)
         else:
-            right = right.slice(GROUP * DQ, DQ, 1)
-        dq_token = warpgroup_mma(left.permute((1, 0)), right, dq_token, use_acc=half == 1, is_async=True)
-    dv, dk = warpgroup_mma_wait(2, deps=[dv_token, dk_token])
-    _arrive(do_empty.index(slot))
-    _arrive(q_empty.index(slot))
-    _wait(dq_empty, (step & 1) ^ 1)
-    dq = warpgroup_mma_wait(0, deps=[dq_token])
-    dq_shared.index(GROUP).reshape([64, DQ]).store(dq)
+            k_half = k_half.slice(group * S.dq_width, S.dq_width, 1)
+        part = warpgroup_mma(ds_half.permute((1, 0)), k_half, part, use_acc=half == 1, is_async=True)
+    dv, dk = warpgroup_mma_wait(2, deps=[dv, dk])
+    do_ring.release(step)
+    q_ring.release(step)
+    wait(dq.empty.index(0), step % 2 ^ 1)
+    part = warpgroup_mma_wait(0, deps=[part])
+    matrix(dq.blocks.index(group)).store(part)
     fence_async_shared()
-    _arrive_after_warp(dq_full)
+    arrive(dq.full.index(0))
     return dk, dv
 
 
 @gluon.jit
 def _compute(
-    dk_desc, dv_desc, q_shared, do_shared, k_shared, v_shared, stat_shared, ds_shared, dq_shared,
-    q_full, q_empty, do_full, do_empty, kv_full, dq_full, dq_empty,
-    queries, keys, key_blocks, key_heads, batch, group, section, slope, scale,
-    GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
-    STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full,
+    group: gl.constexpr, S: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = q_shared.dtype
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
-    dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK, 16])
-    dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
-    j, head = _place(key_blocks, key_heads * batch, section)
-    b = head // key_heads
-    kh = head % key_heads
-    col = j * BN
-    first, whole, last = _query_blocks(col, queries, keys, BM, BN, CAUSAL)
-    rows = gl.arange(0, BM, gl.SliceLayout(0, s_layout))
-    cols = col + GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
-    k = k_shared.index(GROUP).reshape([64, DK])
-    v = v_shared.index(GROUP).reshape([64, DV])
-    dk = gl.zeros([64, DK], gl.float32, dk_layout)
-    dv = gl.zeros([64, DV], gl.float32, dv_layout)
-    _wait(kv_full, 0)
+    dtype: gl.constexpr = k_shared.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.block_q, 16])
+    dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.key_width, 16])
+    dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.value_width, 16])
+    j, b, kh = _place(S)
+    start, whole, stop = _query_blocks(j, S)
+    col = j * S.block_k + group * 64
+    rows = gl.arange(0, S.block_q, gl.SliceLayout(0, s_layout))
+    cols = col + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
+    k, v = matrix(k_shared.index(group)), matrix(v_shared.index(group))
+    dk = gl.zeros([64, S.key_width], gl.float32, dk_layout)
+    dv = gl.zeros([64, S.value_width], gl.float32, dv_layout)
+    wait(kv_full, 0)
     step = 0
-    for h in range(kh * group, (kh + 1) * group):
-        for n in range(whole, last):
+    for _ in range(S.group):
+        for n in range(whole, stop):
             dk, dv = _step(
-                0, step, k, v, q_shared, do_shared, k_shared, stat_shared, ds_shared, dq_shared,
-                q_full, q_empty, do_full, do_empty, dq_full, dq_empty, rows, cols, keys, slope, dk, dv,
-                False, GROUP, BM, BN, DK, DV, STAGES, CAUSAL,
-            )  # fmt: skip
+                0, step, k, v, q, do, k_shared, stat_shared, ds_shared, dq, rows, cols, dk, dv, False, group, S
+            )
             step += 1
-        for n in range(first, whole):
+        for n in range(start, whole):
+            i = start + whole - 1 - n
             dk, dv = _step(
-                first + whole - 1 - n, step, k, v, q_shared, do_shared, k_shared, stat_shared, ds_shared, dq_shared,
-                q_full, q_empty, do_full, do_empty, dq_full, dq_empty, rows, cols, keys, slope, dk, dv,
-                True, GROUP, BM, BN, DK, DV, STAGES, CAUSAL,
-            )  # fmt: skip
+                i, step, k, v, q, do, k_shared, stat_shared, ds_shared, dq, rows, cols, dk, dv, True, group, S
+            )
             step += 1
-    # The other group may be reading this group's keys.
-    _both_groups()
-    k.store((dk * scale).to(dtype))
+    _meet()  # the other group reads this group's keys, which make room for dkey
+    k.store((dk * S.scale).to(dtype))
     v.store(dv.to(dtype))
     fence_async_shared()
-    tma.async_store(dk_desc, [b, kh, col + GROUP * 64, 0], k_shared.index(GROUP))
-    tma.async_store(dv_desc, [b, kh, col + GROUP * 64, 0], v_shared.index(GROUP))
+    tma.async_store(dk_desc, [b, kh, col, 0], k_shared.index(group))
+    tma.async_store(dv_desc, [b, kh, col, 0], v_shared.index(group))
     tma.store_wait(0)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "queries", "keys", "key_blocks", "key_heads", "batch", "group", "section", "slope", "scale",
-    ],
-)  # fmt: skip
+@gluon.jit
 def attention_backward(
-    q_desc, k_desc, v_desc, do_desc, stat_desc, queries, keys, key_blocks, key_heads, batch, group, section,
-    slope, scale, dq_desc, dk_desc, dv_desc, turns,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, REGISTERS: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, stat_desc, dq_desc, dk_desc, dv_desc, turns, S: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = q_desc.dtype
-    DK: gl.constexpr = q_desc.block_shape[3]
-    DV: gl.constexpr = v_desc.block_shape[3]
-    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BM], dtype)
-    k_shared = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, DK], k_desc.layout)
-    v_shared = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, DV], v_desc.layout)
-    q_shared = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BM, DK], q_desc.layout)
-    do_shared = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BM, DV], do_desc.layout)
-    stat_shared = gl.allocate_shared_memory(gl.float32, [STAGES, 2, 1, 1, BM], stat_desc.layout)
-    ds_shared = gl.allocate_shared_memory(dtype, [4, 64, BM], ds_layout)
-    dq_shared = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 64, dq_desc.block_shape[3]], dq_desc.layout)
-    q_full = mbarrier.allocate_mbarrier(STAGES)
-    q_empty = mbarrier.allocate_mbarrier(STAGES)
-    do_full = mbarrier.allocate_mbarrier(STAGES)
-    do_empty = mbarrier.allocate_mbarrier(STAGES)
+    dtype: gl.constexpr = k_desc.dtype
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, S.block_q], dtype)
+    q = ring(q_desc, S.stages, 2)
+    do = ring(do_desc, S.stages, 2)
+    dq = ring(dq_desc, 2, 2)
+    k_shared = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, S.key_width], k_desc.layout)
+    v_shared = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, S.value_width], v_desc.layout)
+    stat_shared = gl.allocate_shared_memory(gl.float32, [S.stages, 2, 1, 1, S.block_q], stat_desc.layout)
+    ds_shared = gl.allocate_shared_memory(dtype, [4, 64, S.block_q], ds_layout)
     kv_full = mbarrier.allocate_mbarrier()
-    dq_full = mbarrier.allocate_mbarrier()
-    dq_empty = mbarrier.allocate_mbarrier()
-    for i in gl.static_range(STAGES):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(do_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=8)
-        mbarrier.init(do_empty.index(i), count=8)
     mbarrier.init(kv_full, count=1)
-    mbarrier.init(dq_full, count=8)
-    mbarrier.init(dq_empty, count=1)
+    # The groups fill both of its blocks, and one warp empties them.
+    mbarrier.init(dq.full.index(0), count=8)
+    mbarrier.init(dq.empty.index(0), count=1)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_compute, (dk_desc, dv_desc, q_shared, do_shared, k_shared, v_shared, stat_shared, ds_shared, dq_shared, q_full, q_empty, do_full, do_empty, kv_full, dq_full, dq_empty, queries, keys, key_blocks, key_heads, batch, group, section, slope, scale, 0, BM, BN, DK, DV, STAGES, CAUSAL)),
-            (_compute, (dk_desc, dv_desc, q_shared, do_shared, k_shared, v_shared, stat_shared, ds_shared, dq_shared, q_full, q_empty, do_full, do_empty, kv_full, dq_full, dq_empty, queries, keys, key_blocks, key_heads, batch, group, section, slope, scale, 1, BM, BN, DK, DV, STAGES, CAUSAL)),
-            (_load, (q_desc, do_desc, k_desc, v_desc, stat_desc, q_shared, do_shared, k_shared, v_shared, stat_shared, q_full, q_empty, do_full, do_empty, kv_full, queries, keys, key_blocks, key_heads, batch, group, section, BM, BN, STAGES, CAUSAL)),
-            (_add_dquery, (dq_desc, turns, dq_shared, dq_full, dq_empty, queries, keys, key_blocks, key_heads, batch, group, section, BM, BN, CAUSAL)),
+            (_compute, (dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, 0, S)),
+            (_compute, (dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, 1, S)),
+            (_load, (q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared, stat_shared, kv_full, S)),
+            (_add_dquery, (dq_desc, turns, dq, S)),
         ],
         [4, 1, 1],
-        [REGISTERS, 24, 24],
-    )  # fmt: skip
+        [240, 24, 24],
+    )

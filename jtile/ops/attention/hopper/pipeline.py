@@ -42,20 +42,32 @@ class Ring:
     slots: gl.constexpr
 
     @gluon.jit
+    def slot(self, n):
+        return self.blocks.index(n % self.slots)
+
+    @gluon.jit
+    def barrier(self, n):
+        return self.full.index(n % self.slots)
+
+    @gluon.jit
+    def acquire(self, n, bytes_: gl.constexpr):
+        """Waits until there is room for the n-th block; so many bytes are to come."""
+        mbarrier.wait(self.empty.index(n % self.slots), n // self.slots % 2 ^ 1)
+        mbarrier.expect(self.barrier(n), bytes_)
+
+    @gluon.jit
     def load(self, n, descriptor, place):
-        slot = n % self.slots
-        mbarrier.wait(self.empty.index(slot), n // self.slots % 2 ^ 1)
-        mbarrier.expect(self.full.index(slot), descriptor.nbytes_per_cta)
-        tma.async_load(descriptor, place, self.full.index(slot), self.blocks.index(slot))
+        self.acquire(n, descriptor.nbytes_per_cta)
+        tma.async_load(descriptor, place, self.barrier(n), self.slot(n))
 
     @gluon.jit
     def wait(self, n):
-        wait(self.full.index(n % self.slots), n // self.slots % 2)
+        wait(self.barrier(n), n // self.slots % 2)
 
     @gluon.jit
     def block(self, n):
         """The n-th block as a matrix."""
-        return matrix(self.blocks.index(n % self.slots))
+        return matrix(self.slot(n))
 
     @gluon.jit
     def release(self, n):
