@@ -98,6 +98,11 @@ class Backward:
     def group(self) -> int:
         return self.heads // self.key_heads
 
+    @property
+    def masked(self) -> bool:
+        """Whether some query does not see all keys of some block that it visits."""
+        return self.causal or self.keys % self.block_k > 0
+
     # Each group makes half of a block of dquery: half of its rows, or half of its columns.
 
     @property

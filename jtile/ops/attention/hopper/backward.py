@@ -121,29 +121,35 @@ def _add_dquery(dq_desc, turns, dq, S: gl.constexpr):
 
 
 @gluon.jit
+def _visible(s, rows, cols, S: gl.constexpr):
+    visible = cols[:, None] < S.keys
+    if S.causal:
+        visible = visible & (cols[:, None] <= rows[None, :])
+    return gl.where(visible, s, -float("inf"))
+
+
+@gluon.jit
 def _step(
     i, step, k, v, q_ring, do_ring, k_shared, stat_shared, ds_shared, dq, rows, cols, dk, dv,
-    masked: gl.constexpr, group: gl.constexpr, S: gl.constexpr,
+    masked, group: gl.constexpr, S: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k.dtype
     s_layout: gl.constexpr = rows.type.layout.parent
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.dq_width, 16])
-    zeros = gl.zeros([64, S.block_q], gl.float32, s_layout)
     q, do = q_ring.block(step), do_ring.block(step)
     stat = stat_shared.index(step % S.stages).reinterpret(
         gl.float32, [2, S.block_q], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
+    zeros = gl.zeros([64, S.block_q], gl.float32, s_layout)
     q_ring.wait(step)
     s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
     do_ring.wait(step)
     dp = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
     x = s * S.slope - stat.index(0).load(gl.SliceLayout(0, s_layout))[None, :]
-    if masked:
-        visible = cols[:, None] < S.keys
-        if S.causal:
-            visible = visible & (cols[:, None] <= (i * S.block_q + rows)[None, :])
-        x = gl.where(visible, x, -float("inf"))
+    if S.masked:
+        if masked:
+            x = _visible(x, i * S.block_q + rows, cols, S)
     p = gl.exp2(x)
     p_left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, dv.type.layout, 2))
     dv = warpgroup_mma(p_left, do, dv, is_async=True)
@@ -193,19 +199,12 @@ def _compute(
     dk = gl.zeros([64, S.key_width], gl.float32, dk_layout)
     dv = gl.zeros([64, S.value_width], gl.float32, dv_layout)
     wait(kv_full, 0)
-    step = 0
-    for _ in range(S.group):
-        for n in range(whole, stop):
-            dk, dv = _step(
-                0, step, k, v, q, do, k_shared, stat_shared, ds_shared, dq, rows, cols, dk, dv, False, group, S
-            )
-            step += 1
-        for n in range(start, whole):
-            i = start + whole - 1 - n
-            dk, dv = _step(
-                i, step, k, v, q, do, k_shared, stat_shared, ds_shared, dq, rows, cols, dk, dv, True, group, S
-            )
-            step += 1
+    i = stop
+    for step in range(S.group * (stop - start)):
+        i = gl.where(i == start, stop, i) - 1
+        dk, dv = _step(
+            i, step, k, v, q, do, k_shared, stat_shared, ds_shared, dq, rows, cols, dk, dv, i < whole, group, S
+        )
     _meet()  # the other group reads this group's keys, which make room for dkey
     k.store((dk * S.scale).to(dtype))
     v.store(dv.to(dtype))
