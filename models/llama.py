@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +43,8 @@ class Config:
     """A model's shape, under the names of Hugging Face's config.json, and how it computes.
 
     `dtype` is what activations are computed in, `param_dtype` what parameters are kept in. `remat` recomputes each
-    block's activations in the backward pass. `implementation` goes to every op of jtile.
+    block's activations in the backward pass. `implementation` goes to every op of jtile; "cudnn" is "xla" with the
+    attention of `jax.nn` on cuDNN, to compare with.
     """
 
     vocab_size: int
@@ -64,7 +65,11 @@ class Config:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: bool = False
-    implementation: Literal["triton", "xla"] | None = None
+    implementation: Literal["triton", "xla", "cudnn"] | None = None
+
+    @property
+    def op_implementation(self) -> Literal["triton", "xla"] | None:
+        return "xla" if self.implementation == "cudnn" else self.implementation
 
 
 SIZES = {
@@ -131,7 +136,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x, residual=None):
         """Normalises x + residual; returns that and the sum, which the next block adds to."""
-        options: Any = dict(epsilon=self.config.rms_norm_eps, implementation=self.config.implementation)
+        options: Any = dict(epsilon=self.config.rms_norm_eps, implementation=self.config.op_implementation)
         if residual is None:
             return jtile.rms_norm(x, self.scale[...], **options), x
         return jtile.rms_norm(x, self.scale[...], residual=residual, **options)
@@ -173,7 +178,7 @@ class Attention(nnx.Module):
         self.config = config
 
     def __call__(self, x, positions, cache=None):
-        implementation = self.config.implementation
+        implementation = self.config.op_implementation
         heads = (*x.shape[:-1], -1, self.config.head_dim)
         rotate = functools.partial(
             jtile.rope, positions=positions, frequencies=rope_frequencies(self.config), implementation=implementation
@@ -186,7 +191,9 @@ class Attention(nnx.Module):
             cache = tuple(
                 jax.lax.dynamic_update_slice(old, new, start) for old, new in zip(cache, (key, value), strict=True)
             )
-        if cache is None or x.shape[1] > 1:
+        if self.config.implementation == "cudnn" and cache is None:
+            out = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+        elif cache is None or x.shape[1] > 1:
             out = jtile.dot_product_attention(query, key, value, is_causal=True, implementation=implementation)
         else:
             # One query against the part of the cache that is filled. The product of a matrix with a vector, which
@@ -202,7 +209,7 @@ class MLP(nnx.Module):
         self.up = linear(config.hidden_size, config.intermediate_size, config, rngs)
         gain = 1 / math.sqrt(2 * config.num_hidden_layers)
         self.down = linear(config.intermediate_size, config.hidden_size, config, rngs, gain=gain)
-        self.implementation = config.implementation
+        self.implementation = config.op_implementation
 
     def __call__(self, x):
         return self.down(jtile.gated_activation(self.gate(x), self.up(x), implementation=self.implementation))
@@ -262,9 +269,21 @@ class Llama(nnx.Module):
 def loss(model: Llama, tokens: Int[Array, "batch seq"]) -> Float[Array, ""]:
     """The mean cross-entropy in nats of each token but the first, given those before it."""
     losses = jtile.softmax_cross_entropy(
-        model(tokens[:, :-1]), tokens[:, 1:], implementation=model.config.implementation
+        model(tokens[:, :-1]), tokens[:, 1:], implementation=model.config.op_implementation
     )
     return losses.mean()
+
+
+def example(size: str, batch: int, sequence: int) -> tuple[Callable, tuple[Any, Any]]:
+    """A training step's loss and gradient as a function of parameters and tokens, and the shapes of those. It is what
+    `python -m jtile tune --model llama:SIZE` tunes."""
+    config = dataclasses.replace(SIZES[size], dtype="bfloat16")
+    graph, params = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))), nnx.Param)
+
+    def value_and_gradient(params, tokens):
+        return jax.value_and_grad(lambda params: loss(nnx.merge(graph, params), tokens))(params)
+
+    return value_and_gradient, (params, jax.ShapeDtypeStruct((batch, sequence + 1), jnp.int32))
 
 
 # Generation.

@@ -10,6 +10,7 @@ with jaxtyping.install_import_hook(["jtile.ops", "models"], "beartype.beartype")
     import jtile
     from models import llama
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -18,6 +19,10 @@ jtile.rms_norm(x, scale)
 jtile.rms_norm(x, scale, residual=x)
 jtile.rope(x, tokens, theta=500.0, rotary_dim=8)
 jtile.gated_activation(x, x, activation="gelu")
+jtile.softmax(x, mask=tokens[:, :, None, None] == 0, is_causal=True)
+jtile.log_softmax(x[0, 0, 0], scale=2.0)
+jtile.dropout(x, 0.1, jax.random.key(0), residual=x)
+jtile.dropout(x, 0.1, jax.random.PRNGKey(0))
 jtile.softmax_cross_entropy(x[..., 0, :], tokens, ignore_index=0)
 jtile.dot_product_attention(x, x, x, is_causal=True)
 jtile.dot_product_attention(x, x, x, return_lse=True)

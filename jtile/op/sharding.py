@@ -7,11 +7,14 @@ a `psum`, or as its reduction asks.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -211,44 +214,75 @@ def split(op: TileOp, call: Call, mesh: AbstractMesh, operands: Sequence, avals:
     mesh = mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))
     specs = [tuple(layout.place(dims, assigned) for dims in many) for many in (layout.operands, layout.results)]
     # The op is bound again, where all axes are manual: lowered there it is traced without a mesh.
-    local = functools.partial(_local, layout, assigned, functools.partial(op.settled.bind, call=call))
+    local = functools.partial(_local, layout, assigned, call, lambda *parts, call: op.settled.bind(*parts, call=call))
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.shard_map(
             local, mesh=mesh, in_specs=specs[0], out_specs=specs[1], axis_names=explicit, check_vma=False
         )(*operands)
 
 
-def partitioned(op: TileOp, call: Call, function: Callable, operands: Sequence) -> Sequence[jax.Array]:
-    """Run `function` on every device's part of the operands, once XLA has chosen how to split them."""
+def partitioned(op: TileOp, call: Call, function: Callable, operands: Sequence, around) -> Sequence[jax.Array]:
+    """Run `function` on every device's part of the operands, once XLA has chosen how to split them.
+
+    `around` is the mesh of the `shard_map` in which this is lowered, if there is one: its manual axes have names, too.
+    """
     layout = Layout.of(op, operands, call)
-    whole = custom_partitioning(lambda *values: tuple(function(*values)))
+    whole = custom_partitioning(lambda *values: tuple(function(*values, call=call)))
 
     def alone(assigned, *parts):
         with borrowed.no_mesh():
-            return _local(layout, assigned, function, *parts)
+            return _local(layout, assigned, call, function, *parts)
 
     def partition(mesh, operand_infos, result_infos):
         del result_infos
         specs = [axes_of(getattr(i.sharding, "spec", None), len(i.shape)) for i in operand_infos]
         assigned = layout.divisible(layout.assign(specs), mesh)
         shardings = lambda many: tuple(NamedSharding(mesh, layout.place(dims, assigned)) for dims in many)  # noqa: E731
-        return mesh, functools.partial(alone, assigned), shardings(layout.results), shardings(layout.operands)
+        return around or mesh, functools.partial(alone, assigned), shardings(layout.results), shardings(layout.operands)
 
     whole.def_partition(partition, sharding_rule=layout.rule())
     return whole(*operands)
 
 
-def _local(layout: Layout, assigned: dict[str, tuple[str, ...]], function: Callable, *parts: jax.Array):
+def _local(layout: Layout, assigned: dict[str, tuple[str, ...]], call: Call, function: Callable, *parts: jax.Array):
     """Run `function` on one device's parts of the operands, and complete its results."""
+    call = dataclasses.replace(call, split=(*call.split, *assigned.items()))
     inside = (
         _positions_inside(part, assigned[i], layout.sizes[i]) if i in assigned else part
         for part, i in zip(parts, layout.indexes, strict=True)
     )
     axes = (layout.reduced(dims, assigned) for dims in layout.results)
-    return tuple(map(_completed, function(*inside), layout.reductions, axes))
+    return tuple(map(_completed, function(*inside, call=call), layout.reductions, axes))
 
 
-# The same where the user has split the operands, inside `shard_map`.
+# The same in the middle of a function: what the rest of it needs to know of the whole.
+
+_SPLIT: ContextVar[Mapping[str, tuple[str, ...]]] = ContextVar("split", default=MappingProxyType({}))
+
+
+@contextlib.contextmanager
+def on_parts(call: Call):
+    """A context for a reference, kernel or transpose rule whose operands are one device's parts: so are those of the
+    ops that it calls."""
+    token = _SPLIT.set({dim: _axes(axes) for dim, axes in call.split})
+    try:
+        yield
+    finally:
+        _SPLIT.reset(token)
+
+
+def splits() -> Mapping[str, tuple[str, ...]]:
+    """The mesh axes that split each dimension there."""
+    return _SPLIT.get()
+
+
+def over_devices(value: jax.Array, dim: str, reduction: Literal["sum", "logsumexp"] = "sum") -> jax.Array:
+    """In a reference or kernel function: the reduction of `value`, computed from this device's part of dimension `dim`,
+    over the devices that share it out. Where it is whole, `value` itself."""
+    return _completed(value, reduction, _SPLIT.get().get(dim, ()))
+
+
+# Operands that the user has split, inside `shard_map`.
 
 
 def parts(op: TileOp, operands: Sequence, split: Mapping[str, str | tuple[str, ...]]) -> list:

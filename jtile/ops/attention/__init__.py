@@ -15,31 +15,34 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jtile.op import Implementation, TileOp, check_known
-from jtile.ops.attention import kernels, reference
+from jtile.ops.attention import kernels, reference, tiles
 
-# Spec. Query heads come in k groups of g, one group for each key head.
+# Spec. Query heads come in k groups of g, one group for each key head. `origin` is the query beside key 0, and is
+# there where the mask is causal: it tells a device with a part of the queries where its part begins.
 
 forward = TileOp(
     "dot_product_attention",
-    "query: ... s (k g) d, key: ... t k d, value: ... t k e -> out: ... s (k g) e, lse: ... s (k g)",
-    whole="s t d e",
+    "query: ... s (k g) d, key: ... t k d, value: ... t k e, origin[s]?: -> out: ... s (k g) e, lse: ... s (k g)",
+    whole="t d e",
 )
 backward = TileOp(
     "dot_product_attention_backward",
-    "query: ... s (k g) d, key: ... t k d, value: ... t k e, "
+    "query: ... s (k g) d, key: ... t k d, value: ... t k e, origin[s]?:, "
     "out: ... s (k g) e, lse: ... s (k g), dout: ... s (k g) e, dlse?: ... s (k g) "
     "-> dquery: ... s (k g) d, dkey: ... t k d, dvalue: ... t k e",
-    whole="s t d e",
+    whole="t d e",
 )
 
 forward.reference(reference.forward)
+forward.tiles(tiles.forward_tiles)
 forward.kernel(kernels.forward)
 backward.reference(reference.backward)
+backward.tiles(tiles.backward_tiles)
 backward.kernel(kernels.backward)
 
 
 @forward.limits
-def forward_limits(query, key, value, *, scale, is_causal):
+def forward_limits(query, key, value, origin, *, scale):
     for name, size in ("head_dim", query.shape[-1]), ("value_dim", value.shape[-1]):
         if not 16 <= size <= 256:
             return f"{name} is {size}, and its kernels take 16 to 256"
@@ -49,8 +52,8 @@ def forward_limits(query, key, value, *, scale, is_causal):
 
 
 @backward.limits
-def backward_limits(query, key, value, out, lse, dout, dlse, **options):
-    return forward_limits(query, key, value, **options)
+def backward_limits(query, key, value, origin, out, lse, dout, dlse, **options):
+    return forward_limits(query, key, value, origin, **options)
 
 
 # Derivative.
@@ -58,7 +61,7 @@ def backward_limits(query, key, value, out, lse, dout, dlse, **options):
 
 @forward.transpose
 def forward_transpose(operands, results, cotangents, **options):
-    return backward(*operands, *results, *cotangents, **options)
+    return *backward(*operands, *results, *cotangents, **options), None
 
 
 # Public name.
@@ -73,6 +76,7 @@ def dot_product_attention(
     scale: float | None = None,
     is_causal: bool = False,
     return_lse: Literal[False] = False,
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation = None,
 ) -> Array: ...
 
@@ -86,6 +90,7 @@ def dot_product_attention(
     scale: float | None = None,
     is_causal: bool = False,
     return_lse: Literal[True],
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation = None,
 ) -> tuple[Array, Array]: ...
 
@@ -98,6 +103,7 @@ def dot_product_attention(
     scale: float | None = None,
     is_causal: bool = False,
     return_lse: bool = False,
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation = None,
 ) -> (
     Float[Array, "*batch queries heads value_dim"]
@@ -105,10 +111,10 @@ def dot_product_attention(
 ):
     """Scaled dot-product attention, softmax(scale · query keyᵀ) value, as `jax.nn.dot_product_attention` has it.
 
-    Memory grows with the sequence, not with its square. Scores, softmax and all sums are float32. Float32 operands are
-    multiplied in float32 (not TF32); with 16-bit operands the softmax's weights are rounded to their dtype before they
-    meet `value`, and their gradients before they meet `query` and `key`. The kernels serve head dims 16 to 256, powers
-    of two or not.
+    Memory grows with the sequence, not with its square. Devices may share out queries: they then gather keys and
+    values, and sum the gradients of these. Scores, softmax and all sums are float32. Float32 operands are multiplied in
+    float32 (not TF32); with 16-bit operands the softmax's weights are rounded to their dtype before they meet `value`,
+    and their gradients before they meet `query` and `key`. The kernels serve head dims 16 to 256, powers of two or not.
 
     Args:
         query: any leading shape, none included, then queries, heads and head dim.
@@ -120,6 +126,8 @@ def dot_product_attention(
         is_causal: query i attends to keys 0 to i and no others. Positions count from the start of each sequence even
             where lengths differ, as in `jax.nn.dot_product_attention`, which masks by `jnp.tril`.
         return_lse: also return the logarithm of the sum over keys of exp(score).
+        axis_name: inside `jax.shard_map`, the mesh axis or axes that split the queries: `query` is this device's part
+            of them, `key` and `value` are whole (`jax.lax.all_gather`). Elsewhere arrays know how they are split.
         implementation: `None`, `"triton"`, `"xla"` or `"interpret"`, see `jtile.TileOp`.
 
     Returns:
@@ -142,7 +150,7 @@ def dot_product_attention(
     """
     check_known("dot_product_attention", is_causal=is_causal, return_lse=return_lse)
     query, key, value = map(jnp.asarray, (query, key, value))
-    sizes, _ = forward.signature.check(forward.name, [query.shape, key.shape, value.shape])
+    sizes, _ = forward.signature.check(forward.name, [query.shape, key.shape, value.shape, None])
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(
             "dot_product_attention: `query`, `key` and `value` must have one dtype, "
@@ -158,5 +166,13 @@ def dot_product_attention(
     scale = max(1, sizes["d"]) ** -0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"dot_product_attention: `scale` must be finite, got {scale}")
-    out, lse = forward(query, key, value, scale=scale, is_causal=bool(is_causal), implementation=implementation)
+    out, lse = forward(
+        query,
+        key,
+        value,
+        jnp.int32(0) if is_causal else None,
+        scale=scale,
+        split={} if axis_name is None else {"s": axis_name},
+        implementation=implementation,
+    )
     return (out, lse) if return_lse else out
