@@ -30,17 +30,29 @@ def row_norm(name: str, forward: str, backward: str, *, centred: bool = False) -
     def backward_reference(*operands, biased=False, gate_last=False):
         return _results(gradient, _gradients(_named(gradient, operands), biased, gate_last))
 
-    @op.kernel
-    def forward_kernel(*operands, epsilon, gate_last):
+    @op.tiles
+    def forward_tiles(*operands, **options):
         given = _named(op, operands)
-        module = rows if rows.hold(given, forward=True) else chunks
-        return _results(op, module.forward(name, given, centred, epsilon, gate_last))
+        return rows.forward_tiles(given) if rows.hold(given, forward=True) else [None]
+
+    @gradient.tiles
+    def backward_tiles(*operands, **options):
+        given = _named(gradient, operands)
+        return rows.backward_tiles(given) if rows.hold(given, forward=False) else [None]
+
+    @op.kernel
+    def forward_kernel(*operands, tile, epsilon, gate_last):
+        given, options = _named(op, operands), (centred, epsilon, gate_last)
+        if tile is None:
+            return _results(op, chunks.forward(name, given, *options))
+        return _results(op, rows.forward(name, given, tile, *options))
 
     @gradient.kernel
-    def backward_kernel(*operands, biased, gate_last):
-        given = _named(gradient, operands)
-        module = rows if rows.hold(given, forward=False) else chunks
-        return _results(gradient, module.backward(f"{name}_backward", given, biased, gate_last))
+    def backward_kernel(*operands, tile, biased, gate_last):
+        given, options = _named(gradient, operands), (biased, gate_last)
+        if tile is None:
+            return _results(gradient, chunks.backward(f"{name}_backward", given, *options))
+        return _results(gradient, rows.backward(f"{name}_backward", given, tile, *options))
 
     # A residual and x have one cotangent, and their sum h is all of them that the rule needs.
     @op.transpose

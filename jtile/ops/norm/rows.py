@@ -6,6 +6,8 @@ are few partial sums of its gradient left to add.
 """
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -46,15 +48,44 @@ def hold(given: dict[str, jax.Array], *, forward: bool) -> bool:
 def forward_tile(given: dict[str, jax.Array]) -> Tile:
     rows, d = given["x"].shape
     lanes = pl.next_power_of_2(d)
-    block = min(max(1, 8192 // lanes), pl.next_power_of_2(rows))
-    return Tile(block, num_warps=min(16, max(4, block * lanes // 512)))
+    # A block for each multiprocessor comes before large blocks, which read the scale seldom.
+    block = _rows(rows, most=16384 // lanes)
+    return Tile(block, num_warps=min(16, max(4, block * lanes // 1024)))
 
 
 def backward_tile(given: dict[str, jax.Array]) -> Tile:
     rows, d = given["x"].shape
     lanes = pl.next_power_of_2(d)
-    block = min(max(1, 4096 // lanes), pl.next_power_of_2(rows))
-    return Tile(block, num_warps=min(16, max(4, block * lanes // 512)), programs=264)
+    block = _rows(rows, most=8192 // lanes)
+    return Tile(block, num_warps=min(16, max(4, block * lanes // 512)), programs=MULTIPROCESSORS, num_stages=3)
+
+
+def forward_tiles(given: dict[str, jax.Array]) -> Iterator[Tile]:
+    """What runs untuned, and what else may be tried."""
+    yield forward_tile(given)
+    yield from _others(given, (None, 1), (2 * MULTIPROCESSORS, 2), (4 * MULTIPROCESSORS, 2))
+
+
+def backward_tiles(given: dict[str, jax.Array]) -> Iterator[Tile]:
+    yield backward_tile(given)
+    yield from _others(given, *itertools.product((MULTIPROCESSORS, 2 * MULTIPROCESSORS), (1, 3)))
+
+
+def _others(given: dict[str, jax.Array], *turns: tuple[int | None, int]) -> Iterator[Tile]:
+    """Blocks of at most 64 elements a thread: programs and stages for each."""
+    rows, d = given["x"].shape
+    for num_warps, elements in itertools.product((4, 8, 16), (16, 32, 64)):
+        block = elements * 32 * num_warps // pl.next_power_of_2(d)
+        if 1 <= block <= pl.next_power_of_2(rows):
+            yield from (Tile(block, num_warps, programs, num_stages) for programs, num_stages in turns)
+
+
+MULTIPROCESSORS = 132  # of an H100 or H200; an A100 has 108, a B200 148
+
+
+def _rows(rows: int, most: int) -> int:
+    """Rows of a block: a power of two, as many as leave every multiprocessor one."""
+    return max(1, min(most, pl.next_power_of_2(rows // MULTIPROCESSORS + 1) // 2))
 
 
 # What a kernel computes of a part of the rows: `at` are rows and columns, `columns` the same without the rows. Numbers
@@ -119,8 +150,8 @@ class Gradient:
 # Kernels
 
 
-def forward(name, given, centred, epsilon, gate_last) -> dict[str, jax.Array]:
-    (rows, d), tile = given["x"].shape, forward_tile(given)
+def forward(name, given, tile: Tile, centred, epsilon, gate_last) -> dict[str, jax.Array]:
+    rows, d = given["x"].shape
     plan = Plan.of(tile, rows, d)
 
     def kernel(refs, out):
@@ -146,8 +177,8 @@ def forward(name, given, centred, epsilon, gate_last) -> dict[str, jax.Array]:
     return plan.call(kernel, given, out_shape, name)
 
 
-def backward(name, given, biased, gate_last) -> dict[str, jax.Array]:
-    (rows, d), tile = given["x"].shape, backward_tile(given)
+def backward(name, given, tile: Tile, biased, gate_last) -> dict[str, jax.Array]:
+    rows, d = given["x"].shape
     plan = Plan.of(tile, rows, d)
     names = ["dscale", "dbias"] if biased else ["dscale"]
 
