@@ -26,7 +26,8 @@ class Forward:
     key_heads: int
     key_width: int
     value_width: int
-    causal: bool
+    low: int | None
+    high: int | None
     slope: float
     groups: int
     block_k: int
@@ -74,7 +75,8 @@ class Backward:
     key_heads: int
     key_width: int
     value_width: int
-    causal: bool
+    low: int | None
+    high: int | None
     scale: float
     block_q: int
     stages: int
@@ -101,7 +103,7 @@ class Backward:
     @property
     def masked(self) -> bool:
         """Whether some query does not see all keys of some block that it visits."""
-        return self.causal or self.keys % self.block_k > 0
+        return (self.low, self.high) != (None, None) or self.keys % self.block_k > 0
 
     # Each group makes half of a block of dquery: half of its rows, or half of its columns.
 

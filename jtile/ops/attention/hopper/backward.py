@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from jtile.ops.attention.hopper.band import first_key_block, query_blocks, visible
 from jtile.ops.attention.hopper.pipeline import arrive, matrix, ring, wait
 
 
@@ -64,19 +65,6 @@ def _place(S: gl.constexpr):
 
 
 @gluon.jit
-def _query_blocks(j, S: gl.constexpr):
-    """The blocks of queries of which some see a key of block j, [start, stop), and from where on all see all."""
-    stop: gl.constexpr = S.query_blocks
-    if S.causal:
-        start = gl.minimum(j * S.block_k // S.block_q, stop)
-        whole = gl.minimum(((j + 1) * S.block_k + S.block_q - 2) // S.block_q, stop)
-        whole = gl.where((j + 1) * S.block_k > S.keys, stop, whole)
-        return start, whole, stop
-    else:
-        return 0, gl.where((j + 1) * S.block_k > S.keys, stop, 0), stop
-
-
-@gluon.jit
 def _load(q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared, stat_shared, kv_full, S: gl.constexpr):
     j, b, kh = _place(S)
     mbarrier.expect(kv_full, 2 * (k_desc.nbytes_per_cta + v_desc.nbytes_per_cta))
@@ -84,7 +72,7 @@ def _load(q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared,
         place = [b, kh, j * S.block_k + half * 64, 0]
         tma.async_load(k_desc, place, kv_full, k_shared.index(half))
         tma.async_load(v_desc, place, kv_full, v_shared.index(half))
-    start, _, stop = _query_blocks(j, S)
+    start, _, _, stop = query_blocks(j, S)
     step = 0
     for h in range(kh * S.group, (kh + 1) * S.group):
         for n in range(start, stop):
@@ -99,33 +87,26 @@ def _load(q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared,
 @gluon.jit
 def _add_dquery(dq_desc, turns, dq, S: gl.constexpr):
     j, b, kh = _place(S)
-    start, _, stop = _query_blocks(j, S)
+    start, _, _, stop = query_blocks(j, S)
     step = 0
     for h in range(kh * S.group, (kh + 1) * S.group):
         for n in range(start, stop):
             i = start + stop - 1 - n
             turn = turns + (b * S.heads + h) * S.query_blocks + i
             mbarrier.wait(dq.full.index(0), step % 2)
-            _wait_turn(turn, j)
+            number = j - first_key_block(i, S)
+            _wait_turn(turn, number)
             for part in gl.static_range(2):
                 row = i * S.block_q + part * S.dq_rows
-                if j == 0:
+                if number == 0:
                     tma.async_store(dq_desc, [b, h, row, part * S.dq_columns], dq.blocks.index(part))
                 else:
                     tma.async_atomic_add(dq_desc, [b, h, row, part * S.dq_columns], dq.blocks.index(part))
             tma.store_wait(0)
             arrive(dq.empty.index(0))
             tma.store_wait(0, read_only=False)
-            _set_turn(turn, j + 1)
+            _set_turn(turn, number + 1)
             step += 1
-
-
-@gluon.jit
-def _visible(s, rows, cols, S: gl.constexpr):
-    visible = cols[:, None] < S.keys
-    if S.causal:
-        visible = visible & (cols[:, None] <= rows[None, :])
-    return gl.where(visible, s, -float("inf"))
 
 
 @gluon.jit
@@ -149,7 +130,7 @@ def _step(
     x = s * S.slope - stat.index(0).load(gl.SliceLayout(0, s_layout))[None, :]
     if S.masked:
         if masked:
-            x = _visible(x, i * S.block_q + rows, cols, S)
+            x = gl.where(visible((i * S.block_q + rows)[None, :], cols[:, None], S), x, -float("inf"))
     p = gl.exp2(x)
     p_left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, dv.type.layout, 2))
     dv = warpgroup_mma(p_left, do, dv, is_async=True)
@@ -191,7 +172,7 @@ def _compute(
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.key_width, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.value_width, 16])
     j, b, kh = _place(S)
-    start, whole, stop = _query_blocks(j, S)
+    start, whole_start, whole_stop, stop = query_blocks(j, S)
     col = j * S.block_k + group * 64
     rows = gl.arange(0, S.block_q, gl.SliceLayout(0, s_layout))
     cols = col + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
@@ -202,8 +183,9 @@ def _compute(
     i = stop
     for step in range(S.group * (stop - start)):
         i = gl.where(i == start, stop, i) - 1
+        masked = (i < whole_start) | (i >= whole_stop)
         dk, dv = _step(
-            i, step, k, v, q, do, k_shared, stat_shared, ds_shared, dq, rows, cols, dk, dv, i < whole, group, S
+            i, step, k, v, q, do, k_shared, stat_shared, ds_shared, dq, rows, cols, dk, dv, masked, group, S
         )
     _meet()  # the other group reads this group's keys, which make room for dkey
     k.store((dk * S.scale).to(dtype))

@@ -19,7 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from jtile.ops.attention.hopper.pipeline import arrive, matrix, ring, wait
+from jtile.ops.attention.hopper.band import key_blocks, visible
+from jtile.ops.attention.hopper.pipeline import matrix, ring
 
 # The groups' turns: barriers of the hardware, by numbers that Triton does not use.
 
@@ -84,7 +85,7 @@ def _tile(number, S: gl.constexpr):
     number -= before * S.query_blocks
     block = number // together
     head = before + number % together
-    if S.causal:
+    if S.high is not None:
         block = S.query_blocks - 1 - block
     return block, head // S.heads, head % S.heads
 
@@ -99,31 +100,6 @@ def _number(n):
 
 
 @gluon.jit
-def _key_blocks(block, S: gl.constexpr):
-    """The blocks of keys that some query of a block sees, [start, stop), and those that all see whole, [.., ..)."""
-    stop: gl.constexpr = S.key_blocks
-    whole_stop: gl.constexpr = S.keys // S.block_k
-    if S.causal:
-        row = block * S.block_q
-        return (
-            0,
-            0,
-            gl.minimum(whole_stop, (row + 1) // S.block_k),
-            gl.minimum(stop, (row + S.block_q + S.block_k - 1) // S.block_k),
-        )
-    else:
-        return 0, 0, whole_stop, stop
-
-
-@gluon.jit
-def _visible(s, rows, cols, S: gl.constexpr):
-    visible = cols[None, :] < S.keys
-    if S.causal:
-        visible = visible & (cols[None, :] <= rows[:, None])
-    return gl.where(visible, s, -float("inf"))
-
-
-@gluon.jit
 def _load(q_desc, k_desc, v_desc, q, k, v, S: gl.constexpr):
     groups: gl.constexpr = S.groups
     n = 0
@@ -131,7 +107,7 @@ def _load(q_desc, k_desc, v_desc, q, k, v, S: gl.constexpr):
     number = _number(n)
     while number < S.tiles:
         block, b, h = _tile(number, S)
-        start, _, _, stop = _key_blocks(block, S)
+        start, _, _, stop = key_blocks(block, S)
         for group in gl.static_range(groups):
             q.load(n * groups + group, q_desc, [b, h, block * S.block_q + group * 64, 0])
         for i in range(start, stop):
@@ -172,7 +148,7 @@ def _step(j, step, q, k, v, rows, cols, peak, total, p, o, masked: gl.constexpr,
     s = warpgroup_mma_wait(1, deps=[s])
     k.release(step)
     if masked:
-        s = _visible(s, rows, j * S.block_k + cols, S)
+        s = gl.where(visible(rows[:, None], (j * S.block_k + cols)[None, :], S), s, -float("inf"))
     weights, peak, total, shrink = _softmax(s, peak, total, masked, S)
     v.wait(step - 1)  # it is there: the branch in this keeps the assembler from moving the next wait before the softmax
     o = warpgroup_mma_wait(0, deps=[o])
@@ -196,7 +172,7 @@ def _compute(o_desc, lse_ptr, q_ring, k, v, o_shared, group: gl.constexpr, S: gl
     number = _number(n)
     while number < S.tiles:
         block, b, h = _tile(number, S)
-        start, whole_start, whole_stop, stop = _key_blocks(block, S)
+        start, whole_start, whole_stop, stop = key_blocks(block, S)
         row = block * S.block_q + group * 64
         rows = row + gl.arange(0, 64, row_layout)
 
@@ -206,7 +182,7 @@ def _compute(o_desc, lse_ptr, q_ring, k, v, o_shared, group: gl.constexpr, S: gl
         k.wait(step)
         s = warpgroup_mma(q, k.block(step).permute((1, 0)), gl.zeros([64, S.block_k], gl.float32, s_layout), use_acc=False)
         k.release(step)
-        s = _visible(s, rows, (stop - 1) * S.block_k + cols, S)
+        s = gl.where(visible(rows[:, None], ((stop - 1) * S.block_k + cols)[None, :], S), s, -float("inf"))
         peak = gl.full([64], -float("inf"), gl.float32, row_layout)
         p, peak, total, _ = _softmax(s, peak, gl.zeros([64], gl.float32, row_layout), True, S)
         p = gl.convert_layout(p.to(dtype), p_layout)
