@@ -120,9 +120,7 @@ class Shared:
         return Shared(self.array[int(i)])
 
     def reshape(self, shape):
-        view = self.array.view()
-        view.shape = tuple(shape)  # raises where a copy would be needed
-        return Shared(view)
+        return Shared(self.array.reshape(shape, copy=False))
 
     def reinterpret(self, dtype, shape, layout):
         return self.reshape(shape)
@@ -301,7 +299,9 @@ def _decorator(function=None, **_):
 
 
 def _number(function):
-    return lambda a, b: function(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else int(function(a, b))
+    return lambda a, b: (
+        function(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else int(function(a, b))
+    )
 
 
 gl = types.SimpleNamespace(
@@ -327,6 +327,7 @@ gl = types.SimpleNamespace(
     log2=lambda x: np.log2(x),
     convert_layout=lambda x, layout: x,
     allocate_shared_memory=_allocate,
+    load=lambda pointer: int(pointer.array[pointer.offset]),
     store=_store,
     inline_asm=_inline_asm,
     inline_asm_elementwise=lambda text, constraints, args, **_: np.exp2(args[0]),

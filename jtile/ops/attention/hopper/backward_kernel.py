@@ -65,14 +65,17 @@ def _place(S: gl.constexpr):
 
 
 @gluon.jit
-def _load(q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared, stat_shared, kv_full, S: gl.constexpr):
+def _load(
+    q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared, stat_shared, kv_full, origin,
+    S: gl.constexpr,
+):  # fmt: skip
     j, b, kh = _place(S)
     mbarrier.expect(kv_full, 2 * (k_desc.nbytes_per_cta + v_desc.nbytes_per_cta))
     for half in gl.static_range(2):
         place = [b, kh, j * S.block_k + half * 64, 0]
         tma.async_load(k_desc, place, kv_full, k_shared.index(half))
         tma.async_load(v_desc, place, kv_full, v_shared.index(half))
-    start, _, _, stop = query_blocks(j, S)
+    start, _, _, stop = query_blocks(j, origin, S)
     step = 0
     for h in range(kh * S.group, (kh + 1) * S.group):
         for n in range(start, stop):
@@ -85,16 +88,16 @@ def _load(q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared,
 
 
 @gluon.jit
-def _add_dquery(dq_desc, turns, dq, S: gl.constexpr):
+def _add_dquery(dq_desc, turns, dq, origin, S: gl.constexpr):
     j, b, kh = _place(S)
-    start, _, _, stop = query_blocks(j, S)
+    start, _, _, stop = query_blocks(j, origin, S)
     step = 0
     for h in range(kh * S.group, (kh + 1) * S.group):
         for n in range(start, stop):
             i = start + stop - 1 - n
             turn = turns + (b * S.heads + h) * S.query_blocks + i
             mbarrier.wait(dq.full.index(0), step % 2)
-            number = j - first_key_block(i, S)
+            number = j - first_key_block(i, origin, S)
             _wait_turn(turn, number)
             for part in gl.static_range(2):
                 row = i * S.block_q + part * S.dq_rows
@@ -111,11 +114,11 @@ def _add_dquery(dq_desc, turns, dq, S: gl.constexpr):
 
 @gluon.jit
 def _step(
-    i, step, k, v, q_ring, do_ring, k_shared, stat_shared, ds_shared, dq, rows, cols, dk, dv,
+    i, step, k, v, q_ring, do_ring, k_shared, stat_shared, ds_shared, dq, positions, cols, dk, dv,
     masked, group: gl.constexpr, S: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k.dtype
-    s_layout: gl.constexpr = rows.type.layout.parent
+    s_layout: gl.constexpr = positions.type.layout.parent
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.dq_width, 16])
     q, do = q_ring.block(step), do_ring.block(step)
     stat = stat_shared.index(step % S.stages).reinterpret(
@@ -130,7 +133,7 @@ def _step(
     x = s * S.slope - stat.index(0).load(gl.SliceLayout(0, s_layout))[None, :]
     if S.masked:
         if masked:
-            x = gl.where(visible((i * S.block_q + rows)[None, :], cols[:, None], S), x, -float("inf"))
+            x = gl.where(visible((i * S.block_q + positions)[None, :], cols[:, None], S), x, -float("inf"))
     p = gl.exp2(x)
     p_left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, dv.type.layout, 2))
     dv = warpgroup_mma(p_left, do, dv, is_async=True)
@@ -164,7 +167,7 @@ def _step(
 
 @gluon.jit
 def _compute(
-    dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full,
+    dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin,
     group: gl.constexpr, S: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k_shared.dtype
@@ -172,9 +175,9 @@ def _compute(
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.key_width, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.value_width, 16])
     j, b, kh = _place(S)
-    start, whole_start, whole_stop, stop = query_blocks(j, S)
+    start, whole_start, whole_stop, stop = query_blocks(j, origin, S)
     col = j * S.block_k + group * 64
-    rows = gl.arange(0, S.block_q, gl.SliceLayout(0, s_layout))
+    positions = origin + gl.arange(0, S.block_q, gl.SliceLayout(0, s_layout))
     cols = col + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
     k, v = matrix(k_shared.index(group)), matrix(v_shared.index(group))
     dk = gl.zeros([64, S.key_width], gl.float32, dk_layout)
@@ -185,7 +188,7 @@ def _compute(
         i = gl.where(i == start, stop, i) - 1
         masked = (i < whole_start) | (i >= whole_stop)
         dk, dv = _step(
-            i, step, k, v, q, do, k_shared, stat_shared, ds_shared, dq, rows, cols, dk, dv, masked, group, S
+            i, step, k, v, q, do, k_shared, stat_shared, ds_shared, dq, positions, cols, dk, dv, masked, group, S
         )
     _meet()  # the other group reads this group's keys, which make room for dkey
     k.store((dk * S.scale).to(dtype))
@@ -198,8 +201,11 @@ def _compute(
 
 @gluon.jit
 def attention_backward(
-    q_desc, k_desc, v_desc, do_desc, stat_desc, dq_desc, dk_desc, dv_desc, turns, S: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, stat_desc, origin_ptr, dq_desc, dk_desc, dv_desc, turns, S: gl.constexpr,
 ):  # fmt: skip
+    origin = 0
+    if origin_ptr is not None:
+        origin = gl.load(origin_ptr)
     dtype: gl.constexpr = k_desc.dtype
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, S.block_q], dtype)
     q = ring(q_desc, S.stages, 2)
@@ -217,10 +223,33 @@ def attention_backward(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_compute, (dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, 0, S)),
-            (_compute, (dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, 1, S)),
-            (_load, (q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared, stat_shared, kv_full, S)),
-            (_add_dquery, (dq_desc, turns, dq, S)),
+            (
+                _compute,
+                (dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin, 0, S),
+            ),
+            (
+                _compute,
+                (dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin, 1, S),
+            ),
+            (
+                _load,
+                (
+                    q_desc,
+                    k_desc,
+                    v_desc,
+                    do_desc,
+                    stat_desc,
+                    q,
+                    do,
+                    k_shared,
+                    v_shared,
+                    stat_shared,
+                    kv_full,
+                    origin,
+                    S,
+                ),
+            ),
+            (_add_dquery, (dq_desc, turns, dq, origin, S)),
         ],
         [4, 1, 1],
         [240, 24, 24],
