@@ -1,9 +1,9 @@
-"""Runs the Gluon kernels of `jtile/ops/attention/hopper` without a GPU, by NumPy: what they compute, and how their warps
-hand blocks to each other.
+"""Runs the Gluon kernels of `jtile/ops/attention/hopper` without a GPU, by NumPy: what they compute, and how their
+warps hand blocks to each other.
 
 Each partition of warps is a thread. Barriers count as the hardware's do; where all threads wait, the kernel would hang,
-and here raises. A product that is under way, or a copy to memory, must find its operands in shared memory unchanged when
-it is waited for. What it cannot see: layouts, fences, and that several warps make a partition.
+and here raises. A product that is under way, or a copy to memory, must find its operands in shared memory unchanged
+when it is waited for. What it cannot see: layouts, fences, and that several warps make a partition.
 """
 
 import builtins
@@ -158,9 +158,12 @@ class Descriptor:
     def parts(self, place):
         """The part of a block inside the array: there, and in the block."""
         low = [max(0, int(p)) for p in place]
-        high = [max(lo, min(int(p) + b, s)) for lo, p, b, s in zip(low, place, self.block_shape, self.array.shape)]
-        there = tuple(slice(lo, hi) for lo, hi in zip(low, high))
-        return there, tuple(slice(lo - int(p), hi - int(p)) for lo, hi, p in zip(low, high, place))
+        high = [
+            max(lo, min(int(p) + b, s))
+            for lo, p, b, s in zip(low, place, self.block_shape, self.array.shape, strict=True)
+        ]
+        there = tuple(slice(lo, hi) for lo, hi in zip(low, high, strict=True))
+        return there, tuple(slice(lo - int(p), hi - int(p)) for lo, hi, p in zip(low, high, place, strict=True))
 
 
 @dataclass
@@ -299,9 +302,8 @@ def _decorator(function=None, **_):
 
 
 def _number(function):
-    return lambda a, b: (
-        function(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else int(function(a, b))
-    )
+    """Of numbers a number, of arrays an array."""
+    return lambda a, b: function(a, b) if any(isinstance(x, np.ndarray) for x in (a, b)) else int(function(a, b))
 
 
 gl = types.SimpleNamespace(

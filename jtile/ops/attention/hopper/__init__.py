@@ -1,8 +1,8 @@
 """Attention's schedule for Hopper, in Gluon, Triton's language for schedules.
 
-`forward_kernel.py` and `backward_kernel.py` are its kernels, `band.py` which blocks visit each other, `pipeline.py` how warps hand
-blocks on. Here is when it serves, its tiles, and how a call becomes a launch. It needs Triton 3.9, whose Gluon has the
-inline assembly and the aggregates that the kernels are written with.
+`forward_kernel.py` and `backward_kernel.py` are its kernels, `band.py` which blocks visit each other, `pipeline.py` how
+warps hand blocks on. Here is when it serves, its tiles, and how a call becomes a launch. It needs Triton 3.9, whose
+Gluon has the inline assembly and the aggregates that the kernels are written with.
 """
 
 import dataclasses

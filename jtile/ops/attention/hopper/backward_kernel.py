@@ -221,34 +221,18 @@ def attention_backward(
     mbarrier.init(dq.full.index(0), count=8)
     mbarrier.init(dq.empty.index(0), count=1)
     fence_async_shared()
+    # fmt: off
     gl.warp_specialize(
         [
-            (
-                _compute,
-                (dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin, 0, S),
-            ),
-            (
-                _compute,
-                (dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin, 1, S),
-            ),
-            (
-                _load,
-                (
-                    q_desc,
-                    k_desc,
-                    v_desc,
-                    do_desc,
-                    stat_desc,
-                    q,
-                    do,
-                    k_shared,
-                    v_shared,
-                    stat_shared,
-                    kv_full,
-                    origin,
-                    S,
-                ),
-            ),
+            (_compute, (
+                dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin, 0, S,
+            )),
+            (_compute, (
+                dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin, 1, S,
+            )),
+            (_load, (
+                q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared, stat_shared, kv_full, origin, S,
+            )),
             (_add_dquery, (dq_desc, turns, dq, origin, S)),
         ],
         [4, 1, 1],

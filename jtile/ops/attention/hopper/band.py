@@ -1,8 +1,8 @@
 """Which keys a query sees, and so which blocks visit each other.
 
 Query i stands at position i + origin among the keys, and sees keys from position + low to position + high, where there
-are such; `None` is no bound. Causal attention has high = 0, a window of w keys to the left low = -w. Blocks visit each other where some of their positions do, past the ends of arrays too,
-so that both directions agree.
+are such; `None` is no bound. Causal attention has high = 0, a window of w keys to the left low = -w. Blocks visit each
+other where some of their positions do, past the ends of arrays too, so that both directions agree.
 """
 
 from triton.experimental import gluon

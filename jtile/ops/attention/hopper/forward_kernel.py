@@ -3,8 +3,7 @@
 One warp loads. Two or three groups of four warps compute, each on 64 queries. While the tensor cores multiply for a
 group, it works on the softmax of another block of keys: the scores of a block and the output of the block before are
 under way together, and the weights are made while the latter still is. That groups take turns in sending off products,
-as they do there, and that some exponentials are computed by polynomials (Zadouri et al., 2026, FlashAttention-4), gained
-nothing here: see `bench/results/attention.md`.
+as they do there, gained nothing here: see `bench/results/attention.md`.
 
 A program goes on to the next place in the order of work, if there are fewer programs than places: the next block's
 queries and first keys are then loaded while the one before is finished.
@@ -135,7 +134,7 @@ def _compute_block(
         j = whole_stop + stop - 2 - i
         peak, total, p, o = _step(j, step, q, k, v, positions, cols, peak, total, p, o, True, S)
         step += 1
-    for i in range(whole_start, whole_stop):
+    for _ in range(whole_start, whole_stop):
         peak, total, p, o = _step(0, step, q, k, v, positions, cols, peak, total, p, o, False, S)
         step += 1
     if S.low is not None:
