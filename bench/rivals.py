@@ -202,6 +202,11 @@ def _():
     return rms_norm
 
 
+@enter("tokamax Triton", "layer_norm")
+def _():
+    return lambda x, scale, bias: _tokamax().layer_norm(x, scale, bias, implementation="triton")
+
+
 @enter("tokamax Triton", "dot_product_attention")
 def _(is_causal):
     return functools.partial(_tokamax().dot_product_attention, is_causal=is_causal, implementation="triton")
@@ -244,6 +249,52 @@ def _():
         return functional.liger_fused_add_rms_norm(x, residual, scale, 1e-6, in_place=False)
 
     return rms_norm
+
+
+@enter("torch.compile", "layer_norm")
+def _():
+    import torch.nn.functional as F
+
+    def layer_norm(x, scale, bias, residual=None):
+        h = x if residual is None else x + residual
+        y = F.layer_norm(h.float(), scale.shape, scale, bias, 1e-6).to(x.dtype)
+        return y if residual is None else (y, h)
+
+    return compiled(layer_norm)
+
+
+@enter("Liger-Kernel", "layer_norm")
+def _():
+    from liger_kernel.transformers import functional
+
+    def layer_norm(x, scale, bias, residual=None):
+        h = x if residual is None else x + residual
+        y = functional.liger_layer_norm(h, scale, bias, 1e-6)
+        return y if residual is None else (y, h)
+
+    return layer_norm
+
+
+@enter("torch.compile", "gated_rms_norm")
+def _():
+    import torch.nn.functional as F
+
+    def gated_rms_norm(x, gate, scale):
+        u = x.float() * F.silu(gate.float())
+        return (u * (u.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * scale).to(x.dtype)
+
+    return compiled(gated_rms_norm)
+
+
+@enter("torch.compile", "group_norm")
+def _(groups):
+    import torch.nn.functional as F
+
+    def group_norm(x, scale, bias):
+        y = F.group_norm(x.float().permute(0, 3, 1, 2), groups, scale, bias, 1e-6)
+        return y.permute(0, 2, 3, 1).to(x.dtype)
+
+    return compiled(group_norm)
 
 
 @enter("torch.compile", "rope")
