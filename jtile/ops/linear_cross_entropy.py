@@ -358,6 +358,7 @@ def _sum_of_losses_jvp(options: Options, implementation: Implementation, primals
         implementation=implementation,
     )
     losses = options.loss(labels, vocabulary, *statistics)
+    dtype = losses.dtype
     losses, dx, dweight, dbias = (
         g if g is None else checkpoint_name(g, f"linear_cross_entropy_{name}")
         for name, g in {"losses": losses, "dx": dx, "dweight": dweight, "dbias": dbias}.items()
@@ -366,9 +367,7 @@ def _sum_of_losses_jvp(options: Options, implementation: Implementation, primals
 
     def along(*pairs):
         moving = [(g, t) for g, t in pairs if g is not None and not isinstance(t, SymbolicZero)]
-        return sum(
-            (jnp.sum(g.astype(losses.dtype) * t.astype(losses.dtype)) for g, t in moving), jnp.zeros((), losses.dtype)
-        )
+        return sum((jnp.sum(g.astype(dtype) * t.astype(dtype)) for g, t in moving), jnp.zeros((), dtype))
 
     shared = along((dweight, weight_dot), (dbias, bias_dot))
     if options.axis_name is not None:
