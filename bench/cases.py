@@ -6,6 +6,7 @@ another op is a function here and a line in `CASES`; `rivals.py` has what is tim
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -93,16 +94,37 @@ def sweeps(make: Callable[[int, int], Case]) -> Iterator[Case]:
         yield dataclasses.replace(make(256 * MIB // 2 // d, d), table="widths", at=d)
 
 
-def rms_norm(rows: int, d: int, residual: bool = False) -> Case:
+def row_norm(op: str, rows: int, d: int, residual: bool = False) -> Case:
     size = rows * d * 2
-    operands = {"x": normal(rows, d), "scale": ones(d)} | ({"residual": normal(rows, d)} if residual else {})
+    weights = {"scale": ones(d)} | ({"bias": normal(d, dtype=jnp.float32)} if op == "layer_norm" else {})
     return Case(
-        "rms_norm",
+        op,
         f"{'with residual ' * residual}{rows}×{d}",
-        operands,
+        {"x": normal(rows, d), **weights} | ({"residual": normal(rows, d)} if residual else {}),
         # With a residual x and it share one gradient, of which an XLA program would have to return a copy.
         {FORWARD: 4 * size, BACKWARD: 4 * size} if residual else {FORWARD: 2 * size, BACKWARD: 3 * size},
-        by=("x", "scale"),
+        by=("x", *weights),
+    )
+
+
+rms_norm, layer_norm = (functools.partial(row_norm, op) for op in ("rms_norm", "layer_norm"))
+
+
+def gated_rms_norm(rows: int, d: int) -> Case:
+    size = rows * d * 2
+    operands = {"x": normal(rows, d), "gate": normal(rows, d), "scale": ones(d)}
+    return Case("gated_rms_norm", f"{rows}×{d}", operands, {FORWARD: 3 * size, BACKWARD: 5 * size})
+
+
+def group_norm(batch: int, height: int, width: int, channels: int) -> Case:
+    size = batch * height * width * channels * 2
+    operands = {"x": normal(batch, height, width, channels), "scale": ones(channels), "bias": ones(channels)}
+    return Case(
+        "group_norm",
+        f"{batch}×{height}×{width}×{channels}",
+        operands,
+        {FORWARD: 2 * size, BACKWARD: 3 * size},
+        options={"groups": 32},
     )
 
 
@@ -156,6 +178,18 @@ def softmax_cross_entropy(tokens: int, classes: int) -> Case:
     )
 
 
+def linear_cross_entropy(tokens: int, d: int, classes: int, mean: bool = False) -> Case:
+    """Loss per token, whose gradient forms logits again; or the mean, whose gradients come in the forward pass."""
+    product = 2 * tokens * d * classes
+    return Case(
+        "linear_cross_entropy_mean" if mean else "linear_cross_entropy",
+        f"{tokens}×{d}×{classes}",
+        {"x": normal(tokens, d), "weight": normal(d, classes), "labels": integers(tokens, below=classes)},
+        {FORWARD: product, BACKWARD: 2 * product, BOTH: 3 * product},
+        unit="FLOP",
+    )
+
+
 def attention(
     batch: int, sequence: int, heads: int, head_dim: int, key_heads: int | None = None, is_causal: bool = False
 ) -> Case:
@@ -195,6 +229,11 @@ CASES = [
     rms_norm(131072, 2048, residual=True),
     rms_norm(32768, 8192, residual=True),
     *sweeps(rms_norm),
+    layer_norm(131072, 2048),
+    layer_norm(32768, 8192, residual=True),
+    gated_rms_norm(65536, 4096),
+    group_norm(16, 128, 128, 512),
+    group_norm(32, 64, 64, 320),
     rope(8, 4096, 32, 128),
     gated_activation(16384, 14336, "silu"),
     gated_activation(16384, 14336, "gelu"),
@@ -206,6 +245,8 @@ CASES = [
     dropout(65536, 4096, residual=True),
     softmax_cross_entropy(8192, 128256),
     softmax_cross_entropy(16384, 50257),
+    linear_cross_entropy(8192, 4096, 128256),
+    linear_cross_entropy(8192, 4096, 128256, mean=True),
     attention(4, 4096, 16, 128, is_causal=True),
     attention(4, 4096, 16, 128),
     attention(4, 4096, 32, 64, key_heads=8, is_causal=True),

@@ -126,6 +126,44 @@ def _():
     return lambda gate, up: jax.nn.silu(gate) * up
 
 
+def _all_logits(x, weight, labels):
+    import optax
+
+    return optax.softmax_cross_entropy_with_integer_labels((x @ weight).astype(jnp.float32), labels)
+
+
+@enter("XLA", "linear_cross_entropy")
+def _():
+    return _all_logits
+
+
+@enter("XLA", "linear_cross_entropy_mean")
+def _():
+    return lambda **operands: _all_logits(**operands).mean()
+
+
+# The forward pass of a gradient forms it; the backward pass alone would only scale that.
+@enter("jtile", "linear_cross_entropy_mean", passes=(FORWARD, BOTH))
+def _():
+    def mean(x, weight, labels):
+        weights = jnp.full(labels.shape, 1 / labels.size)
+        return jtile.linear_cross_entropy(x, weight, labels, token_weights=weights, implementation="triton")
+
+    return mean
+
+
+@enter("tokamax Mosaic", "linear_cross_entropy_mean")
+def _():
+    import tokamax
+
+    def mean(x, weight, labels):
+        return tokamax.linear_softmax_cross_entropy_loss(
+            x, labels, weight, reduction="mean", implementation="mosaic_gpu"
+        )
+
+    return mean
+
+
 def _adamw(sqrt):
     def step(parameter, gradient, first, second, rate=1e-3, b1=0.9, b2=0.999, epsilon=1e-8, decay=0.1):
         first, second = b1 * first + (1 - b1) * gradient, b2 * second + (1 - b2) * gradient * gradient
@@ -162,6 +200,11 @@ def _():
         return y if residual is None else (y, h)
 
     return rms_norm
+
+
+@enter("tokamax Triton", "layer_norm")
+def _():
+    return lambda x, scale, bias: _tokamax().layer_norm(x, scale, bias, implementation="triton")
 
 
 @enter("tokamax Triton", "dot_product_attention")
@@ -206,6 +249,52 @@ def _():
         return functional.liger_fused_add_rms_norm(x, residual, scale, 1e-6, in_place=False)
 
     return rms_norm
+
+
+@enter("torch.compile", "layer_norm")
+def _():
+    import torch.nn.functional as F
+
+    def layer_norm(x, scale, bias, residual=None):
+        h = x if residual is None else x + residual
+        y = F.layer_norm(h.float(), scale.shape, scale, bias, 1e-6).to(x.dtype)
+        return y if residual is None else (y, h)
+
+    return compiled(layer_norm)
+
+
+@enter("Liger-Kernel", "layer_norm")
+def _():
+    from liger_kernel.transformers import functional
+
+    def layer_norm(x, scale, bias, residual=None):
+        h = x if residual is None else x + residual
+        y = functional.liger_layer_norm(h, scale, bias, 1e-6)
+        return y if residual is None else (y, h)
+
+    return layer_norm
+
+
+@enter("torch.compile", "gated_rms_norm")
+def _():
+    import torch.nn.functional as F
+
+    def gated_rms_norm(x, gate, scale):
+        u = x.float() * F.silu(gate.float())
+        return (u * (u.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * scale).to(x.dtype)
+
+    return compiled(gated_rms_norm)
+
+
+@enter("torch.compile", "group_norm")
+def _(groups):
+    import torch.nn.functional as F
+
+    def group_norm(x, scale, bias):
+        y = F.group_norm(x.float().permute(0, 3, 1, 2), groups, scale, bias, 1e-6)
+        return y.permute(0, 2, 3, 1).to(x.dtype)
+
+    return compiled(group_norm)
 
 
 @enter("torch.compile", "rope")
@@ -281,6 +370,20 @@ def _():
     from liger_kernel.transformers import functional
 
     return lambda logits, labels: functional.liger_cross_entropy(logits, labels.long(), reduction="none")
+
+
+@enter("torch.compile", "linear_cross_entropy_mean")
+def _():
+    import torch.nn.functional as F
+
+    return compiled(lambda x, weight, labels: F.cross_entropy((x @ weight).float(), labels.long()))
+
+
+@enter("Liger-Kernel", "linear_cross_entropy_mean", passes=(BOTH,))
+def _():
+    from liger_kernel.transformers import functional
+
+    return lambda x, weight, labels: functional.liger_fused_linear_cross_entropy(x, weight.t(), labels.long())
 
 
 def _heads_first(function: Callable) -> Callable:

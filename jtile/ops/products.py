@@ -52,7 +52,6 @@ def on_tiles(
     outputs: Sequence[Part] = (),
     *,
     part=None,
-    start: Callable = lambda inputs: 0.0,
     aliases: Mapping[int, int] = MappingProxyType({}),
 ) -> list[jax.Array]:
     """`finish(product, place, inputs, outputs)` on every tile of a product, with the refs to the tile's blocks.
@@ -67,7 +66,6 @@ def on_tiles(
         inputs: what else is read.
         outputs: what is written.
         part: an integer, traced or not, which places depend on.
-        start: what the product is added to, from `inputs`.
         aliases: which of `inputs` gives its memory to which of `outputs`.
     """
     (rows, columns, terms), (block, lanes, step) = sizes, tile_of(*sizes, a.array.dtype)
@@ -88,7 +86,7 @@ def on_tiles(
             factors = (ref[:, at] if axis else ref[at, :] for ref, axis in zip((a_ref, b_ref), contract, strict=True))
             return total + dot(*factors, [[axis] for axis in contract], jnp.float32)
 
-        total = lax.fori_loop(0, steps, add, jnp.broadcast_to(jnp.float32(start(ins)), (block, lanes)))
+        total = lax.fori_loop(0, steps, add, jnp.zeros((block, lanes), jnp.float32))
         finish(total, place(pl.program_id(0), *part_ref), ins, outs)
 
     def spec(part: Part):

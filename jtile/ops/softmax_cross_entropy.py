@@ -174,6 +174,7 @@ def backward_kernel(logits, labels, lse, dlse, dpicked, dtotal, *, tile, logits_
         in_specs=[tile, *[row] * len(given)],
         out_specs=[tile],
         out_shape=[logits],
+        input_output_aliases={0: 0},  # XLA copies logits that are needed afterwards
         compiler_params=CompilerParams(num_warps=num_warps, num_stages=1),
         name="softmax_cross_entropy_backward",
     )(logits, *given)

@@ -331,7 +331,7 @@ def checkpoint(trial: Trial) -> None:
     """`checkpoint` with every policy; residuals saved by name spare the forward kernel a second run."""
     inputs = trial.operands(), trial.cotangents()
     program = equations(jax.make_jaxpr(pullback(trial.kernel))(*inputs).jaxpr)
-    saved = [e.params["name"] for e in program if e.primitive.name == "name"]
+    saved = list(dict.fromkeys(e.params["name"] for e in program if e.primitive.name == "name"))
     policies = jax.checkpoint_policies
     by_name = policies.save_only_these_names(*saved)
     offloading = dict(offload_src="device", offload_dst="pinned_host")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jtile
-from jtile.ops.norm import chunks, rows
+from jtile.ops.norm import rows
 
 IMPLEMENTATIONS = ["interpret", "xla"]
 
@@ -61,8 +61,8 @@ def assert_close(actual, expected, dtype, terms=1):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("shape", [(1, 1), (1,), (17, 17), (2, 3, 100), (700, 257), (5, 4097)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 1), (1,), (17, 17), (700, 257), (5, 4097)])
 def test_layer_norm(shape, dtype, implementation):
     x, dy = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=1)
     scale, bias = normal(shape[-1]), normal(shape[-1], seed=1)
@@ -118,7 +118,7 @@ def test_gated_rms_norm(shape, dtype, norm_before_gate, implementation):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "shape, groups",
-    [((2, 12), 3), ((1, 1, 1), 1), ((3, 5, 7, 20), 4), ((2, 3, 3, 3, 40), 40), ((1, 33, 65), 1), ((2, 17, 1100), 11)],
+    [((2, 12), 3), ((1, 1, 1), 1), ((2, 3, 3, 3, 40), 40), ((1, 33, 65), 1), ((2, 17, 1100), 11)],
 )
 def test_group_norm(shape, groups, dtype, implementation):
     x, dy = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=1)
@@ -149,12 +149,10 @@ def test_flax_names_and_order():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("wide", [False, True])
-def test_far_from_zero(monkeypatch, wide, implementation):
+@pytest.mark.parametrize("columns", [1024, 128])
+def test_far_from_zero(monkeypatch, columns, implementation):
     """The mean square less the square of the mean would lose the variance of 10⁴ + noise altogether."""
-    if wide:
-        monkeypatch.setattr(rows, "WIDEST", {"forward": 0, "backward": 0})
-        monkeypatch.setattr(chunks, "CHUNK", 128)
+    monkeypatch.setattr(rows, "forward_tiles", lambda *_: iter([rows.Tile(2, columns, 4)]))
     x = normal(4, 700) + 1e4
     (x64,) = double(x)
     y = jtile.layer_norm(x, jnp.ones(700), implementation=implementation)
@@ -191,10 +189,8 @@ WIDE = {
 }
 
 
-@pytest.mark.parametrize("name", WIDE)
-@pytest.mark.parametrize("shape", [(3, 262_144), (2, 40_001)])
-def test_wide_rows(shape, name):
-    """Rows that no program holds at once, against the reference, whose formulas the tests above hold to float64."""
+def compare(name, shape):
+    """Results and gradients of the kernels and of the reference, from random cotangents."""
     x, other, scale, bias = normal(*shape), normal(*shape, seed=1), normal(shape[1]), normal(shape[1], seed=1)
 
     def run(implementation):
@@ -204,6 +200,30 @@ def test_wide_rows(shape, name):
         return with_gradients(call, dy, x, other, scale, bias)
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), run("interpret"), run("xla"))
+
+
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("shape", [(2, 262_144), (5, 12_001)])
+def test_wide_rows(shape, name):
+    """Rows that no program holds at once, against the reference, whose formulas the tests above hold to float64."""
+    compare(name, shape)
+
+
+TILES = [  # forward and backward
+    (rows.Tile(1, 512, 4), rows.Tile(2, 512, 4, programs=3)),
+    (rows.Tile(4, 128, 4), rows.Tile(4, 128, 4, programs=2)),
+    (rows.Tile(4, 512, 4), rows.Tile(2, 128, 4)),
+]
+
+
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("forward, backward", TILES)
+def test_every_kind_of_tile(monkeypatch, forward, backward, name):
+    """Rows at once and in chunks, each program with one block or with several: the same."""
+    monkeypatch.setattr(rows, "forward_tiles", lambda *_: iter([forward]))
+    monkeypatch.setattr(rows, "backward_tiles", lambda *_: iter([backward]))
+    monkeypatch.setattr(rows, "STRIPS", 2)
+    compare(name, (11, 300))
 
 
 def _numbered(tree):

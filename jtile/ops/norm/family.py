@@ -5,15 +5,14 @@
     ū = rstd · (g − mean(g) − n · mean(g · n))        g = ȳ · scale, mean(g) only where the row is centred
 
 u is x, x + residual, which is a result too, or x · silu(gate); the gate may also come last, y = n · scale · silu(gate).
-A member of the family is the operands and results that it has, by these names. Its kernels hold rows in registers
-(rows.py) as long as those suffice, and else read them in chunks (chunks.py).
+A member of the family is the operands and results that it has, by these names. Its kernels are in rows.py.
 """
 
 import jax
 import jax.numpy as jnp
 
 from jtile.op import TileOp
-from jtile.ops.norm import chunks, rows
+from jtile.ops.norm import rows
 from jtile.ops.norm.common import wide
 
 
@@ -30,17 +29,22 @@ def row_norm(name: str, forward: str, backward: str, *, centred: bool = False) -
     def backward_reference(*operands, biased=False, gate_last=False):
         return _results(gradient, _gradients(_named(gradient, operands), biased, gate_last))
 
+    @op.tiles
+    def forward_tiles(*operands, target, **_):
+        return rows.forward_tiles(_named(op, operands), target)
+
+    @gradient.tiles
+    def backward_tiles(*operands, target, **_):
+        return rows.backward_tiles(_named(gradient, operands), target)
+
     @op.kernel
-    def forward_kernel(*operands, epsilon, gate_last):
-        given = _named(op, operands)
-        module = rows if rows.hold(given, forward=True) else chunks
-        return _results(op, module.forward(name, given, centred, epsilon, gate_last))
+    def forward_kernel(*operands, tile, epsilon, gate_last):
+        return _results(op, rows.forward(name, _named(op, operands), centred, epsilon, gate_last, tile))
 
     @gradient.kernel
-    def backward_kernel(*operands, biased, gate_last):
-        given = _named(gradient, operands)
-        module = rows if rows.hold(given, forward=False) else chunks
-        return _results(gradient, module.backward(f"{name}_backward", given, biased, gate_last))
+    def backward_kernel(*operands, tile, biased, gate_last):
+        results = rows.backward(f"{name}_backward", _named(gradient, operands), biased, gate_last, tile)
+        return _results(gradient, results)
 
     # A residual and x have one cotangent, and their sum h is all of them that the rule needs.
     @op.transpose

@@ -240,7 +240,7 @@ def forward_transpose(operands, results, cotangents, *, epsilon, **options):
 
 
 def _with_places_as_one(x):
-    """All places along one dimension, which a kernel needs whole: so explicit axes that split one of them do no more."""
+    """All places along one dimension, which a kernel needs whole: explicit axes that split one of them do no more."""
     explicit = borrowed.explicit_mesh([jax.typeof(x)])
     kept = None if explicit is None else PartitionSpec(*jax.typeof(x).sharding.spec[:1])
     return jnp.reshape(x, (x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]), out_sharding=kept)
