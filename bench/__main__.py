@@ -7,7 +7,9 @@ times Pallas kernels through jtile and through JAX's own backend.
 """
 
 import argparse
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     run_parser.add_argument("--rivals", nargs="+", choices=rivals.RIVALS, default=list(rivals.RIVALS), metavar="RIVAL")
     run_parser.add_argument("--passes", nargs="+", choices=cases.PASSES, default=cases.PASSES, metavar="PASS")
+    run_parser.add_argument(
+        "--compile-only",
+        action="store_true",
+        help="no times: fill the caches on disk, in several processes if you like",
+    )
+    run_parser.add_argument("--cold", action="store_true", help="with empty caches, for honest times to first call")
     run_parser.add_argument("--quick", action="store_true", help="half as long, and less exact")
     run_parser.add_argument("--output", type=Path, help="file to write (default: in bench/results/<chip>/)")
     report_parser = commands.add_parser("report", help="tables and plots of the newest results of every chip")
@@ -54,14 +62,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(given: argparse.Namespace) -> int:
+    if given.cold:
+        if "torch" in sys.modules:
+            raise RuntimeError("PyTorch has looked for its cache already")
+        for variable in ("JTILE_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+            os.environ[variable] = tempfile.mkdtemp(prefix="bench_")
+        jax.config.update("jax_enable_compilation_cache", False)
     device = gpu()
     chosen = pick([case for case in cases.CASES if case.table in given.tables], given.filter)
     length = dict(rounds=2, settle=0.02, timed=0.02) if given.quick else {}
-    options = measure.Options(rivals=given.rivals, passes=given.passes, **length)
+    options = measure.Options(rivals=given.rivals, passes=given.passes, compile_only=given.compile_only, **length)
     console = Console(width=150 if not sys.stdout.isatty() else None, highlight=False)
     for name in given.rivals:
         if gap := rivals.RIVALS[name].missing():
             console.print(f"[yellow]{name} is a gap in every table: {gap}[/]")
+    if given.compile_only:
+        return compile_only(chosen, options)
     file = results.Results(given.output or results.of_today(device.device_kind), device.device_kind)
     failed = []
     with progress(console) as bar:
@@ -78,6 +94,15 @@ def run(given: argparse.Namespace) -> int:
         reason = row.get("gap") or f"an error of {row['error']:.1e}"
         console.print(f"[red]jtile, {row['case']}, {row['pass']}: {reason}[/]")
     return 1 if failed else 0
+
+
+def compile_only(chosen: Sequence[cases.Case], options: measure.Options) -> int:
+    for case in chosen:
+        for rows in measure.measure(case, options):
+            seconds = {row["rival"]: row.get("first_call_seconds") for row in rows}
+            firsts = (f"{name} {'gap' if s is None else f'{s:.1f} s'}" for name, s in seconds.items())
+            print(f"{case.name}, {rows[0]['pass']}: {', '.join(firsts)}", flush=True)
+    return 0
 
 
 def run_pallas(given: argparse.Namespace) -> int:

@@ -178,6 +178,18 @@ def softmax_cross_entropy(tokens: int, classes: int) -> Case:
     )
 
 
+def linear_cross_entropy(tokens: int, d: int, classes: int, mean: bool = False) -> Case:
+    """Loss per token, whose gradient forms logits again; or the mean, whose gradients come in the forward pass."""
+    product = 2 * tokens * d * classes
+    return Case(
+        "linear_cross_entropy_mean" if mean else "linear_cross_entropy",
+        f"{tokens}×{d}×{classes}",
+        {"x": normal(tokens, d), "weight": normal(d, classes), "labels": integers(tokens, below=classes)},
+        {FORWARD: product, BACKWARD: 2 * product, BOTH: 3 * product},
+        unit="FLOP",
+    )
+
+
 def attention(
     batch: int, sequence: int, heads: int, head_dim: int, key_heads: int | None = None, is_causal: bool = False
 ) -> Case:
@@ -233,6 +245,8 @@ CASES = [
     dropout(65536, 4096, residual=True),
     softmax_cross_entropy(8192, 128256),
     softmax_cross_entropy(16384, 50257),
+    linear_cross_entropy(8192, 4096, 128256),
+    linear_cross_entropy(8192, 4096, 128256, mean=True),
     attention(4, 4096, 16, 128, is_causal=True),
     attention(4, 4096, 16, 128),
     attention(4, 4096, 32, 64, key_heads=8, is_causal=True),

@@ -44,13 +44,14 @@ class Options:
     timed: float = 0.03
     rivals: Sequence[str] = tuple(rivals.RIVALS)
     passes: Sequence[str] = PASSES
+    compile_only: bool = False  # and call once, for the caches on disk of jtile, JAX and PyTorch
 
 
 def measure(case: Case, options: Options) -> Iterator[list[Row]]:
     """For each pass of a case, a row for each rival. One that cannot run has a `gap` in place of a time: the reason."""
     given = Given(case)
     _forget_torch()
-    gaps = rivals.gaps(case)
+    gaps, runners = rivals.gaps(case), {}
     for direction in case.work:
         if direction not in options.passes:
             continue
@@ -66,16 +67,21 @@ def measure(case: Case, options: Options) -> Iterator[list[Row]]:
             if name in gaps:
                 rows[name]["gap"] = gaps[name]
                 continue
-            runner = _Jax if rivals.RIVALS[name].framework == "jax" else _Torch
+            make = _Jax if rivals.RIVALS[name].framework == "jax" else _Torch
             try:
-                work = runner(given, name).work(direction, given.count)
+                runner = runners[name] = runners.get(name) or make(given, name)
+                work = runner.work(direction, 1 if options.compile_only else given.count)
                 rows[name]["error"] = error(work.results, reference)
             except Exception as failure:  # a rival's, of whatever kind: the table names it, and goes on without
                 rows[name]["gap"] = f"fails: {_brief(failure)}"
                 continue
             works[name] = dataclasses.replace(work, results=())
         del reference
-        _time(case, rows, works, options)
+        if options.compile_only:
+            for name, work in works.items():
+                rows[name]["first_call_seconds"] = work.first_call_seconds
+        else:
+            _time(case, rows, works, options)
         del works
         rows[floor]["took"] = time.perf_counter() - start  # seconds, compiling and all
         yield list(rows.values())

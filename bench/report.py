@@ -231,7 +231,7 @@ def _bars(rows: Sequence[Row], title: str):
     cases = list(dict.fromkeys(row["case"] for row in rows))
     names = [name for name in COLORS if any(row["rival"] == name for row in rows)]
     height = 0.8 / len(names)
-    figure = Figure(figsize=(8, 0.9 + len(cases) * (0.16 * len(names) + 0.12)), layout="constrained")
+    figure = Figure(figsize=(8, 0.9 + len(cases) * (0.11 * len(names) + 0.1)), layout="constrained")
     axes = figure.subplots()
     for i, name in enumerate(names):
         mine = [(cases.index(row["case"]), 100 * row["share"]) for row in rows if row["rival"] == name]
@@ -241,7 +241,7 @@ def _bars(rows: Sequence[Row], title: str):
     axes.axvline(100, color="#7f7f7f", linewidth=0.8)
     axes.set(title=title, xlim=(0, 112))
     axes.set_yticks(range(len(cases)), cases, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(cases) - 0.5, -0.5)
     figure.legend(loc="outside lower center", ncols=len(names), fontsize=7, frameon=False)
     return figure
 
@@ -264,12 +264,20 @@ def _lines(rows: Sequence[Row], title: str):
                 (names[name],) = axes.plot(*zip(*points, strict=True), marker=".", color=color)
         axes.set_title(f"{op} {variant} {direction}".replace("  ", " "), fontsize=8)
         axes.set_xscale("log", base=2)
+        places = sorted({row["at"] for row in rows})
+        axes.set_xticks(places, [_place(at, rows[0]["table"]) for at in places], fontsize=7)
         axes.set_ylim(0, 110)
         axes.axhline(100, color="#7f7f7f", linewidth=0.8)
         axes.grid(alpha=0.3)
     figure.suptitle(title, fontsize=10)
     figure.legend(names.values(), names, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
     return figure
+
+
+def _place(at: int, table: str) -> str:
+    if table == "widths":
+        return f"{at:,}"
+    return f"{at >> 30} GiB" if at >= 2**30 else f"{at >> 20} MiB"
 
 
 def _variant(row: Row) -> str:

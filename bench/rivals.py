@@ -126,6 +126,44 @@ def _():
     return lambda gate, up: jax.nn.silu(gate) * up
 
 
+def _all_logits(x, weight, labels):
+    import optax
+
+    return optax.softmax_cross_entropy_with_integer_labels((x @ weight).astype(jnp.float32), labels)
+
+
+@enter("XLA", "linear_cross_entropy")
+def _():
+    return _all_logits
+
+
+@enter("XLA", "linear_cross_entropy_mean")
+def _():
+    return lambda **operands: _all_logits(**operands).mean()
+
+
+# The forward pass of a gradient forms it; the backward pass alone would only scale that.
+@enter("jtile", "linear_cross_entropy_mean", passes=(FORWARD, BOTH))
+def _():
+    def mean(x, weight, labels):
+        weights = jnp.full(labels.shape, 1 / labels.size)
+        return jtile.linear_cross_entropy(x, weight, labels, token_weights=weights, implementation="triton")
+
+    return mean
+
+
+@enter("tokamax Mosaic", "linear_cross_entropy_mean")
+def _():
+    import tokamax
+
+    def mean(x, weight, labels):
+        return tokamax.linear_softmax_cross_entropy_loss(
+            x, labels, weight, reduction="mean", implementation="mosaic_gpu"
+        )
+
+    return mean
+
+
 def _adamw(sqrt):
     def step(parameter, gradient, first, second, rate=1e-3, b1=0.9, b2=0.999, epsilon=1e-8, decay=0.1):
         first, second = b1 * first + (1 - b1) * gradient, b2 * second + (1 - b2) * gradient * gradient
@@ -332,6 +370,20 @@ def _():
     from liger_kernel.transformers import functional
 
     return lambda logits, labels: functional.liger_cross_entropy(logits, labels.long(), reduction="none")
+
+
+@enter("torch.compile", "linear_cross_entropy_mean")
+def _():
+    import torch.nn.functional as F
+
+    return compiled(lambda x, weight, labels: F.cross_entropy((x @ weight).float(), labels.long()))
+
+
+@enter("Liger-Kernel", "linear_cross_entropy_mean", passes=(BOTH,))
+def _():
+    from liger_kernel.transformers import functional
+
+    return lambda x, weight, labels: functional.liger_fused_linear_cross_entropy(x, weight.t(), labels.long())
 
 
 def _heads_first(function: Callable) -> Callable:

@@ -16,6 +16,11 @@ class Event:
     name: str
     start: float
     duration: float
+    device: str = ""
+
+    @property
+    def stop(self) -> float:
+        return self.start + self.duration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +64,6 @@ def read(folder: Path) -> Trace:
         for line in plane.lines:
             if gpu and not line.name.startswith("Stream"):
                 continue  # the same kernels again, by the operations that they belong to
-            found = [Event(e.name, e.start_ns * 1e-9, e.duration_ns * 1e-9) for e in line.events]
+            found = [Event(e.name, e.start_ns * 1e-9, e.duration_ns * 1e-9, plane.name) for e in line.events]
             (kernels if gpu else host).extend(found)
     return Trace(sorted(kernels, key=lambda e: e.start), host)

@@ -30,6 +30,7 @@ from jtile.ops.dropout import dropout
 from jtile.ops.gated_activation import gated_activation
 from jtile.ops.linear_cross_entropy import linear_cross_entropy
 from jtile.ops.norm import gated_rms_norm, group_norm, layer_norm, rms_norm
+from jtile.ops.qk_norm_rope import qk_norm_rope
 from jtile.ops.rope import rope
 from jtile.ops.softmax import log_softmax, softmax
 from jtile.ops.softmax_cross_entropy import softmax_cross_entropy
@@ -68,6 +69,7 @@ __all__ = [
     "log_softmax",
     "losses",
     "max_contiguous",
+    "qk_norm_rope",
     "retarget_pallas",
     "rms_norm",
     "rope",

@@ -123,7 +123,7 @@ def inspect(given: argparse.Namespace) -> int:
     for kernel in dict.fromkeys(r.name for found in reports.values() for r in found):
         print(f"\nInstructions of {kernel} in the assembly:\n{_instructions(kernel, reports)}")
     if given.html:
-        given.html.write_text(page(f"{given.function} {given.args}".strip(), compiled))
+        given.html.write_text(page(f"{given.function} {given.args}".strip(), compiled, named))
         print(f"\nwrote {given.html}")
     return 1 if any(target in refused for target in named) else 0
 

@@ -208,7 +208,7 @@ def explain(fn: Callable, *args, target: str | None = None) -> Explanation:
         choice = choose(op, ungrouped(avals, call), call, platform)
         tile = choose_tile(op, ungrouped(avals, call), call, chip) if choice.runs == "kernel" else None
         operands = ", ".join(f"{a.dtype.name}[{','.join(map(str, a.shape))}]" for a in avals)
-        tile_text = f"{tile.tile} ({tile.source})" if tile else ""
+        tile_text = f"{tile.tile} ({tile.source})" if tile and tile.tile is not None else ""
         report = OpReport(op.name, operands, choice.runs, choice.why, tile_text, moves(op, call, avals))
         counts[report] = counts.get(report, 0) + 1
     return Explanation(dataclasses.replace(report, count=count) for report, count in counts.items())

@@ -22,16 +22,20 @@ ROWS, TYPICAL_ROWS = {"b": 4, "s": 8}, {"b": 2, "s": 1024}
 ATTENTION = "query: b s (k g) d, key: b t k d, value: b t k e -> out: b s (k g) e"
 
 
-def dropout(x, key, residual=None, *, rate, implementation, **axes):
+def dropout(x, key, *, rate, implementation, **axes):
     """With the mesh axis of each dimension by its name."""
     split = {dim: axes[name] for dim, name in enumerate("bsd") if name in axes}
-    key = key.astype("uint32")
-    return jtile.dropout(x, rate, key, residual=residual, split=split, implementation=implementation)
+    return jtile.dropout(x, rate, key.astype("uint32"), split=split, implementation=implementation)
 
 
 def softmax(x, mask, **options):
     """Masked as attention's scores are: for each batch its keys."""
     return jtile.softmax(x, mask=mask[:, None, :] != 0, **options)
+
+
+def qk_norm_rope(q, scale, positions, **options):
+    """Keys that are the queries."""
+    return jtile.qk_norm_rope(q, q, scale, scale, positions, **options)
 
 
 CASES = {
@@ -124,6 +128,18 @@ CASES = {
             typical=TYPICAL_ROWS | {"h": 32, "d": 128},
         ),
     ),
+    "qk_norm_rope": (
+        qk_norm_rope,
+        Case(
+            "q: b s h d, scale: d, positions: b s -> y: b s h d, z: b s h d",
+            ROWS | {"h": 4, "d": 20},
+            options={"epsilon": 1e-5},
+            integers={"positions": (-100, 100_000)},
+            split="b s",
+            fixed="d",
+            typical=TYPICAL_ROWS | {"h": 32, "d": 128},
+        ),
+    ),
     "gated_activation": (
         jtile.gated_activation,
         Case(
@@ -149,7 +165,7 @@ CASES = {
     "dropout": (
         dropout,
         Case(
-            "x: b s d, key: two, residual: b s d -> y: b s d",
+            "x: b s d, key: two -> y: b s d",
             ROWS | {"d": 64, "two": 2},
             options={"rate": 0.3},
             integers={"key": (0, 2**31 - 1)},
@@ -186,7 +202,7 @@ CASES = {
             ROWS | {"d": 20, "v": 132},
             options={"ignore_index": 3, "label_smoothing": 0.1, "z_loss": 1e-3, "logits_soft_cap": 20.0},
             integers={"labels": (0, "v")},
-            split="b s v",
+            split="b v",
             exchanged={"v": 3},
             axis_names={"v": "axis_name"},
             typical={"b": 1, "s": 512, "d": 1024, "v": 128_256},
@@ -199,7 +215,7 @@ CASES = {
             ROWS | {"d": 20, "v": 132},
             options={"ignore_index": 3, "label_smoothing": 0.1, "z_loss": 1e-3, "logits_soft_cap": 20.0},
             integers={"labels": (0, "v")},
-            split="b s v",
+            split="b v",
             exchanged={"v": 3},
             axis_names={"v": "axis_name"},
             typical={"b": 1, "s": 512, "d": 1024, "v": 128_256},
@@ -210,7 +226,8 @@ CASES = {
         Case(
             ATTENTION,
             {"b": 2, "s": 40, "t": 72, "k": 2, "g": 3, "d": 16, "e": 16},
-            split="b k",
+            split="b s k",
+            axis_names={"s": "axis_name"},
             fixed="d e",
             typical={"b": 2, "s": 1024, "t": 1024, "k": 8, "g": 4, "d": 128, "e": 128},
         ),
@@ -237,9 +254,16 @@ def trial(name: str) -> Trial:
 
 # What these cases, beside another of their op, differ in: arithmetic, and what a part of the queries needs to know.
 ARITHMETIC = ("kernel", "gradient", "forward_mode", "second_order", "dtypes", "shapes", "repeats", "compiles")
-SHARDING = ("auto_sharding", "explicit_sharding", "exchanges", "shard_map")
+SHARDING = ("auto_sharding", "explicit_sharding", "shard_map")
 SOME = dict.fromkeys(("layer_norm_of_sum", "rms_norm_gated", "group_norm_with_bias"), ARITHMETIC)
 SOME |= {"causal_attention": ARITHMETIC + SHARDING}
+# Its gradients are formed, and exchanged, in the forward pass.
+SOME |= {
+    "weighted_linear_cross_entropy": (
+        *("kernel", "gradient", "forward_mode", "second_order", "checkpoint"),
+        *("auto_sharding", "explicit_sharding", "shard_map"),
+    )
+}
 TABLE = [(name, law) for name in CASES for law in SOME.get(name, LAWS)]
 
 

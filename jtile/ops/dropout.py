@@ -6,6 +6,7 @@ operands, which are split as the array is: so a device that has a part of it kno
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,14 +51,27 @@ def forward_reference(x, residual, row, column, key, *, threshold):
 
 # Kernel. A stream: every thread has several loads of 16 bytes in flight.
 
-BLOCK = 2048
+
+class Tile(NamedTuple):
+    """The rows and lanes that a program has."""
+
+    rows: int
+    lanes: int
+    num_warps: int
+
+
+@forward.tiles
+def forward_tiles(x, *rest, **options):
+    rows, d = x.shape
+    for size, num_warps in (2048, 4), (1024, 2), (4096, 4), (4096, 8):
+        lanes = max(COLUMNS, min(size, pl.next_power_of_2(d)))
+        yield Tile(min(size // lanes, pl.next_power_of_2(rows)), lanes, num_warps)
 
 
 @forward.kernel
-def forward_kernel(x, residual, row, column, key, *, threshold):
+def forward_kernel(x, residual, row, column, key, *, tile, threshold):
     rows, d = x.shape
-    lanes = max(COLUMNS, min(BLOCK, pl.next_power_of_2(d)))
-    block = min(BLOCK // lanes, pl.next_power_of_2(rows))
+    block, lanes, num_warps = tile
 
     def dropout_kernel(x_ref, row_ref, column_ref, key_ref, *refs):
         *residual_refs, y_ref = refs
@@ -66,17 +80,17 @@ def forward_kernel(x, residual, row, column, key, *, threshold):
         added = residual_refs[0][...] if residual_refs else None
         y_ref[...] = _dropped(x_ref[...], added, row_ref[...][:, None], groups, key_ref, threshold)
 
-    tile = pl.BlockSpec((block, lanes), lambda j, i: (i, j))
+    spec = pl.BlockSpec((block, lanes), lambda j, i: (i, j))
     whole = lambda array: pl.BlockSpec(array.shape, lambda j, i: (0,))  # noqa: E731
     added = [] if residual is None else [residual]
     return (
         pl.pallas_call(
             dropout_kernel,
             grid=(pl.cdiv(d, lanes), pl.cdiv(rows, block)),
-            in_specs=[tile, pl.BlockSpec((block,), lambda j, i: (i,)), whole(column), whole(key), *[tile] * len(added)],
-            out_specs=tile,
+            in_specs=[spec, pl.BlockSpec((block,), lambda j, i: (i,)), whole(column), whole(key), *[spec] * len(added)],
+            out_specs=spec,
             out_shape=x,
-            compiler_params=CompilerParams(num_warps=4, num_stages=1),
+            compiler_params=CompilerParams(num_warps=num_warps, num_stages=1),
             name="dropout",
         )(x, row, column, key, *added),
     )

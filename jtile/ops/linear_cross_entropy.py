@@ -1,19 +1,20 @@
 """Cross-entropy of logits x W + b that are never all there: T tokens, d wide, v classes.
 
-Logits in bfloat16 would take 2 T v bytes, and XLA keeps them thrice: for 8192 × 4096 × 128256 it adds 5.9 GiB to 2.1 GiB
-of operands and gradients. A product of T × d × v takes 12.5 ms of an H200 there; value and gradients need three.
+Logits in bfloat16 would take 2 T v bytes, and XLA keeps them thrice: for 8192 × 4096 × 128256 it adds 5.9 GiB to the
+2.1 GiB of operands and gradients. There an H200 takes 12.5 ms for a product of T × d × v; value and gradients need
+three.
 
 Forward. The kernel multiplies a tile of logits and reduces it while it is in registers; what leaves the chip is a
 log-sum-exp for each token and 256 classes, 4 T v / 256 bytes: 16 MiB.
 
-Backward, logits formed again (`lean`, four products in all). A slab of s classes at a time: the kernel forms its logits
-again and writes their gradient G, 2 T s bytes, from which dW[:, slab] = xᵀ G is final and dx += G W[:, slab]ᵀ is summed
-in float32, read and written 8 T d bytes for each slab. s is such that G has 2²⁷ elements: 16384 classes, 256 MiB.
+Logits formed again in the backward pass: four products. A slab of s classes at a time, the kernel forms its logits and
+writes their gradient G, 2 T s bytes, from which dW[:, slab] = xᵀ G is final, and dx += G W[:, slab]ᵀ is summed in
+float32, read and written 8 T d bytes for each slab. s is such that G has about 10⁸ elements: 12,288 classes, 192 MiB.
 
-Gradients formed in the forward pass (`fast`, three products). That needs whole rows of logits, so c tokens at a time:
-logits, their gradient G in their place, 2 c v bytes, dx = G Wᵀ final, and dW += xᵀ G summed in float32, 4 d v bytes. c is
-2048 tokens: 0.5 GiB, and 2 GiB for the sum, which few tokens (c or less) do not need. The cotangent of each token's loss
-must be known by then, which is why the reduction is part of the op.
+Gradients formed in the forward pass: three products. That needs whole rows of logits, so c tokens at a time: logits, G
+in their place, 2 c v bytes, dx = G Wᵀ final, and dW += xᵀ G summed in float32, 4 d v bytes, read and written for each c
+tokens but the first. c is 2048: 0.5 GiB, and 2 GiB for the sum, which so few tokens do without. The cotangent of each
+token's loss must be known by then, which is why the reduction is part of the op.
 """
 
 import functools
@@ -105,53 +106,51 @@ def gradients_reference(x, weight, labels, bias, token_weights, *, options, voca
 
 # Kernels.
 
-SLAB = 2**27  # logits whose gradients are there at once, when they are formed again
+SLAB = 3 * 2**25  # logits whose gradients are there at once, when they are formed again
 TOKENS = 2048  # whose logits are there at once, when gradients are formed in the forward pass
-LEAN = "tiles"
 
 
 def _whole(n: int, step: int) -> int:
     return pl.cdiv(n, step) * step
 
 
-def _on_logits(name: str, finish: Callable, x, weight, bias, of_token: list, outputs: list, v: int, part=None):
-    """`finish(logits, columns, of_token, outputs)` on every tile of v classes' logits, of this part of the vocabulary
-    where there are several of them. `outputs` are pairs of a kind, as below, and a dtype."""
+def _on_logits(name: str, finish: Callable, x, weight, bias, of_token: list, outputs: list, size: int, start=None):
+    """`finish(logits, columns, of_token, outputs)` on every tile of logits of `size` classes from `start` on, a whole
+    number of tiles. `outputs` are pairs of a kind, as below, and a dtype."""
     rows, d = x.shape
-    block, lanes, step = tile_of(rows, v, d, x.dtype)
-    across = pl.cdiv(v, lanes)
+    block, lanes, step = tile_of(rows, size, d, x.dtype)
+    across = pl.cdiv(size, lanes)
     given = [value for value in of_token if value is not None]
 
+    def of_class(row, column, first):
+        return first + column
+
     def with_bias(logits, place, inputs, outputs):
-        _, column, part = place
-        columns = (part * across + column) * lanes + lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
+        columns = of_class(*place) * lanes + lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
         values = iter([ref[...] for ref in inputs])
         of_tokens = [None if value is None else next(values)[:, None] for value in of_token]
         if bias is not None:
             logits = logits + next(values)[None, :].astype(jnp.float32)
         finish(logits, columns, of_tokens, outputs)
 
-    classes = lambda row, column, part: (part * across + column,)  # noqa: E731
-    kinds = {
-        "tile": lambda dtype: Part(ShapeDtypeStruct((rows, v), dtype), (block, lanes), lambda r, c, p: (r, c)),
-        "row": lambda dtype: Part(ShapeDtypeStruct((rows,), dtype), (block,), lambda r, c, p: (r,)),
-        "part of row": lambda dtype: Part(
-            ShapeDtypeStruct((across, rows), dtype), (None, block), lambda r, c, p: (c, r)
-        ),
+    kinds = {  # shape, block and index
+        "tile": ((rows, size), (block, lanes), lambda row, column, first: (row, column)),
+        "row": ((rows,), (block,), lambda row, column, first: (row,)),
+        "part of row": ((across, rows), (None, block), lambda row, column, first: (column, row)),
     }
     return on_tiles(
         name,
         with_bias,
-        (rows, v, d),
-        Part(x, (block, _whole(d, step)), lambda r, c, p: (r, 0)),
-        Part(weight, (_whole(d, step), lanes), lambda r, c, p: (0, *classes(r, c, p))),
+        (rows, size, d),
+        Part(x, (block, _whole(d, step)), lambda row, column, first: (row, 0)),
+        Part(weight, (_whole(d, step), lanes), lambda *place: (0, of_class(*place))),
         (1, 0),
         [
-            *(Part(value, (block,), lambda r, c, p: (r,)) for value in given),
-            *([] if bias is None else [Part(bias, (lanes,), classes)]),
+            *(Part(value, *kinds["row"][1:]) for value in given),
+            *([] if bias is None else [Part(bias, (lanes,), lambda *place: (of_class(*place),))]),
         ],
-        [kinds[kind](dtype) for kind, dtype in outputs],
-        part=part,
+        [Part(ShapeDtypeStruct(kinds[kind][0], dtype), *kinds[kind][1:]) for kind, dtype in outputs],
+        part=None if start is None else start // lanes,
     )
 
 
@@ -191,17 +190,16 @@ def forward_kernel(x, weight, labels, bias, *, logits_soft_cap, total):
 @backward.kernel
 def backward_kernel(x, weight, labels, bias, *of_token, logits_soft_cap):
     (rows, d), v = x.shape, weight.shape[1]
-    slabs = pl.cdiv(v, max(SLAB // rows, 256))
-    size = _whole(pl.cdiv(v, slabs), 256)  # whole tiles; the last slab overhangs
+    size = min(v, max(SLAB // rows // 256, 1) * 256)
 
     def gradient(logits, columns, of_token, outputs):
         dlogits = of_logits._gradient(logits, columns, *of_token, cap=logits_soft_cap)
-        outputs[0][...] = jnp.where(columns < v, dlogits, 0.0).astype(x.dtype)
+        outputs[0][...] = dlogits.astype(x.dtype)
 
     def write(product, place, inputs, outputs):
-        outputs[0][...] = product.astype(outputs[0].dtype)
+        outputs[0][...] = product.astype(weight.dtype)
 
-    def slab(i, sums):
+    def slab(start, size, sums):
         dx, dweight, dbias = sums
         (dlogits,) = _on_logits(
             "linear_cross_entropy_dlogits",
@@ -212,50 +210,36 @@ def backward_kernel(x, weight, labels, bias, *of_token, logits_soft_cap):
             [labels, *of_token],
             [("tile", x.dtype)],
             size,
-            part=i,
+            start,
         )
-        if LEAN == "tiles":
-            block, lanes, step = tile_of(rows, d, size, x.dtype)
-            mine = Part(dx, (block, lanes), lambda row, column, part: (row, column))
-            (dx,) = on_tiles(
-                "linear_cross_entropy_dx",
-                write,
-                (rows, d, size),
-                Part(dlogits, (block, size), lambda row, column, part: (row, 0)),
-                Part(weight, (lanes, size), lambda row, column, part: (column, part)),
-                (1, 1),
-                [mine],
-                [mine],
-                part=i,
-                start=lambda inputs: inputs[0][...],
-                aliases={0: 0},
-            )
-        else:
-            w = lax.dynamic_slice_in_dim(weight, i * size, size, axis=1)
-            dx = dx + dot(dlogits, w, ((1,), (1,)), jnp.float32)
+        dx = dx + dot(dlogits, lax.dynamic_slice_in_dim(weight, start, size, axis=1), ((1,), (1,)), jnp.float32)
         block, lanes, step = tile_of(d, size, rows, x.dtype)
-        across = pl.cdiv(size, lanes)
         (dweight,) = on_tiles(
             "linear_cross_entropy_dweight",
             write,
             (d, size, rows),
-            Part(x, (_whole(rows, step), block), lambda row, column, part: (0, row)),
-            Part(dlogits, (_whole(rows, step), lanes), lambda row, column, part: (0, column)),
+            Part(x, (_whole(rows, step), block), lambda row, column, first: (0, row)),
+            Part(dlogits, (_whole(rows, step), lanes), lambda row, column, first: (0, column)),
             (0, 0),
-            [Part(dweight, (8, 8), lambda row, column, part: (0, 0))],
-            [Part(dweight, (block, lanes), lambda row, column, part: (row, part * across + column))],
-            part=i,
+            [Part(dweight, (8, 8), lambda row, column, first: (0, 0))],  # for its memory
+            [Part(dweight, (block, lanes), lambda row, column, first: (row, first + column))],
+            part=start // lanes,
             aliases={0: 0},
         )
         if bias is not None:
             part = jnp.sum(dlogits, axis=0, dtype=jnp.float32)
-            dbias = lax.dynamic_update_slice_in_dim(dbias, part, i * size, axis=0)
+            dbias = lax.dynamic_update_slice_in_dim(dbias, part, start, axis=0)
         return dx, dweight, dbias
 
-    dbias = None if bias is None else jnp.zeros(slabs * size, jnp.float32)
-    start = jnp.zeros(x.shape, jnp.float32), lax.empty(weight.shape, weight.dtype), dbias
-    dx, dweight, dbias = lax.fori_loop(0, slabs, slab, start)
-    return dx, dweight, None if bias is None else dbias[:v]
+    dbias = None if bias is None else lax.empty((v,), jnp.float32)
+    sums = jnp.zeros(x.shape, jnp.float32), lax.empty(weight.shape, weight.dtype), dbias
+    count, rest = divmod(v, size)
+    sums = lax.fori_loop(0, count, lambda i, sums: slab(i * size, size, sums), sums)
+    if rest:
+        # Not before the others are done: XLA would copy this part of the weight first, and keep it all along.
+        start, _ = lax.optimization_barrier((jnp.int32(count * size), sums[1][0, 0]))
+        sums = slab(start, rest, sums)
+    return sums
 
 
 @gradients.kernel
@@ -266,7 +250,9 @@ def gradients_kernel(x, weight, labels, bias, token_weights, *, options, vocabul
         statistics, logits = _statistics(x, weight, labels, bias, cap, total, keep=True)
         lse = over_devices(statistics[0], "v", "logsumexp")
         cotangents = _cotangents(options, vocabulary, token_weights, lse, *statistics[1:])
-        (dlogits,) = of_logits.backward_reference(logits, labels, lse, *cotangents, logits_soft_cap=cap)
+        (dlogits,) = of_logits.backward_kernel(
+            logits, labels, lse, *cotangents, tile=next(of_logits.tiles(logits)), logits_soft_cap=cap
+        )
         dx, sums = added(sums, dlogits, x, weight, bias)
         return (*statistics, dx), sums
 
@@ -291,27 +277,33 @@ def finished(sums, weight):
 def by_tokens(function: Callable, *of_token):
     """`function(sums, *of_token)`, which returns results of each token and new sums, some tokens at a time.
 
-    The first get None for the sums.
+    The first get None for the sums. The last may be zeros that are no tokens.
     """
     rows = len(of_token[0])
-    size = min(rows, _whole(pl.cdiv(rows, pl.cdiv(rows, TOKENS)), 128))
+    count = pl.cdiv(rows, TOKENS)
+    size = rows if count == 1 else _whole(pl.cdiv(rows, count), 8)
+    pad = lambda value: jnp.pad(value, [(0, count * size - rows), *[(0, 0)] * (value.ndim - 1)])  # noqa: E731
+    values = [value if count * size == rows else pad(value) for value in of_token]
 
-    def of(start, size):
-        return [lax.dynamic_slice_in_dim(value, start, size) for value in of_token]
+    def some(i, sums):
+        return function(sums, *(lax.dynamic_slice_in_dim(value, i * size, size) for value in values))
 
-    def following(start, size, carry):
+    def put(results, found, i):
+        return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, i * size, axis=0), results, found)
+
+    def step(i, carry):
         results, sums = carry
-        found, sums = function(sums, *of(start, size))
-        return put(results, found, start), sums
+        found, sums = some(i, sums)
+        return put(results, found, i), sums
 
-    def put(results, found, start):
-        return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, start, axis=0), results, found)
-
-    first, sums = function(None, *of(0, size))
-    carry = put(jax.tree.map(lambda a: lax.empty((rows, *a.shape[1:]), a.dtype), first), first, 0), sums
-    count, rest = divmod(rows, size)
-    carry = lax.fori_loop(1, count, lambda i, carry: following(i * size, size, carry), carry)
-    return following(count * size, rest, carry) if rest else carry
+    first, sums = some(0, None)
+    if count == 1:
+        return first, sums
+    results = jax.tree.map(lambda a: lax.empty((count * size, *a.shape[1:]), a.dtype), first)
+    # XLA would take a loop of one step apart, and keep the sums twice.
+    bound = lax.optimization_barrier(jnp.int32(count))
+    results, sums = lax.fori_loop(1, bound, step, (put(results, first, 0), sums))
+    return jax.tree.map(lambda a: a[:rows], results), sums
 
 
 # Derivative.
@@ -366,6 +358,7 @@ def _sum_of_losses_jvp(options: Options, implementation: Implementation, primals
         implementation=implementation,
     )
     losses = options.loss(labels, vocabulary, *statistics)
+    dtype = losses.dtype
     losses, dx, dweight, dbias = (
         g if g is None else checkpoint_name(g, f"linear_cross_entropy_{name}")
         for name, g in {"losses": losses, "dx": dx, "dweight": dweight, "dbias": dbias}.items()
@@ -374,9 +367,7 @@ def _sum_of_losses_jvp(options: Options, implementation: Implementation, primals
 
     def along(*pairs):
         moving = [(g, t) for g, t in pairs if g is not None and not isinstance(t, SymbolicZero)]
-        return sum(
-            (jnp.sum(g.astype(losses.dtype) * t.astype(losses.dtype)) for g, t in moving), jnp.zeros((), losses.dtype)
-        )
+        return sum((jnp.sum(g.astype(dtype) * t.astype(dtype)) for g, t in moving), jnp.zeros((), dtype))
 
     shared = along((dweight, weight_dot), (dbias, bias_dot))
     if options.axis_name is not None:

@@ -1,8 +1,9 @@
 """Products of matrices whose tiles are finished while they are in registers."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ STAGES = 3
 GROUP = 16  # tiles below each other that are made at the same time, so that what they read stays in the cache
 
 
-class Part(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Part:
     """An operand, or the shape of a result, and the block of it that belongs to a tile.
 
     `index(row, column, part)` is the block's place, as a `BlockSpec` has it, for the tile in this row and column of the
@@ -52,7 +54,6 @@ def on_tiles(
     outputs: Sequence[Part] = (),
     *,
     part=None,
-    start: Callable = lambda inputs: 0.0,
     aliases: Mapping[int, int] = MappingProxyType({}),
 ) -> list[jax.Array]:
     """`finish(product, place, inputs, outputs)` on every tile of a product, with the refs to the tile's blocks.
@@ -67,7 +68,6 @@ def on_tiles(
         inputs: what else is read.
         outputs: what is written.
         part: an integer, traced or not, which places depend on.
-        start: what the product is added to, from `inputs`.
         aliases: which of `inputs` gives its memory to which of `outputs`.
     """
     (rows, columns, terms), (block, lanes, step) = sizes, tile_of(*sizes, a.array.dtype)
@@ -85,10 +85,12 @@ def on_tiles(
 
         def add(i, total):
             at = pl.ds(i * step, step)
-            factors = (ref[:, at] if axis else ref[at, :] for ref, axis in zip((a_ref, b_ref), contract, strict=True))
-            return total + dot(*factors, [[axis] for axis in contract], jnp.float32)
+            a_step, b_step = (
+                ref[:, at] if axis else ref[at, :] for ref, axis in zip((a_ref, b_ref), contract, strict=True)
+            )
+            return total + dot(a_step, b_step, ([contract[0]], [contract[1]]), jnp.float32)
 
-        total = lax.fori_loop(0, steps, add, jnp.broadcast_to(jnp.float32(start(ins)), (block, lanes)))
+        total = lax.fori_loop(0, steps, add, jnp.zeros((block, lanes), jnp.float32))
         finish(total, place(pl.program_id(0), *part_ref), ins, outs)
 
     def spec(part: Part):

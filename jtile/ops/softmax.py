@@ -10,6 +10,8 @@ A place that does not count has y = 0, or −∞ of the logarithm, and is known 
 
 import functools
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ def forward(name: str, of_mask: tuple[bool, ...]) -> TileOp:
     op = TileOp(name, text, whole="d")
     op.reference(forward_reference)
     op.kernel(forward_kernel)
+    op.tiles(forward_tiles)
     op.transpose(forward_transpose)
     return op
 
@@ -51,8 +54,7 @@ def _scores(x, mask, query, columns, scale):
 def _normalized(z, top, total, log):
     """`top` is finite, and `total` = Σ exp(z − top), which is 0 where nothing counts."""
     total = jnp.where(total == 0, 1.0, total)
-    y = z - top - jnp.log(total) if log else jnp.exp(z - top) * (1 / total)
-    return jnp.where(z == -jnp.inf, -jnp.inf if log else 0.0, y)
+    return z - top - jnp.log(total) if log else jnp.exp(z - top) * (1 / total)
 
 
 def _summand(y, dy, log):
@@ -63,10 +65,10 @@ def _summand(y, dy, log):
 
 
 def _gradient(y, dy, total, scale, log):
-    share = y.astype(total.dtype)
-    counts = share != (-jnp.inf if log else 0)
-    share = jnp.exp(share) if log else share
-    return jnp.where(counts, scale * (_summand(y, dy, log) - share * total), 0.0).astype(y.dtype)
+    wide, dtype = total.dtype, y.dtype
+    y, dy = y.astype(wide), dy.astype(wide)
+    dz = jnp.where(y == -jnp.inf, 0.0, dy - jnp.exp(y) * total) if log else jnp.where(y == 0, 0.0, y * (dy - total))
+    return (scale * dz).astype(dtype)
 
 
 def _least(dtype) -> float:
@@ -88,7 +90,8 @@ def forward_reference(x, mask, query, *, of_mask, scale, log):
     query = None if query is None else query[:, None]
     z = _scores(x, mask, query, jnp.arange(x.shape[-1]), scale)
     top = jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True, initial=_least(z.dtype)))
-    return (_normalized(z, top, jnp.sum(jnp.exp(z - top), axis=-1, keepdims=True), log).astype(x.dtype),)
+    y = _normalized(z, top, jnp.sum(jnp.exp(z - top), axis=-1, keepdims=True), log)
+    return (jnp.where(z == -jnp.inf, jax.lax.stop_gradient(y), y).astype(x.dtype),)
 
 
 @backward.reference
@@ -103,18 +106,28 @@ WIDEST = 32768
 CHUNK = 8192
 
 
-def _tile(rows: int, d: int) -> tuple[int, int]:
-    """How many rows and lanes a program has."""
-    lanes = pl.next_power_of_2(d) if d <= WIDEST else CHUNK
-    return min(max(1, 2048 // lanes), pl.next_power_of_2(rows)), lanes
+class Tile(NamedTuple):
+    """The rows and lanes that a program has."""
+
+    rows: int
+    lanes: int
+    num_warps: int
 
 
-def _warps(elements: int, each: int) -> int:
-    """So that a thread has several loads of 16 bytes in flight, and room in its registers for `each` element."""
-    return min(32, max(1, elements // (32 * each)))
+def _tiles(d: int, each: int) -> Iterator[Tile]:
+    """Best where a thread has so many elements: several loads of 16 bytes in flight, and registers to hold them."""
+    width = pl.next_power_of_2(d)
+    for lanes in [width] if width <= CHUNK else [width, CHUNK] if width <= WIDEST else [CHUNK, CHUNK // 2]:
+        for elements in max(2048, lanes), max(4096, lanes):
+            for warps in (elements // (32 * n) for n in (each, each // 2, each * 2)):
+                yield Tile(elements // lanes, lanes, min(32, max(1, warps)))
 
 
-def forward_kernel(x, mask, query, *, of_mask, scale, log):
+def forward_tiles(x, *rest, **options):
+    return dict.fromkeys(_tiles(x.shape[-1], 32))
+
+
+def forward_kernel(x, mask, query, *, tile, of_mask, scale, log):
     *sizes, d = x.shape
     mask = None if mask is None else _aligned(mask, x.shape, of_mask)
     # Inner rows are those along which the mask has all or one; for each outer one, an index map finds the mask's.
@@ -123,7 +136,7 @@ def forward_kernel(x, mask, query, *, of_mask, scale, log):
     while cut and query is None and has[cut - 1] == has[-1]:
         cut -= 1
     outer, rows = math.prod(sizes[:cut]), math.prod(sizes[cut:])
-    block, lanes = _tile(rows, d)
+    block, lanes = min(tile.rows, pl.next_power_of_2(rows)), tile.lanes
     chunks = pl.cdiv(d, lanes)
 
     def of_outer(k):
@@ -134,10 +147,8 @@ def forward_kernel(x, mask, query, *, of_mask, scale, log):
             k = k // n
         return index
 
-    operands, specs = (
-        [x.reshape(outer, rows, d)],
-        [tile := pl.BlockSpec((None, block, lanes), lambda c, r, k: (k, r, c))],
-    )
+    spec = pl.BlockSpec((None, block, lanes), lambda c, r, k: (k, r, c))
+    operands, specs = [x.reshape(outer, rows, d)], [spec]
     if mask is not None:
         operands.append(mask.reshape(-1, rows if has[-1] else 1, mask.shape[-1]))
         shape = (None, block if has[-1] else 1, lanes if mask.shape[-1] > 1 else 1)
@@ -163,7 +174,8 @@ def forward_kernel(x, mask, query, *, of_mask, scale, log):
     def softmax_kernel(*refs):
         *given, y_ref = refs
         z = scores(*given)
-        y_ref[...] = _normalized(z, *statistics(z), log).astype(y_ref.dtype)
+        top, total = statistics(z)
+        y_ref[...] = _normalized(z, top, total, log).astype(y_ref.dtype)
 
     def statistics_kernel(*refs):
         *given, top_ref, total_ref = refs
@@ -180,27 +192,32 @@ def forward_kernel(x, mask, query, *, of_mask, scale, log):
             in_specs=[*specs, *more_specs],
             out_specs=out_specs,
             out_shape=out_shape,
-            compiler_params=CompilerParams(num_warps=_warps(block * lanes, 32), num_stages=1),
+            compiler_params=CompilerParams(num_warps=tile.num_warps, num_stages=1),
             name=f"{'log_' * log}softmax{name}",
         )(*operands, *more)
 
     if chunks == 1:
-        y = call(softmax_kernel, [], [], tile, operands[0])
+        y = call(softmax_kernel, [], [], spec, operands[0])
     else:
         of_chunk = pl.BlockSpec((None, block, 1), lambda c, r, k: (k, r, c))
-        shape = jax.ShapeDtypeStruct((outer, rows, chunks), jnp.float32)
-        tops, totals = call(statistics_kernel, [], [], [of_chunk] * 2, [shape] * 2, "_statistics")
+        of_chunks = jax.ShapeDtypeStruct((outer, rows, chunks), jnp.float32)
+        tops, totals = call(statistics_kernel, [], [], [of_chunk] * 2, [of_chunks] * 2, "_statistics")
         top = jnp.max(tops, axis=-1, keepdims=True)
         total = jnp.sum(totals * jnp.exp(tops - top), axis=-1, keepdims=True)
         of_row = pl.BlockSpec((None, block, 1), lambda c, r, k: (k, r, 0))
-        y = call(normalize_kernel, [top, total], [of_row] * 2, tile, operands[0])
+        y = call(normalize_kernel, [top, total], [of_row] * 2, spec, operands[0])
     return (y.reshape(x.shape),)
 
 
+@backward.tiles
+def backward_tiles(y, *rest, **options):
+    return dict.fromkeys(_tiles(y.shape[-1], 16))
+
+
 @backward.kernel
-def backward_kernel(y, dy, *, scale, log):
+def backward_kernel(y, dy, *, tile, scale, log):
     rows, d = y.shape
-    block, lanes = _tile(rows, d)
+    block, lanes = min(tile.rows, pl.next_power_of_2(rows)), tile.lanes
     chunks = pl.cdiv(d, lanes)
 
     def sum_of_row(y, dy):
@@ -220,20 +237,20 @@ def backward_kernel(y, dy, *, scale, log):
         return pl.pallas_call(
             kernel,
             grid=(chunks, pl.cdiv(rows, block)),
-            in_specs=[tile, tile, *more_specs],
+            in_specs=[spec, spec, *more_specs],
             out_specs=out_spec,
             out_shape=out_shape,
-            compiler_params=CompilerParams(num_warps=_warps(block * lanes, 16), num_stages=1),
+            compiler_params=CompilerParams(num_warps=tile.num_warps, num_stages=1),
             name=f"{'log_' * log}softmax_backward{name}",
         )(y, dy, *more)
 
-    tile = pl.BlockSpec((block, lanes), lambda c, r: (r, c))
+    spec = pl.BlockSpec((block, lanes), lambda c, r: (r, c))
     if chunks == 1:
-        return (call(softmax_backward_kernel, [], [], tile, y),)
+        return (call(softmax_backward_kernel, [], [], spec, y),)
     shape = jax.ShapeDtypeStruct((rows, chunks), jnp.float32)
     totals = call(total_kernel, [], [], pl.BlockSpec((block, 1), lambda c, r: (r, c)), shape, "_total")
     of_row = pl.BlockSpec((block, 1), lambda c, r: (r, 0))
-    return (call(gradient_kernel, [jnp.sum(totals, axis=-1, keepdims=True)], [of_row], tile, y),)
+    return (call(gradient_kernel, [jnp.sum(totals, axis=-1, keepdims=True)], [of_row], spec, y),)
 
 
 # Derivative.
@@ -262,8 +279,8 @@ def softmax(
     once. The gradient is computed from the result alone, in one pass over it and its cotangent.
 
     What does not count, by `mask`, by `is_causal` or as a score of −∞, is 0 in the result and in the gradient, whatever
-    `x` and the cotangent are there, NaN included. A row in which nothing counts is 0 throughout. Where +∞ or NaN counts
-    in a row, all that counts in it is NaN, as in `jax.nn.softmax`.
+    `x` and the cotangent are there, NaN included. A row in which nothing counts is 0 throughout, and one in which +∞ or
+    NaN counts is NaN throughout.
 
     Args:
         x: scores, of any shape with at least one dimension; softmax runs over the last. For another, move it there by

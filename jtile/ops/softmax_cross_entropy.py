@@ -174,6 +174,7 @@ def backward_kernel(logits, labels, lse, dlse, dpicked, dtotal, *, tile, logits_
         in_specs=[tile, *[row] * len(given)],
         out_specs=[tile],
         out_shape=[logits],
+        input_output_aliases={0: 0},  # XLA copies logits that are needed afterwards
         compiler_params=CompilerParams(num_warps=num_warps, num_stages=1),
         name="softmax_cross_entropy_backward",
     )(logits, *given)
@@ -220,7 +221,8 @@ def softmax_cross_entropy(
     A token whose loss has a zero cotangent gets a zero gradient even where its logits are not finite.
 
     Logits may be split over devices along the vocabulary, too: for each token devices then exchange two numbers, three
-    with label smoothing, and none for the gradient.
+    with label smoothing, and none for the gradient. (As many again in `jax.shard_map(check_vma=False)`, where JAX does
+    not know that they have the same cotangents.)
 
     Args:
         logits: any leading shape, then the vocabulary, of any size from 1.

@@ -330,7 +330,7 @@ def checkpoint(trial: Trial) -> None:
     """`checkpoint` with every policy; residuals saved by name spare the forward kernel a second run."""
     inputs = trial.operands(), trial.cotangents()
     program = equations(jax.make_jaxpr(pullback(trial.kernel))(*inputs).jaxpr)
-    saved = [e.params["name"] for e in program if e.primitive.name == "name"]
+    saved = list(dict.fromkeys(e.params["name"] for e in program if e.primitive.name == "name"))
     policies = jax.checkpoint_policies
     by_name = policies.save_only_these_names(*saved)
     offloading = dict(offload_src="device", offload_dst="pinned_host")
@@ -490,6 +490,11 @@ class Split:
         case = self.trial.case
         return sum(math.prod(case.shape(t)) for t in terms if self.axis(t) is None and t.name not in case.integers)
 
+    def gathered(self) -> int:
+        """How many numbers a device gives where operands are gathered along the dimension."""
+        case = self.trial.case
+        return sum(math.prod(case.shape(t)) // self.count for t in case.parsed.operands if self.axis(t) is not None)
+
     def name_in(self, op: TileOp) -> str:
         """What the op calls the dimension."""
         places = {t.name: self.axis(t) for t in self.trial.case.parsed.operands}
@@ -554,32 +559,65 @@ def gathering(trial: Trial) -> None:
         trial.agree(actual, trial.expected(value_and_pullback, trial.operands(), cotangents))
 
 
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a program tells that a dimension is split: by its arrays' shardings, or by `shard_map`."""
+
+    kind: AxisType
+    check_vma: bool | None = None  # of `shard_map`
+    others: int = 1  # devices along an axis that nothing is split over, and that `shard_map` leaves alone
+
+    def __str__(self) -> str:
+        partly = " of one axis of two" if self.others > 1 else ""
+        return self.kind.name if self.check_vma is None else f"shard_map{partly} with check_vma={self.check_vma}"
+
+
+BY_SHARDINGS = Way(AxisType.Auto), Way(AxisType.Explicit)
+# One dimension is split in the first two ways and the next in the other two.
+BY_SHARD_MAP = (
+    (Way(AxisType.Auto, check_vma=True), Way(AxisType.Auto, check_vma=False, others=2)),
+    (Way(AxisType.Auto, check_vma=False), Way(AxisType.Auto, check_vma=True, others=2)),
+)
+
+
 @law
 def exchanges(trial: Trial) -> None:
-    """Devices exchange the sums that the mathematics needs and nothing else, counted in programs for four H200s."""
+    """Devices exchange what the mathematics needs and nothing else, counted in programs for four H200s."""
     trial, signature = Trial(trial.op, trial.case, "triton"), trial.case.parsed
-    for dim, kind in itertools.product(trial.case.split.split(), AxisType):
+
+    def check(split: Split, way: Way, name: str, program, needed: int) -> None:
+        found, numbers = collectives(program), exchanged(program)
+        assert numbers == needed, (
+            f"the {name} pass with `{split.dim}` split over {split.count} devices, {way}, exchanges "
+            f"{numbers} numbers by {dict(found)}, and needs {needed}"
+        )
+
+    def programs(dim: str, way: Way) -> tuple[Split, jax.stages.Compiled, jax.stages.Compiled]:
         split = Split(trial, dim, math.gcd(trial.case.sizes[dim], 4))
-        axis_type = AxisType.Explicit if kind == AxisType.Explicit else AxisType.Auto
-        mesh = Target.named(TARGETS[1]).make_mesh((split.count,), (split.AXIS,), (axis_type,))
-        forward, backward = _programs(split, mesh, manual=kind == AxisType.Manual)
-        for name, program, needed in (
-            ("forward", forward, split.lacking(signature.results) * trial.case.exchanged.get(split.dim, 1)),
-            ("backward", backward, split.lacking(signature.operands)),
-        ):
-            found, numbers = collectives(program), exchanged(program)
-            assert numbers == needed, (
-                f"the {name} pass with `{split.dim}` split over {split.count} devices, {kind.name}, exchanges "
-                f"{numbers} numbers by {dict(found)}, and needs {needed}"
-            )
+        shape, names = (split.count, way.others), (split.AXIS, "other")
+        return split, *_programs(split, Target.named(TARGETS[1]).make_mesh(shape, names, (way.kind,) * 2), way)
+
+    for i, dim in enumerate(trial.case.split.split()):
+        for way in *BY_SHARDINGS, *BY_SHARD_MAP[i % 2]:
+            split, forward, backward = programs(dim, way)
+            sums = split.lacking(signature.results) * trial.case.exchanged.get(dim, 1)
+            check(split, way, "forward", forward, sums)
+            # JAX does not know without `check_vma` that devices have the same cotangent of a sum, and adds them up.
+            unknown = sums if way.check_vma is False else 0
+            check(split, way, "backward", backward, split.lacking(signature.operands) + unknown)
+    for other, way in itertools.product(Split.others(trial), BY_SHARDINGS):
+        split, forward, _ = programs(other.dim, way)  # an operand is gathered once, or a part of it will do
+        check(split, way, "forward", forward, min(exchanged(forward), split.gathered()))
 
 
-def _programs(split: Split, mesh, manual: bool) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+def _programs(split: Split, mesh, way: Way) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
     """The compiled forward pass, which returns what the backward pass reads, and that backward pass."""
     trial, ins, outs = split.trial, split.operand_specs(), split.result_specs()
     function = trial.kernel
-    if manual:
-        function = jax.shard_map(split.on_parts(), mesh=mesh, in_specs=(ins,), out_specs=outs)
+    if way.check_vma is not None:
+        names = set(mesh.axis_names if way.others == 1 else [split.AXIS])
+        manual = functools.partial(jax.shard_map, mesh=mesh, axis_names=names, check_vma=way.check_vma)
+        function = manual(split.on_parts(), in_specs=(ins,), out_specs=outs)
 
     def placed(shapes, shardings):
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

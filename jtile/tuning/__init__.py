@@ -16,11 +16,12 @@ chip as a `Target` (`None` where the kernel is interpreted) and the op's options
     def forward_kernel(x, scale, residual, *, tile, epsilon):
         ...
 
-A tile is a NamedTuple or frozen dataclass of numbers, or of such tiles where one op launches several kernels. When the
-op is lowered for a chip, `choose` looks for what was found best there for the same op, dtypes, options and sizes of
-dimensions, each up to the next power of two; then for the nearest sizes; then on another chip of the same compute
-capability; and takes the heuristic where there is nothing. It takes only what the generator yields for this very call.
-So a choice never fails, and one that a changed op no longer offers is as good as none.
+A tile is a NamedTuple or frozen dataclass of numbers, or of such tiles where one op launches several kernels; None
+where a call leaves no choice. When the op is lowered for a chip, `choose` looks for what was found best there for the
+same op, dtypes, options and sizes of dimensions, each up to the next power of two; then for the nearest sizes; then on
+another chip of the same compute capability; and takes the heuristic where there is nothing. It takes only what the
+generator yields for this very call. So a choice never fails, and one that a changed op no longer offers is as good as
+none.
 
 What is known comes from `data/`, which is shipped, under what `jtile.autotune` found or `load` read, where it is in
 force. Nothing is ever measured unless `jtile.autotune` or `python -m jtile tune` asks for it.

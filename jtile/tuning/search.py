@@ -84,7 +84,8 @@ def calls_of(fn: Callable, *args: Any) -> list[Call]:
         lowered = jax.jit(lambda *args: fn(*args)).lower(*args)
         if len(jax.devices()) > 1:  # what XLA splits it does in compiling
             lowered.compile()
-    return list({_key(call): call for call in calls if call.target is not None}.values())
+    chosen = [call for call in calls if call.target is not None and len(candidates(call)) > 1]
+    return list({_key(call): call for call in chosen}.values())
 
 
 def search(calls: Sequence[Call], step: Callable[[Call, int, int], None] = lambda *_: None) -> Iterator[Found]:

@@ -12,7 +12,7 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -370,9 +370,9 @@ def encoded(tile: Any) -> Any:
 # Several processes
 
 
-def agreed(make: Any) -> str:
+def agreed(make: Callable[[], str]) -> str:
     """The text that `make` returns, in a job of several processes that of the first one."""
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return make()
     from jax.experimental import multihost_utils
 

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jtile
+from jtile.compiler.interpret import interpret_pallas
 from jtile.ops import dropout as op
 from jtile.ops import random_bits as generator
 
@@ -242,11 +243,12 @@ def test_columns_that_devices_cannot_split_are_gathered():
     np.testing.assert_array_equal(np.asarray(y) != 0, kept((3, 24), 0.3))
 
 
-def test_blocks_of_any_size(monkeypatch):
-    expected = kept((9, 264), 0.4)
-    for block in 64, 512:
-        monkeypatch.setattr(op, "BLOCK", block)
-        np.testing.assert_array_equal(kept((9, 264), 0.4, implementation="interpret"), expected)
+@pytest.mark.parametrize("tile", [op.Tile(4, 16, 1), op.Tile(1, 64, 4), op.Tile(2, 512, 2)])
+def test_blocks_of_any_size(tile):
+    rows, columns, words = jnp.arange(9), jnp.arange(0, 264, 8), jax.random.key_data(KEY)
+    kernel = interpret_pallas(functools.partial(op.forward_kernel, tile=tile, threshold=round(0.4 * 2**16)))
+    (y,) = jax.jit(kernel)(jnp.ones((9, 264)), None, rows, columns, words)
+    np.testing.assert_array_equal(y != 0, kept((9, 264), 0.4))
 
 
 def test_what_is_refused():

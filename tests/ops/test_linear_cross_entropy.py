@@ -74,7 +74,7 @@ def check(given, gradients, implementation, rtol=2e-6, **options):
         renamed = {"cap" if name == "logits_soft_cap" else name: value for name, value in options.items()}
         expected = jax.value_and_grad(lambda *a: defined(*a, labels, **renamed), present)(*wide)
     for got, wanted in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        size = float(jnp.max(jnp.abs(wanted), initial=1.0))
+        size = np.max(np.abs(np.asarray(wanted)), initial=1.0)
         np.testing.assert_allclose(np.asarray(got, np.float64), wanted, rtol=4 * rtol, atol=rtol * size)
 
 
@@ -206,9 +206,9 @@ def test_memory_of_the_forward_pass(monkeypatch):
 
 
 def test_memory_with_logits_formed_again(monkeypatch):
-    """The gradients of a slab of logits, the slab of the weight and of its gradient, and dx in float32."""
-    slab = op.SLAB_TYPICAL if hasattr(op, "SLAB_TYPICAL") else 2**26
-    kept = 2 * slab + 2 * 2 * D * slab / T + 4 * T * D
+    """The gradients of a slab of logits, the slab of the weight, and dx in float32, once more where XLA adds to it."""
+    slab = 3 * 2**25
+    kept = 2 * slab + 2 * D * slab / T + 2 * 4 * T * D
     assert temporary(jax.value_and_grad(loss, (0, 1)), monkeypatch) < 1.1 * kept / GIB
 
 

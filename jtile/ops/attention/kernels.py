@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jtile.ops.attention import hopper
 from jtile.ops.attention.reference import row_sums
 
 
@@ -177,6 +178,9 @@ def _origin_spec(origin):
 
 
 def forward(query, key, value, origin, *, tile, scale):
+    if isinstance(tile, hopper.ForwardTile):
+        high = None if origin is None else 0
+        return hopper.forward(query, key, value, origin, tile=tile, scale=scale, low=None, high=high)
     keys, head_dim, value_dim = key.shape[1], query.shape[-1], value.shape[-1]
     grid, some_queries, all_keys = _by_queries(query, key, tile, origin is not None)
     return pl.pallas_call(
@@ -194,6 +198,9 @@ def forward(query, key, value, origin, *, tile, scale):
 
 
 def backward(query, key, value, origin, out, lse, dout, dlse, *, tile, scale):
+    if isinstance(tile, hopper.BackwardTile):
+        band = dict(low=None, high=None if origin is None else 0)
+        return hopper.backward(query, key, value, origin, out, lse, dout, dlse, tile=tile, scale=scale, **band)
     delta = row_sums(out, dout, dlse)
     dquery = _dquery(query, key, value, origin, lse, delta, dout, tile.dquery, scale)
     return dquery, *_dkey_dvalue(query, key, value, origin, lse, delta, dout, tile.dkey_dvalue, scale)

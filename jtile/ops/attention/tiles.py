@@ -7,6 +7,7 @@ from typing import NamedTuple
 from jax.experimental import pallas as pl
 
 from jtile.compiler.params import CompilerParams
+from jtile.ops.attention import hopper
 
 
 class Tile(NamedTuple):
@@ -71,13 +72,17 @@ class BackwardTiles(NamedTuple):
     dkey_dvalue: Tile
 
 
-def forward_tiles(query, key, value, *rest, **options) -> Iterator[Tile]:
+def forward_tiles(query, key, value, origin, *, target, scale) -> Iterator[Tile | hopper.ForwardTile]:
+    if hopper.obstacle(query, key, value, scale, target) is None:
+        yield from hopper.forward_tiles(query, key, value, low=None, high=None if origin is None else 0, target=target)
     yield _fitting(FORWARD, query, value)
     yield from _others(query, value, (64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128), (256, 64))
 
 
-def backward_tiles(query, key, value, *rest, **options) -> Iterator[BackwardTiles]:
+def backward_tiles(query, key, value, origin, *rest, target, scale) -> Iterator[BackwardTiles | hopper.BackwardTile]:
     """One kernel's tile at a time differs from the untuned one; the tuner puts the best of both together."""
+    if hopper.obstacle(query, key, value, scale, target, widest=128) is None:
+        yield from hopper.backward_tiles(query, key, value, low=None, high=None if origin is None else 0)
     untuned = BackwardTiles(_fitting(DQUERY, query, value), _fitting(DKEY_DVALUE, query, value))
     yield untuned
     dquery = _others(query, value, (32, 32), (64, 32), (64, 64), (128, 32), (128, 64))
