@@ -135,7 +135,8 @@ def test_compiled(head_dim, is_causal):
     assert (forward.name, backward.name) == ("attention", "attention_backward")
     groups = 3 if head_dim == 64 else 2
     loops = 2 if is_causal else 1  # over blocks where some queries do not see some keys, and over the others
-    assert waits(forward) == sorted(groups * [0, *loops * [1, 0], 0])
+    assert waits(forward).count(1) == groups * loops
+    assert len(waits(forward)) <= groups * (1 + 2 * loops + 1)  # groups may share the last one's code
     assert waits(backward) == sorted(2 * [1, 1, 2, 0])
     for kernel in forward, backward:
         assert kernel.instructions["wgmma.mma_async"] == kernel.tensor_core_instructions > 0
