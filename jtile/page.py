@@ -291,7 +291,7 @@ def _matrix(place: dict[int, int], tiles, drawn: list[int], sizes, shape, colour
     rects = []
     for (row, column), programs in tiles.items():
         attributes = f'fill="{colours[programs[0]]}" data-programs="{" ".join(map(str, programs))}"'
-        rects.append(rect(row, column, *blocks, attributes, words((row, column))))
+        rects.append(rect(row, column, blocks[0], blocks[1], attributes, words((row, column))))
     # What lies past the array's edges is neither read nor written.
     edges = [(low, left, 0 - low, right - left), (low, left, high - low, 0 - left)]
     edges += [(extents[0], left, high - extents[0], right - left), (low, extents[1], high - low, right - extents[1])]

@@ -7,7 +7,7 @@ position. Its derivative turns the cotangent back, g = scale · Rᵀ dy, and is 
 """
 
 import math
-from collections.abc import Hashable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -228,7 +228,6 @@ def qk_norm_rope(
             f"{k.dtype} of shape {k.shape}"
         )
 
-    static: dict[str, Hashable] = dict(epsilon=float(epsilon), interleaved=bool(interleaved))
-    results = (forward(x, s, *angles, implementation=implementation, **static) for x, s in ((q, q_scale), (k, k_scale)))
-    (y, _), (z, _) = results
+    options: dict[str, Any] = dict(epsilon=float(epsilon), interleaved=bool(interleaved), implementation=implementation)
+    (y, _), (z, _) = (forward(x, scale, *angles, **options) for x, scale in ((q, q_scale), (k, k_scale)))
     return y, z

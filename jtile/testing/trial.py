@@ -204,7 +204,7 @@ class Trial:
         narrow = any(x.dtype != w.dtype for x, w in zip(jax.tree.leaves(inputs), jax.tree.leaves(wide), strict=True))
         return own, self.compiled(derive)(*wide) if narrow else own
 
-    def agree(self, actual, expected: tuple[Any, Any]) -> None:
+    def agree(self, actual, expected: tuple[Any, ...]) -> None:
         """Assert that `actual` is what `expected` returned, but for rounding.
 
         The truth t is what the reference makes of the operands in float32. The error allowed each value is the sum of

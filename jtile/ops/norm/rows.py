@@ -9,7 +9,8 @@ Where these do not suffice, one kernel takes the means over rows and a second, w
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -184,7 +185,7 @@ def forward(name, given: Arrays, centred, epsilon, gate_last, tile: Tile) -> Arr
             out["y"][at] = _after((u - mean) * rstd, refs, at, columns, gate_last).astype(out["y"].dtype)
 
         zeros, lanes = jnp.zeros((tile.rows, chunk)), jax.lax.broadcasted_iota(jnp.int32, (1, chunk), 1)
-        mean = 0.0
+        mean: Any = 0.0
         if count == 1:
             u = read(slice(None), None, out)
             if centred:
@@ -196,7 +197,8 @@ def forward(name, given: Arrays, centred, epsilon, gate_last, tile: Tile) -> Arr
                 return updated(carried, read(columns, "evict_last", out), j * chunk + lanes < d, j + 1)
 
             counts = ((d - 1 - lanes) // chunk + 1).astype(jnp.float32)
-            mean, squares = combined(counts, *chunks(moments, (zeros, zeros)), axis=1, size=d)
+            lane_mean, lane_squares = chunks(moments, (zeros, zeros))
+            mean, squares = combined(counts, lane_mean, lane_squares, axis=1, size=d)
         else:
             squared = chunks(lambda _, columns, sums: sums + read(columns, "evict_last", out) ** 2, zeros)
             squares = jnp.sum(squared, axis=1, keepdims=True)
@@ -210,7 +212,7 @@ def forward(name, given: Arrays, centred, epsilon, gate_last, tile: Tile) -> Arr
             chunks(lambda _, columns, __: write(read(columns, "evict_first"), columns))
 
     number = jax.ShapeDtypeStruct((rows,), jnp.float32)
-    out_shape = {"y": given["x"], "rstd": number}
+    out_shape: dict[str, Any] = {"y": given["x"], "rstd": number}
     if "residual" in given:
         out_shape["h"] = given["x"]
     if centred:
@@ -259,7 +261,10 @@ def backward(name, given: Arrays, biased, gate_last, tile: Tile) -> Arrays:
             for name, total in of_chunk.items():
                 out[name][:, pl.ds(j * chunk, chunk)] = total[None]
 
-    out_shape = {"dx": given["x"], **dict.fromkeys(names, jax.ShapeDtypeStruct((programs, d), jnp.float32))}
+    out_shape: dict[str, Any] = {
+        "dx": given["x"],
+        **dict.fromkeys(names, jax.ShapeDtypeStruct((programs, d), jnp.float32)),
+    }
     if "gate" in given:
         out_shape["dgate"] = given["gate"]
     out = _call(kernel, given, out_shape, name, tile, programs, steps * tile.rows)
@@ -269,7 +274,9 @@ def backward(name, given: Arrays, biased, gate_last, tile: Tile) -> Arrays:
     return out
 
 
-def _call(kernel, given: Arrays, out_shape: Arrays, name: str, tile: Tile, programs: int, rows: int) -> Arrays:
+def _call(
+    kernel, given: Arrays, out_shape: Mapping[str, Any], name: str, tile: Tile, programs: int, rows: int
+) -> Arrays:
     """Launches programs that own so many rows each."""
     d = given["x"].shape[1]
     columns = pl.cdiv(d, tile.columns) * min(d, tile.columns)
@@ -343,7 +350,10 @@ def _by_columns(name, given: Arrays, biased, gate_last) -> Arrays:
         for name, total in jax.lax.fori_loop(0, steps, step, zeros).items():
             out[name][...] = total[None]
 
-    out_shape = {"dx": given["x"], **dict.fromkeys(names, jax.ShapeDtypeStruct((strips, d), jnp.float32))}
+    out_shape: dict[str, Any] = {
+        "dx": given["x"],
+        **dict.fromkeys(names, jax.ShapeDtypeStruct((strips, d), jnp.float32)),
+    }
     if "gate" in given:
         out_shape["dgate"] = given["gate"]
 
