@@ -25,7 +25,7 @@ from jtile.compiler.primitives import (
 from jtile.compiler.triton_call import triton_call
 from jtile.debugger import debug
 from jtile.op import TileOp
-from jtile.ops.attention import dot_product_attention
+from jtile.ops.attention import BlockMask, create_block_mask, dot_product_attention, flex_attention
 from jtile.ops.gated_activation import gated_activation
 from jtile.ops.rms_norm import rms_norm
 from jtile.ops.rope import rope
@@ -34,6 +34,7 @@ from jtile.report import explain, inspect
 
 __all__ = [
     "EXPORT_CHECKS",
+    "BlockMask",
     "CompilerParams",
     "TileOp",
     "approx_tanh",
@@ -45,12 +46,14 @@ __all__ = [
     "atomic_or",
     "atomic_xchg",
     "atomic_xor",
+    "create_block_mask",
     "debug",
     "debug_barrier",
     "dot",
     "dot_product_attention",
     "elementwise_inline_asm",
     "explain",
+    "flex_attention",
     "gated_activation",
     "inspect",
     "interpret_pallas",
