@@ -141,8 +141,7 @@ class Walk:
 
 def _function(eqn) -> Callable:
     def run(*operands):
-        functions, params = eqn.primitive.get_bind_params(eqn.params)
-        results = eqn.primitive.bind(*functions, *operands, **params)
+        results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
         return list(results) if eqn.primitive.multiple_results else [results]
 
     return run

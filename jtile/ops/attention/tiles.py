@@ -21,7 +21,7 @@ class Tile(NamedTuple):
 
     @property
     def compiler_params(self) -> CompilerParams:
-        return CompilerParams(num_warps=self.num_warps, num_stages=self.num_stages)
+        return CompilerParams(num_warps=self.num_warps, num_stages=self.num_stages, warp_specialize=False)
 
 
 # By the bytes of an element and the widest head dim that a tile serves.
