@@ -27,7 +27,8 @@ def operand_gradient(query, key, value, *rest, variant: Variant, operand: str):
     lists = (*kernels.OF_KEYS, *kernels.OF_QUERIES)
     refs = kernels._refs(variant, arrays, *kernels.NOT_OF_SCORES, *lists)
     program = _Program(variant, next(o for o in variant.operands if o.name == operand), sizes, query.shape, key.shape)
-    return (program.launch(query, key, value, lse, delta, dout, refs, tile),)
+    gradient = program.launch(query, key, value, lse, delta, dout, refs, tile)
+    return (gradient.reshape(variant.named(arrays)[operand].shape),)
 
 
 class _Program:
@@ -108,6 +109,8 @@ class _Program:
             share = pl.cdiv(self.counts["q"], self.parts) * self.counts["k"]
             first = pl.program_id(0) * share
             return jnp.minimum(first, count), jnp.minimum(first + share, count)
+        if self.variant.has("query_offset"):
+            return 0, count
         if "k" in own and "q" not in own:
             start = own["k"] * sizes.block_k
             found = visits.static_range(
@@ -172,7 +175,7 @@ class _Program:
         axes_of = {o.name: o.axes for o in self.variant.operands if o.rank is None}
 
         def named(name):
-            if name in axes_of:
+            if axes_of.get(name):
                 return self.spec(axes_of[name])
             return pl.BlockSpec(refs[name].shape, lambda *ids: (0,) * refs[name].ndim)
 

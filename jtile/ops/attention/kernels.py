@@ -105,7 +105,7 @@ class Elements:
 
     def _load(self, operand, index: dict[str, Any]):
         at = tuple(index[a] if a in self.looped else slice(None) for a in operand.axes if a in f"qk{self.looped}")
-        value = self.refs[operand.name][at or ...]
+        value = self.refs[operand.name][at or (... if operand.axes else 0)]
         own = "".join(a for a in self.axes if a in operand.axes)
         return (value.T if own == "kq" else value), own
 
@@ -424,7 +424,7 @@ def _specs(variant: Variant, refs: Mapping[str, Any], place: Callable[..., dict[
 
     def named(name: str) -> pl.BlockSpec:
         shape = refs[name].shape
-        if name not in axes:
+        if not axes.get(name):
             return pl.BlockSpec(shape, lambda *ids: (0,) * len(shape))
         # One that holds for all in a batch has a batch axis of size 1.
         single = axes[name].startswith("b") and shape[0] == 1
@@ -472,7 +472,8 @@ OF_KEYS, OF_QUERIES = ("key_blocks", "key_counts"), ("query_blocks", "query_coun
 
 
 def _refs(variant: Variant, arrays, *without: str) -> dict[str, jax.Array]:
-    return {name: x for name, x in variant.named(arrays).items() if name not in without}
+    named = {name: x for name, x in variant.named(arrays).items() if name not in without}
+    return {name: jnp.atleast_1d(x) for name, x in named.items()}
 
 
 def _with_range(variant: Variant, refs, sizes: Sizes, *, of_keys: bool) -> dict[str, jax.Array]:

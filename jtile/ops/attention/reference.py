@@ -1,5 +1,7 @@
 """The meaning of attention: the whole score matrix, in memory."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -29,7 +31,7 @@ def _split_heads(x, key_heads):
 def _folded(variant: Variant, query, key, value, arrays):
     """`...` as one dimension, and the operands by name."""
     lead = query.ndim - 3
-    fold = lambda x, lead=lead: x.reshape(-1, *x.shape[lead:])  # noqa: E731
+    fold = lambda x: x.reshape(math.prod(x.shape[:lead]), *x.shape[lead:])  # noqa: E731
     x = {name: fold(a) if o.axes.startswith("b") else a for o, (name, a) in zip(variant.operands, arrays, strict=True)}
     return *map(fold, (query, key, value)), x
 
@@ -125,7 +127,7 @@ def forward(query, key, value, *arrays, variant: Variant):
     weights = jnp.exp(scores - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None])
     if variant.dropout:
         weights = jnp.where(elements.kept(), variant.kept_factor * weights, 0.0)
-    weights = weights.reshape(batch, key.shape[2], -1, *weights.shape[2:])
+    weights = weights.reshape(batch, key.shape[2], heads // key.shape[2], *weights.shape[2:])
     narrow = jnp.bfloat16 if value.dtype.itemsize == 1 else value.dtype
     out = _einsum("bkgst,btke->bskge", weights.astype(narrow), value.astype(narrow))
     out_dtype = jnp.bfloat16 if query.dtype.itemsize == 1 else query.dtype
@@ -147,7 +149,7 @@ def _derivatives(variant: Variant, query, key, value, rest):
     delta = row_sums(out, dout, dlse)
     lead = query.ndim - 3
     query, key, value, x = _folded(variant, query, key, value, list(variant.named(arrays).items()))
-    lse, delta, dout = (a.reshape(-1, *a.shape[lead:]) for a in (lse, delta, dout))
+    lse, delta, dout = (a.reshape(math.prod(a.shape[:lead]), *a.shape[lead:]) for a in (lse, delta, dout))
     lse, delta = (jnp.swapaxes(a, 1, 2)[..., None] for a in (lse, delta))
     elements = _Elements(variant, x, (query.shape[0], query.shape[2], query.shape[1], key.shape[1]))
     scores, slope, visible = _scores(variant, query, key, elements, with_derivative=True)
@@ -167,7 +169,8 @@ def backward(query, key, value, *rest, variant: Variant):
     query, key, value, dout, weights, dscores, slope, _ = _derivatives(variant, query, key, value, rest)
     dscores = variant.scale * (dscores if slope is None else dscores * slope)
     key_heads, guarded = key.shape[2], variant.masks_by_data
-    group = lambda x, dtype: x.reshape(x.shape[0], key_heads, -1, *x.shape[2:]).astype(dtype)  # noqa: E731
+    heads = query.shape[2] // key_heads
+    group = lambda x, dtype: x.reshape(x.shape[0], key_heads, heads, *x.shape[2:]).astype(dtype)  # noqa: E731
     (clean_query, _), (clean_key, _) = (_clean(x, guarded=guarded) for x in (query, key))
     dquery = _einsum("bkgst,btkd->bskgd", group(dscores, key.dtype), clean_key)
     dkey = _einsum("bkgst,bskgd->btkd", group(dscores, query.dtype), _split_heads(clean_query, key_heads))
@@ -185,8 +188,8 @@ def row_sums(out, dout, dlse):
 
 def operand_gradient(query, key, value, *rest, variant: Variant, operand: str):
     """The gradient of an operand that scores depend on."""
-    _, _, _, _, _, dscores, _, elements = _derivatives(variant, query, key, value, rest)
-    scaled = variant.scale * _products(query.reshape(-1, *query.shape[-3:]), key.reshape(-1, *key.shape[-3:]))
+    query, key, *_, dscores, _, elements = _derivatives(variant, query, key, value, rest)
+    scaled = variant.scale * _products(query, key)
     x = elements.x[operand]
 
     def scores(array):
