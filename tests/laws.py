@@ -95,6 +95,19 @@ CASES = {
             typical={"b": 2, "s": 1024, "t": 1024, "k": 8, "g": 4, "d": 80, "e": 80},
         ),
     ),
+    "attention_with_features": (
+        jtile.dot_product_attention,
+        Case(
+            "query: b s (k g) d, key: b t k d, value: b t k e, bias: (k g) s t, sinks: (k g), key_value_seq_lengths: b "
+            "-> out: b s (k g) e",
+            {"b": 2, "s": 24, "t": 40, "k": 2, "g": 2, "d": 16, "e": 16},
+            options={"is_causal": True, "logits_soft_cap": 4.0, "local_window_size": (30, None)},
+            integers={"key_value_seq_lengths": (1, "t")},
+            split="b k",
+            fixed="d e",
+            typical={"b": 2, "s": 1024, "t": 1024, "k": 8, "g": 4, "d": 64, "e": 64},
+        ),
+    ),
 }
 
 
@@ -105,7 +118,9 @@ def trial(name: str) -> Trial:
 
 # The second case of attention differs from the first in arithmetic alone.
 ARITHMETIC = ("kernel", "gradient", "forward_mode", "second_order", "dtypes", "shapes", "repeats", "compiles")
-TABLE = [(name, law) for name in CASES for law in (ARITHMETIC if name == "causal_attention" else LAWS)]
+FEATURES = ("gradient", "second_order", "x64", "auto_sharding", "explicit_sharding", "exchanges", "shard_map")
+SOME = {"causal_attention": ARITHMETIC, "attention_with_features": FEATURES}
+TABLE = [(name, law) for name in CASES for law in SOME.get(name, LAWS)]
 
 
 @pytest.mark.parametrize("name, law", TABLE)

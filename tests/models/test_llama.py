@@ -399,9 +399,7 @@ def test_packed_documents_have_the_loss_of_each_alone():
 
 def test_windows_and_soft_caps_in_training_and_generation():
     """What a window leaves out changes nothing, and the cache gives what whole sequences do."""
-    config = dataclasses.replace(
-        llama.SIZES["tiny"], num_hidden_layers=1, sliding_window=3, attn_logit_softcapping=0.5
-    )
+    config = dataclasses.replace(llama.SIZES["tiny"], num_hidden_layers=1, sliding_window=3, attn_logit_softcapping=0.5)
     model = llama.Llama(config, rngs=nnx.Rngs(0))
     tokens = jax.random.randint(jax.random.key(0), (1, 12), 0, config.vocab_size)
     logits = model(tokens)

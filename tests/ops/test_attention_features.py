@@ -322,10 +322,16 @@ def test_head_dims_of_latent_attention():
         (dict(query_seq_lengths=jnp.zeros(3, int)), r"`query_seq_lengths` must be integers of shape \(2,\)"),
         (dict(key_value_seq_lengths=jnp.zeros(2)), r"`key_value_seq_lengths` must be integers .* got float32"),
         (dict(key_value_segment_ids=jnp.zeros(8, int)), "are needed together"),
-        (dict(query_segment_ids=jnp.zeros(7, int)), r"`query_segment_ids` must be integers of shape \(2, 8\), or \(8,\)"),
+        (
+            dict(query_segment_ids=jnp.zeros(7, int)),
+            r"`query_segment_ids` must be integers of shape \(2, 8\), or \(8,\)",
+        ),
         (dict(local_window_size=(-1, 2)), r"none of them negative; got \(-1, 2\)"),
         (dict(logits_soft_cap=0.0), "`logits_soft_cap` must be positive and finite, or None, got 0.0"),
-        (dict(sinks=jnp.zeros(2)), r"`sinks` must be floating point, one for each of 4 heads, got float32 of shape \(2,\)"),
+        (
+            dict(sinks=jnp.zeros(2)),
+            r"`sinks` must be floating point, one for each of 4 heads, got float32 of shape \(2,\)",
+        ),
         (dict(dropout_rate=0.1), "dropout_rate=0.1 needs a `dropout_key`"),
         (dict(dropout_rate=1.1), "`dropout_rate` must be from 0 to 1, got 1.1"),
         (dict(dropout_rate=0.1, dropout_key=jax.random.split(jax.random.key(0))), "must be one key"),

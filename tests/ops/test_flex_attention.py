@@ -43,7 +43,9 @@ def oracle(query, key, value, *, score_mod=None, mask_mod=None):
             result = mod(*([] if base is None else [base]), *flat)
             scores = jnp.where(result, scores, -jnp.inf) if base is None else result
     lse = jax.nn.logsumexp(scores, axis=-1)
-    weights = jnp.where(jnp.isfinite(lse)[..., None], jnp.exp(scores - jnp.where(jnp.isfinite(lse), lse, 0)[..., None]), 0)
+    weights = jnp.where(
+        jnp.isfinite(lse)[..., None], jnp.exp(scores - jnp.where(jnp.isfinite(lse), lse, 0)[..., None]), 0
+    )
     return jnp.einsum("bhst,bthe->bshe", weights, value, precision="highest"), jnp.swapaxes(lse, 1, 2)
 
 
@@ -85,7 +87,9 @@ def test_kernels_and_gradients_on_gpu(name):
 
 def test_block_masks():
     ids = jnp.repeat(jnp.arange(3), 40)
-    made = jax.jit(lambda: create_block_mask(lambda b, h, q, k: (ids[q] == ids[k]) & (q >= k), 2, None, 120, 120, block_size=16))()
+    made = jax.jit(
+        lambda: create_block_mask(lambda b, h, q, k: (ids[q] == ids[k]) & (q >= k), 2, None, 120, 120, block_size=16)
+    )()
     seen = np.asarray((ids[:, None] == ids) & np.tri(120, dtype=bool))
     padded = np.zeros((128, 128), bool)
     padded[:120, :120] = seen
@@ -121,7 +125,9 @@ def test_a_function_made_anew_is_traced_and_compiled_once():
 
     first, second = step(SLOPES), step(2 * SLOPES)
     assert len(traces) == 1 and not np.allclose(first, second)
-    program = lambda: str(jax.make_jaxpr(lambda s: flex_attention(**inputs, score_mod=functools.partial(alibi, s)))(SLOPES))  # noqa: E731
+    program = lambda: str(
+        jax.make_jaxpr(lambda s: flex_attention(**inputs, score_mod=functools.partial(alibi, s)))(SLOPES)
+    )  # noqa: E731
     assert program() == program()
 
 
@@ -132,7 +138,10 @@ def test_a_function_made_anew_is_traced_and_compiled_once():
         (dict(score_mod=lambda s, b, h, q, k: s + (TABLE * s).sum()), "read the arrays that it closes over element by"),
         (dict(score_mod=lambda s, b, h, q, k: q), "`score_mod` must return a score, and returns int32"),
         (dict(mask_mod=lambda b, h, q, k: q - k), "`mask_mod` must return a truth value, and returns int32"),
-        (dict(block_mask=create_block_mask(windowed, None, None, 8, 8)), "made for batch 1, 1 heads, 8 queries and 8 keys"),
+        (
+            dict(block_mask=create_block_mask(windowed, None, None, 8, 8)),
+            "made for batch 1, 1 heads, 8 queries and 8",
+        ),
     ],
 )
 def test_what_is_refused(options, message):

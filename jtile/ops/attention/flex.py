@@ -230,7 +230,11 @@ def _add_arrays(operands, which: str, arrays) -> None:
 
 def _add_lists(operands, mask: BlockMask, lead, queries: int, keys: int, heads: int, key_heads: int) -> None:
     batch, mask_heads = mask.kinds.shape[:2]
-    if (mask.queries, mask.keys) != (queries, keys) or batch not in (1, math.prod(lead)) or mask_heads not in (1, heads):
+    if (
+        (mask.queries, mask.keys) != (queries, keys)
+        or batch not in (1, math.prod(lead))
+        or mask_heads not in (1, heads)
+    ):
         raise ValueError(
             f"flex_attention: `block_mask` was made for batch {batch}, {mask_heads} heads, {mask.queries} queries and "
             f"{mask.keys} keys, and this is batch {math.prod(lead)}, {heads} heads, {queries} queries and {keys} keys; "

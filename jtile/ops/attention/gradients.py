@@ -113,9 +113,7 @@ class _Program:
             return 0, count
         if "k" in own and "q" not in own:
             start = own["k"] * sizes.block_k
-            found = visits.static_range(
-                self.variant, start, sizes.queries, sizes.block_k, sizes.block_q, of_keys=False
-            )
+            found = visits.static_range(self.variant, start, sizes.queries, sizes.block_k, sizes.block_q, of_keys=False)
             return found.start, found.stop
         if "q" not in own:
             return 0, count
@@ -180,7 +178,11 @@ class _Program:
             return pl.BlockSpec(refs[name].shape, lambda *ids: (0,) * refs[name].ndim)
 
         query_spec, key_spec = self.spec("bqh", query.shape[-1]), self.spec("bkg", key.shape[-1])
-        value_spec, dout_spec, row = self.spec("bkg", value.shape[-1]), self.spec("bqh", dout.shape[-1]), self.spec("bqh")
+        value_spec, dout_spec, row = (
+            self.spec("bkg", value.shape[-1]),
+            self.spec("bqh", dout.shape[-1]),
+            self.spec("bqh"),
+        )
         out = kernels._call(
             functools.partial(_kernel, self),
             [query, key, value, lse, delta, dout],

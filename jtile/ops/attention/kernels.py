@@ -230,9 +230,7 @@ def _over_keys(step, carry, variant: Variant, refs, query_start, sizes: Sizes):
     """For each block of keys that some query of a block sees. Those that all of them see need no mask."""
 
     def found():
-        return visits.static_range(
-            variant, query_start, sizes.keys, sizes.block_q, sizes.block_k, of_keys=True
-        )
+        return visits.static_range(variant, query_start, sizes.keys, sizes.block_q, sizes.block_k, of_keys=True)
 
     side = variant.block_size[1] // sizes.block_k if variant.block_size else 1
     return _loop(step, carry, refs, "key", side, found)
@@ -460,7 +458,13 @@ def _by_queries(query, key, refs, sizes: Sizes, variant: Variant):
         listed = i if side == 1 else lax.div(i, side)
         lists = refs["key_blocks"].shape[-1] if "key_blocks" in refs else 0
         counted = {"4": (4, 0), "2": (2, 0), "j": (lists, 0)}
-        return {"b": (None, b), "h": (None, h), "q": (sizes.block_q, i), "k": (padded, 0), "i": (None, listed)} | counted
+        return {
+            "b": (None, b),
+            "h": (None, h),
+            "q": (sizes.block_q, i),
+            "k": (padded, 0),
+            "i": (None, listed),
+        } | counted
 
     # Blocks of queries vary fastest: programs that run at the same time share the keys of a few heads in the cache.
     return (blocks, heads, batch), some_queries, all_keys, _specs(variant, refs, place)

@@ -117,4 +117,6 @@ def call(query, key, value, named: dict[str, tuple[Operand, jax.Array]], variant
         if (o.name == "bias" or o.name.startswith("score_array")) and jnp.issubdtype(array.dtype, jnp.floating)
     )
     found = ops(operands, differentiable)
-    return found.forward(query, key, value, *(a for _, a in named.values()), variant=variant, implementation=implementation)
+    return found.forward(
+        query, key, value, *(a for _, a in named.values()), variant=variant, implementation=implementation
+    )

@@ -139,7 +139,12 @@ def _within_segments(found: Range, own, other, own_block: int, block: int) -> Ra
     """
     first = own[:, :1]
     (low, high), (other_low, other_high) = _extremes(own - first, own_block), _extremes(other - first, block)
-    low, high, other_low, other_high = low[..., None], high[..., None], other_low[..., None, :], other_high[..., None, :]
+    low, high, other_low, other_high = (
+        low[..., None],
+        high[..., None],
+        other_low[..., None, :],
+        other_high[..., None, :],
+    )
     meet = (low <= other_high) & (other_low <= high)
     count = other_low.shape[-1]
     start, stop = _hull(meet, count)
