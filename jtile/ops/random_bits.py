@@ -22,17 +22,20 @@ def philox(key, counter):
     """The four random words of a counter of four words; arrays broadcast, and are no larger than they must be."""
     k0, k1 = (jnp.asarray(k, jnp.uint32) for k in key)
     c0, c1, c2, c3 = (jnp.asarray(c, jnp.uint32) for c in counter)
-    m0, m1 = (jnp.uint32(m) for m in MULTIPLIERS)
     for i in range(ROUNDS):
         if i:
             k0, k1 = k0 + jnp.uint32(WEYL[0]), k1 + jnp.uint32(WEYL[1])
-        high0, low0, high1, low1 = jax.lax.mulhi(*_same(c0, m0)), c0 * m0, jax.lax.mulhi(*_same(c2, m1)), c2 * m1
+        (high0, low0), (high1, low1) = _product(c0, MULTIPLIERS[0]), _product(c2, MULTIPLIERS[1])
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
     return c0, c1, c2, c3
 
 
-def _same(x, y):
-    return x, jnp.broadcast_to(y, x.shape)
+def _product(x, multiplier):
+    """The upper and the lower word: one instruction of a GPU. XLA cannot split `jax.lax.mulhi` over devices."""
+    with jax.enable_x64(True):
+        wide = lambda x: jax.lax.convert_element_type(x, jnp.uint64)  # noqa: E731
+        product = wide(x) * wide(jnp.uint32(multiplier))
+        return (product >> wide(jnp.uint32(32))).astype(jnp.uint32), product.astype(jnp.uint32)
 
 
 def random_bits(key, rows, groups, plane=0):
@@ -51,7 +54,7 @@ def random_bits(key, rows, groups, plane=0):
     w0, w1, w2, w3 = philox(key, (groups, plane, rows, 0))
     words = jnp.stack([jnp.stack([w0, w2], -1), jnp.stack([w1, w3], -1)], -1)  # ends with w0, w1, w2, w3 in that order
     halves = jnp.stack([words & jnp.uint32(2**BITS - 1), words >> jnp.uint32(BITS)], -1)
-    return halves.reshape(w0.shape[0], -1)
+    return halves.reshape(w0.shape[0], COLUMNS * w0.shape[1])
 
 
 def key_words(key: Key[Array, ""] | UInt[Array, " words"]) -> UInt[Array, "2"]:

@@ -262,8 +262,8 @@ def test_means_what_jax_nn_does():
 
 def test_blocks_that_nothing_sees_are_not_visited():
     """The ranges of blocks of eight documents, of a window, and of both passes."""
-    from jtile.ops.attention import kernels, visits
-    from jtile.ops.attention.variant import Operand, Variant
+    from jtile.ops.attention.features import kernels, visits
+    from jtile.ops.attention.features.variant import Operand, Variant
 
     sizes = kernels.Sizes(512, 512, 64, 64)
     ids = jnp.repeat(jnp.array([3, 4, 7, 0]), 128)[None]

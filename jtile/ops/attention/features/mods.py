@@ -1,7 +1,7 @@
 """`score_mod` and `mask_mod`: ordinary JAX functions of numbers, traced once and run on blocks inside of the kernels.
 
-Arrays that such a function closes over become operands of the op. What it computes of them alone is computed outside, by
-JAX, and differentiated there. What it takes from them at indices that depend on the place is read in the kernel.
+Arrays that such a function closes over become operands of the op. What it computes of them alone is computed outside,
+by JAX, and differentiated there. What it takes from them at indices that depend on the place is read in the kernel.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Attention as tile ops: one for each set of operands, its backward pass, and the gradients of what scores depend on."""
+"""Attention as tile ops: one for each set of operands, its backward pass, and gradients of what scores depend on."""
 
 import functools
 from typing import NamedTuple
@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jtile.op import TileOp
-from jtile.ops.attention import gradients, kernels, reference
-from jtile.ops.attention.variant import Operand, Variant
+from jtile.ops.attention.features.features import gradients, kernels, reference
+from jtile.ops.attention.features.variant import Operand, Variant
 
 # Spec. Query heads come in k groups of g, one group for each key head.
 
@@ -87,7 +87,7 @@ def _limits(query, key, value, *rest, variant: Variant, **_):
 def _transpose(ops: Ops, operands: tuple[Operand, ...], inputs, results, cotangents, *, variant: Variant, **options):
     if inputs[0].dtype.itemsize == 1:
         raise NotImplementedError(
-            f"dot_product_attention: attention of {inputs[0].dtype} has no gradient; cast query, key and value to bfloat16"
+            f"dot_product_attention: attention of {inputs[0].dtype} has no gradient; cast them to bfloat16"
         )
     options |= {"variant": variant}
     given = *inputs, *results, *cotangents

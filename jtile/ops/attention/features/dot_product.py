@@ -9,8 +9,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from jtile.op import Implementation, check_known
 from jtile.op.signature import Signature
-from jtile.ops.attention import op
-from jtile.ops.attention.variant import Operand, Variant
+from jtile.ops.attention.features.features import op
+from jtile.ops.attention.features.variant import Operand, Variant
 from jtile.ops.random_bits import BITS, key_words
 
 NAME = "dot_product_attention"
@@ -131,8 +131,8 @@ def dot_product_attention(
         key_value_segment_ids: the same for keys; by default that of the queries, where they are as many.
         logits_soft_cap: c in c · tanh(score / c) (Gemma 2, 2024, arXiv:2408.00118, section 2).
         sinks: one number a head, the score of a key more whose value is 0 (Xiao et al., 2023, arXiv:2309.17453).
-        dropout_rate: the probability that a weight is dropped; it counts as the nearest multiple of 2⁻¹⁶, and the others
-            are divided by what remains.
+        dropout_rate: the probability that a weight is dropped; it counts as the nearest multiple of 2⁻¹⁶. The
+            others are divided by what remains.
         dropout_key: what is dropped depends on it and on a weight's place among those of all devices.
         return_lse: also return the logarithm of the sum over keys of exp(score), sinks included.
         implementation: `None`, `"triton"`, `"xla"` or `"interpret"`, see `jtile.TileOp`.
@@ -250,8 +250,8 @@ def _broadcastable(name: str, array: jax.Array, full: tuple[int, ...]) -> tuple[
     fits = len(shape) == len(full) and all(n in (1, m) for n, m in zip(shape, full, strict=True))
     if not fits or not (whole_lead or set(shape[:lead]) <= {1}):
         raise ValueError(
-            f"{NAME}: `{name}` has shape {array.shape}; (*batch, heads, queries, keys) is {full}, and each dimension must "
-            "be that or 1, the leading ones all or none; map over the others with jax.vmap"
+            f"{NAME}: `{name}` has shape {array.shape}; (*batch, heads, queries, keys) is {full}, and each dimension "
+            "must be that or 1, the leading ones all or none; map over the others with jax.vmap"
         )
     own = [n == m != 1 for n, m in zip(shape[lead:], full[lead:], strict=True)]
     leading = full[:lead] if whole_lead and math.prod(full[:lead]) != 1 else ()
@@ -296,8 +296,8 @@ def _window(window, is_causal: bool) -> tuple[int | None, int | None]:
     sides = (window, window) if window is None or isinstance(window, int) else tuple(window)
     if len(sides) != 2 or not all(n is None or (isinstance(n, int) and n >= 0) for n in sides):
         raise ValueError(
-            f"{NAME}: `local_window_size` must be a number of keys, a pair of them for left and right, or None, none of "
-            f"them negative; got {window}"
+            f"{NAME}: `local_window_size` must be a number of keys, a pair of them for left and right, or None, none "
+            f"of them negative; got {window}"
         )
     left, right = sides
     return left, 0 if is_causal else right

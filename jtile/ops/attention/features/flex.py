@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jtile.op import Implementation, check_known
-from jtile.ops.attention import op
-from jtile.ops.attention.dot_product import check, checked_scale
-from jtile.ops.attention.mods import Mod, trace
-from jtile.ops.attention.variant import Operand, Place, Variant, over
+from jtile.ops.attention.features.features import op
+from jtile.ops.attention.features.dot_product import check, checked_scale
+from jtile.ops.attention.features.mods import Mod, trace
+from jtile.ops.attention.features.variant import Operand, Variant, over
 
 # A number of a score, and those of its place.
 ScoreMod = Callable[..., jax.Array]
@@ -148,11 +148,11 @@ def flex_attention(
 ):
     """Attention whose scores are changed and masked by functions of your own, inside of the kernels.
 
-    The functions are ordinary JAX functions of numbers, for one score; batch, head, query and key are int32 positions in
-    the whole arrays, also where devices share them out. They are traced into the forward and the backward kernels, where
-    JAX differentiates them. They may close over arrays, to be read element by element (`slopes[head]`,
-    `table[query - key + n]`) at indices that are clipped to the array; what is computed of such arrays alone is computed
-    once, outside. Gradients of the arrays that `score_mod` closes over are summed in a pass of their own, in one order;
+    The functions are ordinary JAX functions of numbers, for one score; batch, head, query and key are int32 positions
+    in the whole arrays, also where devices share them out. They are traced into the forward and the backward kernels,
+    where JAX differentiates them. They may close over arrays, to be read element by element (`slopes[head]`,
+    `table[query - key + n]`) at indices that are clipped to the array; what is computed of such arrays alone is
+    computed once, outside. Gradients of the arrays that `score_mod` closes over are summed in a pass of their own, in one order;
     it takes as many steps a block as the elements that the block reads lie apart.
 
     Args:
@@ -172,7 +172,7 @@ def flex_attention(
         As `dot_product_attention`.
 
     Raises:
-        ValueError: shapes or dtypes do not match, `scale` is traced or not finite, a function returns something else, or
+        ValueError: shapes or dtypes do not match, `scale` is traced or not finite, a function returns something else or
             uses an array otherwise than by reading its elements.
         NotImplementedError: the named implementation cannot serve the call.
 

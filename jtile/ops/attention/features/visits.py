@@ -5,8 +5,8 @@ Where positions tell, they are a range, and those that are visible as a whole ar
     start <= whole_start <= whole_stop <= stop
 
 A kernel computes it from its own place, or where lengths and segments tell too, reads it from a small array of int32
-that is computed beside. In general they are a list, `BlockMask`: first the blocks that are visible as a whole, then those
-where `visible` must be asked, and how many there are of each and of both.
+that is computed beside. In general they are a list, `BlockMask`: first the blocks that are visible as a whole, then
+those where `visible` must be asked, and how many there are of each and of both.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jtile.ops.attention.variant import Variant
+from jtile.ops.attention.features.variant import Variant
 
 
 class Range(NamedTuple):

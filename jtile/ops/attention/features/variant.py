@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jtile.ops.attention.mods import Mod
+from jtile.ops.attention.features.mods import Mod
 from jtile.ops.random_bits import BITS, COLUMNS, random_bits
 
 # A score below this counts as masked. The kernels' running maximum starts here, so that it is always finite.

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jtile.ops.attention import kernels, tiles, visits
-from jtile.ops.attention.reference import row_sums
-from jtile.ops.attention.variant import LOG2_E, Operand, Variant
+from jtile.ops.attention.features.features import kernels, tiles, visits
+from jtile.ops.attention.features.reference import row_sums
+from jtile.ops.attention.features.variant import LOG2_E, Operand, Variant
 
 CHUNK = 1024  # elements of an array that are set to 0 at once
 PARTS = 8  # of the queries of one head, for an array that all of them read
