@@ -1,119 +1,256 @@
-"""What is measured: each case with the bytes it must move and the floating-point operations it must do.
+"""What is measured: one table of cases, each an op at one size with the bytes that it must move, or the floating-point
+operations of its matrix products.
 
-Bytes count each input read once and each output written once; FLOPs count matrix products alone, and half of them for
-causal attention.
+Bytes count each input read once and each output written once; causal attention counts half of its products. A case for
+another op is a function here and a line in `CASES`; `rivals.py` has what is timed on it.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-import jtile
+FORWARD, BACKWARD, BOTH = PASSES = ("forward", "backward", "value and gradient")  # "backward" is the pullback alone
 
-BF16 = jnp.bfloat16
+Operand = Callable[[jax.Array], jax.Array]  # from a random key
+Table = Literal["core", "sizes", "widths"]
+
+
+def normal(*shape: int, dtype=jnp.bfloat16) -> Operand:
+    return lambda key: jax.random.normal(key, shape, dtype)
+
+
+def ones(*shape: int, dtype=jnp.float32) -> Operand:
+    return lambda key: jnp.ones(shape, dtype)
+
+
+def integers(*shape: int, below: int) -> Operand:
+    return lambda key: jax.random.randint(key, shape, 0, below, jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One op at one size. `functions` maps a rival's name to the function measured; `jtile` is always among them."""
+    """One op at one size.
 
-    name: str
-    operands: Callable[[jax.Array], tuple]  # from a random key
-    functions: dict[str, Callable]
-    forward_bytes: int = 0
-    backward_bytes: int = 0  # of the backward pass alone
-    forward_flops: int = 0
-    backward_flops: int = 0
+    Attributes:
+      op: what `rivals.py` knows it by: the name of jtile's function, where jtile has one.
+      size: how tables call the size.
+      operands: how each is made, under the names that the op's functions take them by.
+      work: bytes or FLOPs of each pass that is measured.
+      unit: which of the two.
+      options: further arguments of the op's functions.
+      by: the operands to differentiate by; None for all that are floating point.
+      tolerance: the largest ‖got − reference‖ / ‖reference‖ of a result or gradient that is right. The reference is
+        computed in float32.
+      table: `"core"`, or the sweep that it belongs to, over sizes in bytes or over widths.
+      at: where in the sweep.
+    """
+
+    op: str
+    size: str
+    operands: Mapping[str, Operand]
+    work: Mapping[str, int]
+    unit: Literal["B", "FLOP"] = "B"
+    options: Mapping[str, Any] = MappingProxyType({})
+    by: tuple[str, ...] | None = None
+    tolerance: float = 1e-2
+    table: Table = "core"
+    at: int = 0
 
     @property
-    def bound(self) -> str:
-        return "FLOP/s" if self.forward_flops else "B/s"
+    def name(self) -> str:
+        return f"{self.op} {self.size}"
+
+    def sets(self, count: int) -> list[dict[str, jax.Array]]:
+        """So many sets of operands, each of its own numbers."""
+
+        @jax.jit
+        def make(key):
+            keys = jax.random.split(key, len(self.operands))
+            return {name: make(key) for (name, make), key in zip(self.operands.items(), keys, strict=True)}
+
+        return [make(jax.random.key(i)) for i in range(count)]
+
+    @property
+    def bytes(self) -> int:
+        """Of all operands."""
+        shapes = jax.eval_shape(lambda key: [make(key) for make in self.operands.values()], jax.random.key(0))
+        return sum(x.size * x.dtype.itemsize for x in shapes)
 
 
-def _op(op: Callable, **options) -> dict[str, Callable]:
-    """jtile's kernel against XLA compiling the op's own reference."""
-    return {
-        name: functools.partial(op, implementation=implementation, **options)
-        for name, implementation in (("jtile", "triton"), ("xla", "xla"))
-    }
+MIB = 2**20
 
 
-def rms_norm(rows: int, d: int, residual: bool) -> Case:
-    def operands(key):
-        x, r = jax.random.normal(key, (2, rows, d), BF16)
-        return (x, jnp.ones(d), r) if residual else (x, jnp.ones(d))
+def sweeps(make: Callable[[int, int], Case]) -> Iterator[Case]:
+    """An op of bfloat16 rows over sizes of its first operand, 1 MiB to 1 GiB, and over widths 1,024 to 16,384."""
+    for i in range(0, 11, 2):
+        yield dataclasses.replace(make(MIB * 2**i // 2 // 4096, 4096), table="sizes", at=MIB * 2**i)
+    for d in (1024, 2048, 4096, 8192, 16384):
+        yield dataclasses.replace(make(256 * MIB // 2 // d, d), table="widths", at=d)
 
-    def normalize(x, scale, residual=None, *, implementation):
-        return jtile.rms_norm(x, scale, residual=residual, implementation=implementation)
 
-    size, passes = rows * d * 2, (4, 4) if residual else (2, 3)
+def row_norm(op: str, rows: int, d: int, residual: bool = False) -> Case:
+    size = rows * d * 2
+    weights = {"scale": ones(d)} | ({"bias": normal(d, dtype=jnp.float32)} if op == "layer_norm" else {})
     return Case(
-        f"rms_norm{' residual' * residual} {rows}×{d}", operands, _op(normalize), size * passes[0], size * passes[1]
+        op,
+        f"{'with residual ' * residual}{rows}×{d}",
+        {"x": normal(rows, d), **weights} | ({"residual": normal(rows, d)} if residual else {}),
+        # With a residual x and it share one gradient, of which an XLA program would have to return a copy.
+        {FORWARD: 4 * size, BACKWARD: 4 * size} if residual else {FORWARD: 2 * size, BACKWARD: 3 * size},
+        by=("x", *weights),
+    )
+
+
+rms_norm, layer_norm = (functools.partial(row_norm, op) for op in ("rms_norm", "layer_norm"))
+
+
+def gated_rms_norm(rows: int, d: int) -> Case:
+    size = rows * d * 2
+    operands = {"x": normal(rows, d), "gate": normal(rows, d), "scale": ones(d)}
+    return Case("gated_rms_norm", f"{rows}×{d}", operands, {FORWARD: 3 * size, BACKWARD: 5 * size})
+
+
+def group_norm(batch: int, height: int, width: int, channels: int) -> Case:
+    size = batch * height * width * channels * 2
+    operands = {"x": normal(batch, height, width, channels), "scale": ones(channels), "bias": ones(channels)}
+    return Case(
+        "group_norm",
+        f"{batch}×{height}×{width}×{channels}",
+        operands,
+        {FORWARD: 2 * size, BACKWARD: 3 * size},
+        options={"groups": 32},
     )
 
 
 def rope(batch: int, sequence: int, heads: int, head_dim: int) -> Case:
-    def operands(key):
-        x = jax.random.normal(key, (batch, sequence, heads, head_dim), BF16)
-        return x, jnp.broadcast_to(jnp.arange(sequence, dtype=jnp.int32), (batch, sequence))
-
     size = batch * sequence * heads * head_dim * 2
-    return Case(f"rope {batch}×{sequence}×{heads}×{head_dim}", operands, _op(jtile.rope), 2 * size, 2 * size)
+    positions = lambda key: jnp.broadcast_to(jnp.arange(sequence, dtype=jnp.int32), (batch, sequence))  # noqa: E731
+    return Case(
+        "rope",
+        f"{batch}×{sequence}×{heads}×{head_dim}",
+        {"x": normal(batch, sequence, heads, head_dim), "positions": positions},
+        {FORWARD: 2 * size, BACKWARD: 2 * size},
+    )
 
 
-def gated_activation(rows: int, d: int, activation: str) -> Case:
+def gated_activation(rows: int, d: int, activation: str = "silu") -> Case:
     size = rows * d * 2
     return Case(
-        f"gated_activation {activation} {rows}×{d}",
-        lambda key: tuple(jax.random.normal(key, (2, rows, d), BF16)),
-        _op(jtile.gated_activation, activation=activation),
-        3 * size,
-        5 * size,
+        "gated_activation",
+        f"{activation} {rows}×{d}",
+        {"gate": normal(rows, d), "up": normal(rows, d)},
+        {FORWARD: 3 * size, BACKWARD: 5 * size},
+        options={"activation": activation},
+    )
+
+
+def softmax(rows: int, d: int, op: str = "softmax") -> Case:
+    size = rows * d * 2
+    return Case(op, f"{rows}×{d}", {"x": normal(rows, d)}, {FORWARD: 2 * size, BACKWARD: 3 * size})
+
+
+def dropout(rows: int, d: int, residual: bool = False) -> Case:
+    size = rows * d * 2
+    operands = {"x": normal(rows, d), "key": jax.random.key_data} | ({"residual": normal(rows, d)} if residual else {})
+    return Case(
+        "dropout",
+        f"{'with residual ' * residual}{rows}×{d}",
+        operands,
+        {FORWARD: (3 if residual else 2) * size, BACKWARD: 2 * size},
+        options={"rate": 0.1},
+        by=("x",),
     )
 
 
 def softmax_cross_entropy(tokens: int, classes: int) -> Case:
-    def operands(key):
-        logits = jax.random.normal(key, (tokens, classes), BF16)
-        return logits, jax.random.randint(key, (tokens,), 0, classes, jnp.int32)
-
     size = tokens * classes * 2
-    return Case(f"softmax_cross_entropy {tokens}×{classes}", operands, _op(jtile.softmax_cross_entropy), size, 2 * size)
-
-
-def attention(batch: int, sequence: int, heads: int, key_heads: int, head_dim: int, is_causal: bool) -> Case:
-    def operands(key):
-        keys = jax.random.split(key, 3)
-        return tuple(
-            jax.random.normal(k, (batch, sequence, n, head_dim), BF16)
-            for k, n in zip(keys, (heads, key_heads, key_heads), strict=True)
-        )
-
-    flops = 4 * batch * heads * sequence * sequence * head_dim // (1 + is_causal)
     return Case(
-        f"attention {batch}×{sequence}×{heads}/{key_heads}×{head_dim}{' causal' * is_causal}",
-        operands,
-        {
-            "jtile": functools.partial(jtile.dot_product_attention, is_causal=is_causal, implementation="triton"),
-            "cuDNN": functools.partial(jax.nn.dot_product_attention, is_causal=is_causal, implementation="cudnn"),
-        },
-        forward_flops=flops,
-        backward_flops=5 * flops // 2,
+        "softmax_cross_entropy",
+        f"{tokens}×{classes}",
+        {"logits": normal(tokens, classes), "labels": integers(tokens, below=classes)},
+        {FORWARD: size, BACKWARD: 2 * size, BOTH: 3 * size},
     )
 
 
+def linear_cross_entropy(tokens: int, d: int, classes: int, mean: bool = False) -> Case:
+    """Loss per token, whose gradient forms logits again; or the mean, whose gradients come in the forward pass."""
+    product = 2 * tokens * d * classes
+    return Case(
+        "linear_cross_entropy_mean" if mean else "linear_cross_entropy",
+        f"{tokens}×{d}×{classes}",
+        {"x": normal(tokens, d), "weight": normal(d, classes), "labels": integers(tokens, below=classes)},
+        {FORWARD: product, BACKWARD: 2 * product, BOTH: 3 * product},
+        unit="FLOP",
+    )
+
+
+def attention(
+    batch: int, sequence: int, heads: int, head_dim: int, key_heads: int | None = None, is_causal: bool = False
+) -> Case:
+    key_heads = key_heads or heads
+    flops = 4 * batch * heads * sequence * sequence * head_dim // (1 + is_causal)
+    keys = normal(batch, sequence, key_heads, head_dim)
+    return Case(
+        "dot_product_attention",
+        f"{batch}×{sequence}×{heads}{f'/{key_heads}' * (key_heads != heads)}×{head_dim}{' causal' * is_causal}",
+        {"query": normal(batch, sequence, heads, head_dim), "key": keys, "value": keys},
+        {FORWARD: flops, BACKWARD: 5 * flops // 2, BOTH: 7 * flops // 2},
+        unit="FLOP",
+        options={"is_causal": is_causal},
+    )
+
+
+# What XLA alone does at the speed of a copy: jtile has no kernels for it.
+
+
+def silu_mul(rows: int, d: int) -> Case:
+    """Plain elementwise work."""
+    operands = {"gate": normal(rows, d), "up": normal(rows, d)}
+    return Case("silu_mul", f"{rows}×{d}", operands, {FORWARD: 3 * rows * d * 2})
+
+
+def adamw(parameters: int) -> Case:
+    """One step of an optimiser, in float32: parameters, gradients and two moments in, all but the gradients out."""
+    vector = normal(parameters, dtype=jnp.float32)
+    second = lambda key: jnp.square(jax.random.normal(key, (parameters,)))  # noqa: E731
+    operands = {"parameter": vector, "gradient": vector, "first": vector, "second": second}
+    return Case("adamw", f"2^{round(math.log2(parameters))}", operands, {FORWARD: 7 * parameters * 4})
+
+
 CASES = [
-    *(rms_norm(rows, d, r) for rows, d in ((131072, 2048), (32768, 8192)) for r in (False, True)),
+    rms_norm(131072, 2048),
+    rms_norm(32768, 8192),
+    rms_norm(131072, 2048, residual=True),
+    rms_norm(32768, 8192, residual=True),
+    *sweeps(rms_norm),
+    layer_norm(131072, 2048),
+    layer_norm(32768, 8192, residual=True),
+    gated_rms_norm(65536, 4096),
+    group_norm(16, 128, 128, 512),
+    group_norm(32, 64, 64, 320),
     rope(8, 4096, 32, 128),
     gated_activation(16384, 14336, "silu"),
     gated_activation(16384, 14336, "gelu"),
+    *sweeps(gated_activation),
+    softmax(32768, 8192),
+    softmax(32768, 8192, op="log_softmax"),
+    *sweeps(softmax),
+    dropout(65536, 4096),
+    dropout(65536, 4096, residual=True),
     softmax_cross_entropy(8192, 128256),
     softmax_cross_entropy(16384, 50257),
-    attention(4, 4096, 16, 16, 128, True),
-    attention(4, 4096, 16, 16, 128, False),
-    attention(4, 4096, 32, 8, 64, True),
-    attention(1, 16384, 16, 16, 128, True),
+    linear_cross_entropy(8192, 4096, 128256),
+    linear_cross_entropy(8192, 4096, 128256, mean=True),
+    attention(4, 4096, 16, 128, is_causal=True),
+    attention(4, 4096, 16, 128),
+    attention(4, 4096, 32, 64, key_heads=8, is_causal=True),
+    attention(1, 16384, 16, 128, is_causal=True),
+    silu_mul(16384, 14336),
+    adamw(2**28),
 ]

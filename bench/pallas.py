@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 import jtile
-from bench.timing import seconds
+from jtile.tuning.timing import seconds
 
 warnings.filterwarnings("ignore", category=DeprecationWarning)
 

@@ -1,22 +1,27 @@
 """`python -m bench.sharding --size 1b`: the time of a training step of examples/3_shard_it.py in each of its modes.
 
 The batch of a device is fixed: n devices do n times the work of one, and the speed-up is n times what they need
-longer. With `--profile FOLDER` each mode leaves a trace of three steps there, for Perfetto or TensorBoard.
+longer. With `--profile FOLDER` each mode leaves a trace of three steps there, for Perfetto or TensorBoard, and a table
+tells where a step's time goes: what n devices lose is communication that nothing hides, and waiting.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import importlib.util
 import json
+import os
+import re
+import shutil
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from bench import trace
 from models import llama
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "3_shard_it.py"
@@ -46,37 +51,92 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     dtype = "bfloat16" if devices[0].platform == "gpu" else "float32"
     config = dataclasses.replace(llama.SIZES[chosen.size], dtype=dtype)
     rows: list[dict] = []
+    about = dict(
+        date=datetime.date.today().isoformat(),
+        chip=devices[0].device_kind,
+        jax=jax.__version__,
+        xla_flags=os.environ.get("XLA_FLAGS", ""),
+        size=chosen.size,
+        batch_size=chosen.batch_size,
+        sequence=chosen.sequence,
+    )
     print(f"{chosen.size}, {chosen.batch_size} × {chosen.sequence} tokens a device, {devices[0].device_kind}")
     for mode in dict.fromkeys(("one", *chosen.modes)):
         count = 1 if mode == "one" else len(devices)
         batch_size = chosen.batch_size * count
-        seconds, loss = step_seconds(example, mode, config, devices, batch_size, chosen)
+        seconds, loss, shares = step_seconds(example, mode, config, devices, batch_size, chosen)
         one = rows[0]["seconds"] if rows else seconds
-        tokens = batch_size * chosen.sequence / seconds
-        rows.append(
-            dict(mode=mode, devices=count, seconds=seconds, tokens_per_second=tokens, speed_up=count * one / seconds)
-        )
+        row = dict(mode=mode, devices=count, seconds=seconds, tokens_per_second=batch_size * chosen.sequence / seconds)
+        row["speed_up"] = count * one / seconds
+        rows.append(row | (dataclasses.asdict(shares) if shares else {}))
         print(
-            f"{mode:17} {count} devices  {seconds * 1e3:8.1f} ms a step  {tokens:12,.0f} tokens/s  "
-            f"{rows[-1]['speed_up']:.3f} times one  (loss {loss:.3f})",
+            f"{mode:17} {count} devices  {seconds * 1e3:8.1f} ms a step  {row['tokens_per_second']:12,.0f} tokens/s  "
+            f"{row['speed_up']:.3f} times one  (loss {loss:.3f})",
             flush=True,
         )
-    if chosen.output:
-        about = dict(
-            date=datetime.date.today().isoformat(),
-            chip=devices[0].device_kind,
-            jax=jax.__version__,
-            size=chosen.size,
-            batch_size=chosen.batch_size,
-            sequence=chosen.sequence,
-        )
-        chosen.output.parent.mkdir(parents=True, exist_ok=True)
-        chosen.output.write_text(json.dumps(about | dict(rows=rows), indent=1) + "\n")
+        if chosen.output:  # after each mode: some may not fit
+            chosen.output.parent.mkdir(parents=True, exist_ok=True)
+            chosen.output.write_text(json.dumps(about | dict(rows=rows), indent=1) + "\n")
+    print(table(rows))
     return rows
 
 
-def step_seconds(example, mode, config, devices, batch_size, chosen) -> tuple[float, float]:
-    """The mean time of a step, and the last loss: NaN would be no training."""
+# Where the time goes.
+
+COMMUNICATION = re.compile(r"nccl|nvshmem|all_?(reduce|gather|to_?all)|reduce_?scatter|collective", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """What a device does in a step, in seconds, as a mean over devices. Waiting for the others to communicate is
+    communication, too."""
+
+    compute: float
+    hidden: float  # communication while the device computes
+    exposed: float  # communication while it does not
+    idle: float
+
+    @classmethod
+    def of(cls, kernels: Iterable[trace.Event], steps: int) -> "Shares":
+        """From what ran on all devices in so many steps."""
+        kernels = list(kernels)
+        devices = {k.device for k in kernels}
+        span = max(k.stop for k in kernels) - min(k.start for k in kernels)
+        found = []
+        for device in devices:
+            mine = [k for k in kernels if k.device == device]
+            communication = covered(k for k in mine if COMMUNICATION.search(k.name))
+            compute, busy = covered(k for k in mine if not COMMUNICATION.search(k.name)), covered(mine)
+            exposed = busy - compute
+            found.append((compute, communication - exposed, exposed, span - busy))
+        return cls(*(sum(times) / (len(devices) * steps) for times in zip(*found, strict=True)))
+
+
+def covered(events: Iterable[trace.Event]) -> float:
+    """How long at least one of them was running."""
+    total, until = 0.0, -float("inf")
+    for event in sorted(events, key=lambda e: e.start):
+        total += max(0.0, event.stop - max(event.start, until))
+        until = max(until, event.stop)
+    return total
+
+
+def table(rows: Sequence[dict]) -> str:
+    """Milliseconds a step, and what of them one device alone does not need; empty where no GPU was profiled."""
+    rows = [row for row in rows if "compute" in row]
+    if not rows:
+        return ""
+    columns = "step", "lost", "compute", "communication hidden", "communication exposed", "idle"
+    lines = [f"| mode | {' | '.join(columns)} | speed-up |", "| --- |" + " --- |" * (len(columns) + 1)]
+    for row in rows:
+        lost = row["seconds"] - rows[0]["seconds"]
+        times = [row["seconds"], lost, *(row[f.name] for f in dataclasses.fields(Shares))]
+        lines.append(f"| {row['mode']} | {' | '.join(f'{t * 1e3:.1f}' for t in times)} | {row['speed_up']:.3f} |")
+    return "\n".join(lines)
+
+
+def step_seconds(example, mode, config, devices, batch_size, chosen) -> tuple[float, float, Shares | None]:
+    """The mean time of a step, the last loss (NaN would be no training), and if it is profiled where the time goes."""
     options = example.parse_options(["--steps", "1000"])
     training = example.Training.start(mode, config, options, devices)
     random = np.random.default_rng(0)
@@ -93,9 +153,14 @@ def step_seconds(example, mode, config, devices, batch_size, chosen) -> tuple[fl
     start = time.perf_counter()
     loss = run(chosen.steps)
     seconds = (time.perf_counter() - start) / chosen.steps
-    with jax.profiler.trace(chosen.profile / mode) if chosen.profile else contextlib.nullcontext():
-        run(PROFILED if chosen.profile else 1)
-    return seconds, loss
+    if not chosen.profile:
+        return seconds, loss, None
+    folder = chosen.profile / mode
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier run's
+    with trace.recording(folder):
+        run(PROFILED)
+    kernels = trace.read(folder).kernels
+    return seconds, loss, Shares.of(kernels, PROFILED) if kernels else None
 
 
 if __name__ == "__main__":

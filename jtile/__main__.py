@@ -1,4 +1,8 @@
-"""`python -m jtile inspect MODULE:FUNCTION --args SHAPES` shows what a function's kernels become, without a GPU."""
+"""Tools on the command line.
+
+`python -m jtile inspect MODULE:FUNCTION --args SHAPES` shows what a function's kernels become, without a GPU.
+`python -m jtile tune --model llama:1b --batch 8 --seq 2048` finds the best tiles for everything that a model uses.
+"""
 
 import argparse
 import ast
@@ -9,6 +13,7 @@ import operator
 import pathlib
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import Any
@@ -22,6 +27,8 @@ from jtile.compiler.launch import Launch
 from jtile.compiler.target import Target
 from jtile.page import page
 from jtile.report import KernelReport, explain, launches, report, table
+from jtile.tuning import Tuning, search
+from jtile.tuning import load as load_tuning
 
 # A chip of each generation that Triton compiles for.
 GENERATIONS = ("NVIDIA A100", "NVIDIA L4", "NVIDIA H200", "NVIDIA B200")
@@ -58,18 +65,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     inspect_parser.add_argument("--only", action="store_true", help="compile for these chips alone: no comparison")
     inspect_parser.add_argument("--html", metavar="FILE", type=pathlib.Path, help="write all of it to a page too")
+    tune_parser = commands.add_parser(
+        "tune",
+        help="find the best tiles for a model or a function",
+        description="Measures on this machine's GPU which tiles are best for every call of a jtile op in a model's "
+        "training step, or in a function and its gradient. The file is written after each call; after an interruption "
+        "the same command goes on where it stopped. `with jtile.tuning.load(FILE):` has its tiles in force.",
+    )
+    what = tune_parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", metavar="NAME:SIZE", help="of models/NAME.py, such as llama:1b")
+    what.add_argument("--function", metavar="MODULE:FUNCTION", help="as `inspect` takes it")
+    tune_parser.add_argument("--batch", type=_positive, default=8, help="sequences of the model's training step")
+    tune_parser.add_argument("--seq", type=_positive, default=2048, help="tokens of each")
+    tune_parser.add_argument("--args", default="", help="the function's arguments, as `inspect` takes them")
+    tune_parser.add_argument("--output", metavar="FILE", type=pathlib.Path, default="tiles.json")
     given = parser.parse_args(arguments)
     if given.command is None:
         parser.print_help()
         return 0
     try:
-        return inspect(given)
+        return inspect(given) if given.command == "inspect" else tune(given)
     except UsageError as error:
-        print(f"jtile inspect: {error}", file=sys.stderr)
+        print(f"jtile {given.command}: {error}", file=sys.stderr)
         return 2
 
 
 def inspect(given: argparse.Namespace) -> int:
+    if not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")  # nothing runs: JAX need not look for a GPU, and complain of none
     named = [_target(name) for name in given.target or ["NVIDIA H200"]]
     targets = named if given.only else _with_other_generations(named)
     if given.html and not given.html.parent.is_dir():
@@ -100,9 +123,67 @@ def inspect(given: argparse.Namespace) -> int:
     for kernel in dict.fromkeys(r.name for found in reports.values() for r in found):
         print(f"\nInstructions of {kernel} in the assembly:\n{_instructions(kernel, reports)}")
     if given.html:
-        given.html.write_text(page(f"{given.function} {given.args}".strip(), compiled))
+        given.html.write_text(page(f"{given.function} {given.args}".strip(), compiled, named))
         print(f"\nwrote {given.html}")
     return 1 if any(target in refused for target in named) else 0
+
+
+def tune(given: argparse.Namespace) -> int:
+    if not given.output.parent.is_dir():
+        raise UsageError(f"--output: there is no folder {given.output.parent} to write {given.output.name} to.")
+    known = load_tuning(given.output) if given.output.exists() else Tuning()
+    function, arrays = _example(given)
+    try:
+        calls = search.calls_of(function, *arrays)
+    except RuntimeError as error:
+        raise UsageError(str(error)) from None
+    done = {(entry.chip, entry.problem) for entry in known}
+    left = [call for call in calls if (call.chip.model, call.problem) not in done]
+    print(f"{len(calls)} calls have tiles to choose" + f", {len(calls) - len(left)} of them known" * (left != calls))
+    start = time.perf_counter()
+    try:
+        for i, found in enumerate(search.search(left, _show_step)):
+            known |= Tuning([found.entry])
+            known.save(given.output)
+            seconds = (time.perf_counter() - start) / (i + 1) * (len(left) - i - 1)
+            tiles = f"{found.tried} tiles, {len(found.refused)} refused"
+            print(f"\r[{i + 1}/{len(left)}] {Tuning([found.entry])} ({tiles}); {_duration(seconds)} left", flush=True)
+    except KeyboardInterrupt:
+        print(f"\nstopped; {given.output} has what was found, and the same command goes on from there")
+        return 130
+    print(f"wrote {given.output}: with jtile.tuning.load({str(given.output)!r}): ...")
+    return 0
+
+
+def _show_step(call, done: int, of: int) -> None:
+    if sys.stdout.isatty():
+        print(f"\r{call.op.name}: {done} of {of} tiles compiled ", end="", flush=True)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _example(given: argparse.Namespace) -> tuple[Callable, Sequence]:
+    """What to tune: a model's training step, or a function and its gradient."""
+    if given.function:
+        function, (positional, keywords) = load(given.function), parse(given.args)
+        arrays = [x for x in jax.tree.leaves((positional, keywords)) if isinstance(x, jax.ShapeDtypeStruct)]
+        differentiable = any(jnp.issubdtype(x.dtype, jnp.floating) for x in arrays)
+        return _call(function, positional, keywords, grad=differentiable)
+    name, colon, size = given.model.partition(":")
+    if not colon:
+        raise UsageError(f"--model: name a model and its size, such as llama:1b; got {given.model!r}.")
+    module = _module(f"models.{name}")
+    if size not in module.SIZES:
+        raise UsageError(f"--model: {name} has no size {size!r}. It has {', '.join(module.SIZES)}.")
+    return module.example(size, given.batch, given.seq)
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def _target(name: str) -> Target:

@@ -179,6 +179,12 @@ def device_count(ctx) -> int:
     return axes.num_devices if isinstance(axes, _sharding_impls.ShardingContext) else axes.mesh.size
 
 
+def mesh_around(ctx) -> jax.sharding.Mesh | None:
+    """The mesh of the `shard_map` inside which a lowering rule is called, if any."""
+    axes = ctx.module_context.axis_context
+    return axes.mesh if isinstance(axes, _sharding_impls.SPMDAxisContext) else None
+
+
 def lowering_devices(ctx) -> Sequence[jax.Device]:
     """The devices that a lowering rule is told of: those of primitives in `prim_requires_devices_during_lowering`, and
     inside `custom_partitioning` those of the mesh."""

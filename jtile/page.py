@@ -21,8 +21,8 @@ from jtile.report import report
 escape = html.escape
 
 
-def page(title: str, launches: Mapping[Target, Sequence[Launch]]) -> str:
-    """HTML that shows the kernels that a function launches on each of some chips.
+def page(title: str, launches: Mapping[Target, Sequence[Launch]], chosen: Sequence[Target] = ()) -> str:
+    """HTML that shows the kernels that a function launches on each of some chips, first the lines for those `chosen`.
 
     The page needs nothing else: no network and no library.
     """
@@ -33,18 +33,19 @@ def page(title: str, launches: Mapping[Target, Sequence[Launch]]) -> str:
             number = counts[one.compiled.name] = counts.get(one.compiled.name, 0) + 1
             kernels.setdefault((one.compiled.name, number), {})[target] = one
     sections = (
-        _section(f"k{i}", f"{name} {number}" if number > 1 else name, by_target)
+        _section(f"k{i}", f"{name} {number}" if number > 1 else name, by_target, chosen)
         for i, ((name, number), by_target) in enumerate(kernels.items())
     )
     return _PAGE.format(title=escape(title), style=_STYLE, script=_SCRIPT, sections="\n".join(sections))
 
 
-def _section(key: str, name: str, launches: Mapping[Target, Launch]) -> str:
+def _section(key: str, name: str, launches: Mapping[Target, Launch], chosen: Sequence[Target]) -> str:
     views, tabs = [], []
+    first = next((target for target in chosen if target in launches), next(iter(launches)))
     for i, (target, one) in enumerate(launches.items()):
-        chosen = ' aria-pressed="true"' if i == 0 else ' aria-pressed="false"'
-        tabs.append(f'<button data-view="{key}-{i}"{chosen}>{escape(target.name)}</button>')
-        views.append(f'<div class="view" id="{key}-{i}"{" hidden" if i else ""}>{_panes(one)}</div>')
+        pressed, hidden = ("true", "") if target == first else ("false", " hidden")
+        tabs.append(f'<button data-view="{key}-{i}" aria-pressed="{pressed}">{escape(target.name)}</button>')
+        views.append(f'<div class="view" id="{key}-{i}"{hidden}>{_panes(one)}</div>')
     pictures: dict[str, list[str]] = {}
     for target, one in launches.items():
         pictures.setdefault(_picture(one), []).append(target.name)
@@ -178,7 +179,8 @@ def _picture(one: Launch) -> str:
     note = "" if complete else f" The first {len(programs):,} of {math.prod(one.kernel.known_grid):,} are drawn."
     return (
         f'<div class="picture" data-names="{escape(json.dumps(names))}">'
-        f"<p>Each program has a colour. Point at a program to see its tiles, or at a tile to see its programs.{note} "
+        "<p>Each program has a colour, and a tile that of the first that uses it. Point at a program to see its tiles, "
+        f"or at a tile to see its programs.{note} "
         f'<output></output></p><div class="arrays">{_programs(one.kernel, programs, colours)}'
         f"{''.join(_array(ref, verb, programs, colours) for ref, verb in _uses(one.kernel))}</div></div>"
     )
@@ -247,19 +249,29 @@ def _array(ref: Ref, verb: str, programs: np.ndarray, colours: Sequence[str]) ->
     if starts is None:
         return f"<figure><figcaption>{caption}: blocks that operands choose</figcaption></figure>"
     sizes = [dimension.size for dimension in ref.block]
-    # As a matrix, or several: the last two dimensions are drawn, each index of the others on its own.
-    pad = max(0, 2 - len(sizes))
-    starts, sizes, shape = np.pad(starts, ((0, 0), (pad, 0))), [1] * pad + sizes, [1] * pad + list(ref.shape)
-    matrices: dict[tuple[int, ...], dict[tuple[int, int], list[int]]] = {}
+    # As a matrix, or several: of the last two dimensions that are cut into tiles, for each place in the others.
+    cut = [d for d in range(len(sizes)) if len(set(starts[:, d])) > 1][-2:]
+    whole = [d for d in range(len(sizes)) if d not in cut]
+    drawn = sorted([*whole[max(0, len(whole) + len(cut) - 2) :], *cut])
+    others = [d for d in range(len(sizes)) if d not in drawn]
+    matrices: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
     for i, start in enumerate(starts.tolist()):
-        matrices.setdefault(tuple(start[:-2]), {}).setdefault(tuple(start[-2:]), []).append(i)
-    panels = [_matrix(lead, tiles, sizes, shape, pad, colours) for lead, tiles in list(matrices.items())[:MOST_PANELS]]
+        tiles = matrices.setdefault(tuple(start[d] for d in others), {})
+        tiles.setdefault(tuple(start[d] for d in drawn), []).append(i)
+    panels = [
+        _matrix(dict(zip(others, place, strict=True)), tiles, drawn, sizes, ref.shape, colours)
+        for place, tiles in list(matrices.items())[:MOST_PANELS]
+    ]
     rest = f"<p>and {len(matrices) - MOST_PANELS} more like these</p>" if len(matrices) > MOST_PANELS else ""
     return f"<figure><figcaption>{caption}</figcaption>{''.join(panels)}{rest}</figure>"
 
 
-def _matrix(lead, tiles, sizes, shape, pad: int, colours) -> str:
-    (low, high), (left, right) = ((min(s[d] for s in tiles), max(s[d] + sizes[d - 2] for s in tiles)) for d in (0, 1))
+def _matrix(place: dict[int, int], tiles, drawn: list[int], sizes, shape, colours) -> str:
+    """The tiles of an array that lie at a `place` in the dimensions that are not `drawn`."""
+    pad = [1] * (2 - len(drawn))  # vectors are drawn as one row
+    extents, blocks = [*pad, *(shape[d] for d in drawn)], [*pad, *(sizes[d] for d in drawn)]
+    tiles = {(0,) * len(pad) + start: programs for start, programs in tiles.items()}
+    (low, high), (left, right) = ((min(s[d] for s in tiles), max(s[d] + blocks[d] for s in tiles)) for d in (0, 1))
     counts = [len({s[d] for s in tiles}) for d in (0, 1)]
     height, width = (min(320, max(28, 16 * n)) for n in counts)
     width = min(320, max(width, 96))
@@ -271,27 +283,29 @@ def _matrix(lead, tiles, sizes, shape, pad: int, colours) -> str:
             f'width="{columns * x_scale:.2f}" height="{rows * y_scale:.2f}" {attributes}><title>{title}</title></rect>'
         )
 
-    names = [_slice(start, size) for start, size in zip(lead, sizes[:-2], strict=True)]
-    drawn = []
+    def words(start: Sequence[int] | None) -> str:
+        """A tile, or all tiles of the picture, as indices of the array."""
+        at = place if start is None else place | dict(zip(drawn, start[len(pad) :], strict=True))
+        return f"[{', '.join(_slice(at[d], size) if d in at else ':' for d, size in enumerate(sizes))}]"
+
+    rects = []
     for (row, column), programs in tiles.items():
-        cut = [*names, _slice(row, sizes[-2]), _slice(column, sizes[-1])][pad:]
-        title = f"[{', '.join(cut)}]"
         attributes = f'fill="{colours[programs[0]]}" data-programs="{" ".join(map(str, programs))}"'
-        drawn.append(rect(row, column, sizes[-2], sizes[-1], attributes, title))
+        rects.append(rect(row, column, *blocks, attributes, words((row, column))))
     # What lies past the array's edges is neither read nor written.
     edges = [(low, left, 0 - low, right - left), (low, left, high - low, 0 - left)]
-    edges += [(shape[-2], left, high - shape[-2], right - left), (low, shape[-1], high - low, right - shape[-1])]
-    drawn += [
+    edges += [(extents[0], left, high - extents[0], right - left), (low, extents[1], high - low, right - extents[1])]
+    rects += [
         rect(*e, 'class="outside"', "past the edge: 0 is read, nothing written") for e in edges if e[2] > 0 and e[3] > 0
     ]
     part = [
         f"{name} {max(0, a)} to {min(b, n)} of {n}"
-        for name, a, b, n in (("rows", low, high, shape[-2]), ("columns", left, right, shape[-1]))
+        for name, a, b, n in (("rows", low, high, extents[0]), ("columns", left, right, extents[1]))
         if a > 0 or b < n
     ]
-    label = f"[{', '.join([*names, ':', ':'])}] " if names else ""
+    label = f"{words(None)} " if place else ""
     caption = f"<small>{label}{', '.join(part)}</small>" if label or part else ""
-    svg = f'<svg width="{width}" height="{height}" role="img">{"".join(drawn)}</svg>'
+    svg = f'<svg width="{width}" height="{height}" role="img">{"".join(rects)}</svg>'
     return f"<div>{svg}{caption}</div>"
 
 
@@ -320,7 +334,8 @@ _STYLE = """
 :root { color-scheme: light dark; --lit: light-dark(#ffe58a, #5b4a00); --rule: light-dark(#ccc, #444); }
 body { font: 14px/1.4 system-ui, sans-serif; margin: 1.5rem; }
 table { border-collapse: collapse; }
-th, td { border: 1px solid var(--rule); padding: .2rem .6rem; text-align: right; }
+th, td { border: 1px solid var(--rule); padding: .2rem .6rem; text-align: right; white-space: nowrap; }
+td:last-child { white-space: normal; }
 th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
 .view:not([hidden]) { display: flex; gap: .75rem; }
 .pane { flex: 1; min-width: 0; }

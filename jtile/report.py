@@ -10,7 +10,7 @@ from jtile.compiler import launch
 from jtile.compiler.launch import Launch
 from jtile.compiler.rewrite import equations
 from jtile.compiler.target import Occupancy, Target
-from jtile.op.lowering import choose
+from jtile.op.lowering import choose, choose_tile
 from jtile.op.primitive import TilePrimitive
 from jtile.op.rules import ungrouped
 from jtile.op.sharding import moves
@@ -139,12 +139,13 @@ def _kernel_table(reports) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class OpReport:
-    """What one op in a function runs, and why, and what devices exchange for it."""
+    """What one op in a function runs, and why, with which tile and why that, and what devices exchange for it."""
 
     name: str
     operands: str
     runs: str
     why: str
+    tile: str = ""
     moves: str = ""
     count: int = 1
 
@@ -153,10 +154,16 @@ class Explanation(tuple[OpReport, ...]):
     """The ops of a function in order of appearance; prints as a table."""
 
     def __str__(self) -> str:
-        rows = [(f"{r.name} ×{r.count}" if r.count > 1 else r.name, r.operands, r.runs, r.why, r.moves) for r in self]
-        columns = 5 if any(r.moves for r in self) else 4
-        header = ("op", "operands", "runs", "why", "devices exchange")[:columns]
-        return table(header, [row[:columns] for row in rows]) if self else "no ops"
+        columns = {
+            "op": [f"{r.name} ×{r.count}" if r.count > 1 else r.name for r in self],
+            "operands": [r.operands for r in self],
+            "runs": [r.runs for r in self],
+            "why": [r.why for r in self],
+            "tile": [r.tile for r in self],
+            "devices exchange": [r.moves for r in self],
+        }
+        shown = {name: column for name, column in columns.items() if any(column)}
+        return table(list(shown), list(zip(*shown.values(), strict=True))) if self else "no ops"
 
 
 def explain(fn: Callable, *args, target: str | None = None) -> Explanation:
@@ -170,7 +177,9 @@ def explain(fn: Callable, *args, target: str | None = None) -> Explanation:
         target: the GPU to explain for, such as `"NVIDIA H200"`; `None` is where `fn` would run here.
 
     Returns:
-        One report for each op, equal calls counted together. It prints as a table. On a mesh it notes what devices
+        One report for each op, equal calls counted together. It prints as a table. Of a kernel it notes the tile, if
+        the op has several, and whether that was tuned here, is shipped with jtile, was taken over from the nearest
+        sizes or another chip, or is the op's own heuristic (see `jtile.tuning`). On a mesh it notes what devices
         exchange: on explicit axes what this call does, on automatic ones, which XLA is to use yet, what splitting a
         dimension would cost.
 
@@ -186,9 +195,10 @@ def explain(fn: Callable, *args, target: str | None = None) -> Explanation:
         >>> [r.runs for r in jtile.explain(jtile.rms_norm, x, scale, target="NVIDIA H200")]
         ['kernel']
     """
-    if target is not None:
-        Target.named(target)
-    platform = "cuda" if target is not None else _platform_here()
+    chip = None if target is None else Target.named(target)
+    platform = "cuda" if chip is not None else _platform_here()
+    if chip is None and platform == "cuda":
+        chip = Target.current()
     counts: dict[OpReport, int] = {}
     for eqn in equations(jax.make_jaxpr(fn)(*args).jaxpr):
         if not isinstance(eqn.primitive, TilePrimitive):
@@ -196,8 +206,10 @@ def explain(fn: Callable, *args, target: str | None = None) -> Explanation:
         op, call = eqn.primitive.op, eqn.params["call"]
         avals: list[Any] = [v.aval for v in eqn.invars]
         choice = choose(op, ungrouped(avals, call), call, platform)
+        tile = choose_tile(op, ungrouped(avals, call), call, chip) if choice.runs == "kernel" else None
         operands = ", ".join(f"{a.dtype.name}[{','.join(map(str, a.shape))}]" for a in avals)
-        report = OpReport(op.name, operands, choice.runs, choice.why, moves(op, call, avals))
+        tile_text = f"{tile.tile} ({tile.source})" if tile and tile.tile is not None else ""
+        report = OpReport(op.name, operands, choice.runs, choice.why, tile_text, moves(op, call, avals))
         counts[report] = counts.get(report, 0) + 1
     return Explanation(dataclasses.replace(report, count=count) for report, count in counts.items())
 

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +43,8 @@ class Config:
     """A model's shape, under the names of Hugging Face's config.json, and how it computes.
 
     `dtype` is what activations are computed in, `param_dtype` what parameters are kept in. `remat` recomputes each
-    block's activations in the backward pass. `implementation` goes to every op of jtile.
+    block's activations in the backward pass. `implementation` goes to every op of jtile; "cudnn" is "xla" with the
+    attention of `jax.nn` on cuDNN, to compare with.
     """
 
     vocab_size: int
@@ -66,7 +67,11 @@ class Config:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: bool = False
-    implementation: Literal["triton", "xla"] | None = None
+    implementation: Literal["triton", "xla", "cudnn"] | None = None
+
+    @property
+    def op_implementation(self) -> Literal["triton", "xla"] | None:
+        return "xla" if self.implementation == "cudnn" else self.implementation
 
 
 SIZES = {
@@ -133,7 +138,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x, residual=None):
         """Normalises x + residual; returns that and the sum, which the next block adds to."""
-        options: Any = dict(epsilon=self.config.rms_norm_eps, implementation=self.config.implementation)
+        options: Any = dict(epsilon=self.config.rms_norm_eps, implementation=self.config.op_implementation)
         if residual is None:
             return jtile.rms_norm(x, self.scale[...], **options), x
         return jtile.rms_norm(x, self.scale[...], residual=residual, **options)
@@ -175,7 +180,7 @@ class Attention(nnx.Module):
         self.config = config
 
     def __call__(self, x, positions, cache=None, segment_ids=None):
-        implementation, window = self.config.implementation, self.config.sliding_window
+        implementation, window = self.config.op_implementation, self.config.sliding_window
         heads = (*x.shape[:-1], -1, self.config.head_dim)
         rotate = functools.partial(
             jtile.rope, positions=positions, frequencies=rope_frequencies(self.config), implementation=implementation
@@ -195,7 +200,11 @@ class Attention(nnx.Module):
             logits_soft_cap=self.config.attn_logit_softcapping,
             implementation=implementation,
         )
-        if cache is None or x.shape[1] > 1:
+        if self.config.implementation == "cudnn" and cache is None:
+            if segment_ids is not None or window or self.config.attn_logit_softcapping:
+                raise ValueError("llama: implementation='cudnn' has no segments, windows or soft caps; leave it None")
+            out = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+        elif cache is None or x.shape[1] > 1:
             out = attend(query, key, value, query_segment_ids=segment_ids)
         elif window or self.config.attn_logit_softcapping:
             out = attend(query, *cache, query_offset=jnp.broadcast_to(positions, x.shape[:1]))
@@ -213,7 +222,7 @@ class MLP(nnx.Module):
         self.up = linear(config.hidden_size, config.intermediate_size, config, rngs)
         gain = 1 / math.sqrt(2 * config.num_hidden_layers)
         self.down = linear(config.intermediate_size, config.hidden_size, config, rngs, gain=gain)
-        self.implementation = config.implementation
+        self.implementation = config.op_implementation
 
     def __call__(self, x):
         return self.down(jtile.gated_activation(self.gate(x), self.up(x), implementation=self.implementation))
@@ -293,9 +302,21 @@ def loss(
         ids, segment_ids = segment_ids, segment_ids[:, :-1]
         labels = jnp.where((ids[:, 1:] == segment_ids) & (segment_ids != 0), labels, IGNORED)
     losses = jtile.softmax_cross_entropy(
-        model(tokens[:, :-1], segment_ids), labels, ignore_index=IGNORED, implementation=model.config.implementation
+        model(tokens[:, :-1], segment_ids), labels, ignore_index=IGNORED, implementation=model.config.op_implementation
     )
     return losses.sum() / jnp.maximum(1, jnp.sum(labels != IGNORED))
+
+
+def example(size: str, batch: int, sequence: int) -> tuple[Callable, tuple[Any, Any]]:
+    """A training step's loss and gradient as a function of parameters and tokens, and the shapes of those. It is what
+    `python -m jtile tune --model llama:SIZE` tunes."""
+    config = dataclasses.replace(SIZES[size], dtype="bfloat16")
+    graph, params = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))), nnx.Param)
+
+    def value_and_gradient(params, tokens):
+        return jax.value_and_grad(lambda params: loss(nnx.merge(graph, params), tokens))(params)
+
+    return value_and_gradient, (params, jax.ShapeDtypeStruct((batch, sequence + 1), jnp.int32))
 
 
 # Generation.

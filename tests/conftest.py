@@ -8,7 +8,11 @@ import pytest
 def pytest_configure(config):  # before JAX is imported
     if config.option.markexpr != "gpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
-        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+        # Most tests compile more than they compute.
+        os.environ["XLA_FLAGS"] = (
+            "--xla_force_host_platform_device_count=8 "
+            "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        )
 
 
 def pytest_collection_modifyitems(config, items):

@@ -21,6 +21,23 @@ from jtile.testing.laws import value_and_pullback
 ROWS, TYPICAL_ROWS = {"b": 4, "s": 8}, {"b": 2, "s": 1024}
 ATTENTION = "query: b s (k g) d, key: b t k d, value: b t k e -> out: b s (k g) e"
 
+
+def dropout(x, key, *, rate, implementation, **axes):
+    """With the mesh axis of each dimension by its name."""
+    split = {dim: axes[name] for dim, name in enumerate("bsd") if name in axes}
+    return jtile.dropout(x, rate, key.astype("uint32"), split=split, implementation=implementation)
+
+
+def softmax(x, mask, **options):
+    """Masked as attention's scores are: for each batch its keys."""
+    return jtile.softmax(x, mask=mask[:, None, :] != 0, **options)
+
+
+def qk_norm_rope(q, scale, positions, **options):
+    """Keys that are the queries."""
+    return jtile.qk_norm_rope(q, q, scale, scale, positions, **options)
+
+
 CASES = {
     "rms_norm": (
         jtile.rms_norm,
@@ -41,6 +58,65 @@ CASES = {
             typical=TYPICAL_ROWS | {"d": 4096},
         ),
     ),
+    "layer_norm": (
+        jtile.layer_norm,
+        Case(
+            "x: b s d, scale: d, bias: d -> y: b s d",
+            ROWS | {"d": 84},
+            split="b s",
+            typical=TYPICAL_ROWS | {"d": 4096},
+        ),
+    ),
+    "layer_norm_of_sum": (
+        jtile.layer_norm,
+        Case(
+            "x: b s d, scale: d, residual: b s d -> y: b s d, h: b s d",
+            ROWS | {"d": 72},
+            options={"epsilon": 1e-5},
+            split="b s",
+            typical=TYPICAL_ROWS | {"d": 4096},
+        ),
+    ),
+    "gated_rms_norm": (
+        jtile.gated_rms_norm,
+        Case(
+            "x: b s d, gate: b s d, scale: d -> y: b s d",
+            ROWS | {"d": 76},
+            split="b s",
+            typical=TYPICAL_ROWS | {"d": 4096},
+        ),
+    ),
+    "rms_norm_gated": (
+        jtile.gated_rms_norm,
+        Case(
+            "x: b s d, gate: b s d, scale: d -> y: b s d",
+            ROWS | {"d": 68},
+            options={"norm_before_gate": True},
+            split="b s",
+            typical=TYPICAL_ROWS | {"d": 4096},
+        ),
+    ),
+    "group_norm": (
+        jtile.group_norm,
+        Case(
+            "x: b h w c, scale: c -> y: b h w c",
+            {"b": 4, "h": 4, "w": 2, "c": 24},
+            options={"groups": 4},
+            split="b",
+            fixed="c",
+            typical={"b": 4, "h": 32, "w": 32, "c": 640},
+        ),
+    ),
+    "group_norm_with_bias": (
+        jtile.group_norm,
+        Case(
+            "x: b s c, scale: c, bias: c -> y: b s c",
+            {"b": 4, "s": 9, "c": 12},
+            options={"groups": 3, "epsilon": 1e-5},
+            split="b",
+            fixed="c",
+        ),
+    ),
     "rope": (
         jtile.rope,
         Case(
@@ -48,6 +124,18 @@ CASES = {
             ROWS | {"h": 6, "d": 20},
             integers={"positions": (-100, 100_000)},
             split="b s h",
+            fixed="d",
+            typical=TYPICAL_ROWS | {"h": 32, "d": 128},
+        ),
+    ),
+    "qk_norm_rope": (
+        qk_norm_rope,
+        Case(
+            "q: b s h d, scale: d, positions: b s -> y: b s h d, z: b s h d",
+            ROWS | {"h": 4, "d": 20},
+            options={"epsilon": 1e-5},
+            integers={"positions": (-100, 100_000)},
+            split="b s",
             fixed="d",
             typical=TYPICAL_ROWS | {"h": 32, "d": 128},
         ),
@@ -74,12 +162,72 @@ CASES = {
             typical={"b": 1, "s": 512, "v": 128_256},
         ),
     ),
+    "dropout": (
+        dropout,
+        Case(
+            "x: b s d, key: two -> y: b s d",
+            ROWS | {"d": 64, "two": 2},
+            options={"rate": 0.3},
+            integers={"key": (0, 2**31 - 1)},
+            split="b d",
+            axis_names={"b": "b", "d": "d"},
+            fixed="two",
+            typical=TYPICAL_ROWS | {"d": 4096, "two": 2},
+        ),
+    ),
+    "softmax": (
+        softmax,
+        Case(
+            "x: b s t, mask: b t -> y: b s t",
+            ROWS | {"t": 36},
+            options={"scale": 0.5, "is_causal": True},
+            integers={"mask": (0, 2)},
+            split="b",
+            typical=TYPICAL_ROWS | {"t": 4096},
+        ),
+    ),
+    "log_softmax": (
+        jtile.log_softmax,
+        Case(
+            "x: b s t -> y: b s t",
+            ROWS | {"t": 100},
+            split="b s",
+            typical=TYPICAL_ROWS | {"t": 4096},
+        ),
+    ),
+    "linear_cross_entropy": (
+        jtile.linear_cross_entropy,
+        Case(
+            "x: b s d, weight: d v, labels: b s -> loss: b s",
+            ROWS | {"d": 20, "v": 132},
+            options={"ignore_index": 3, "label_smoothing": 0.1, "z_loss": 1e-3, "logits_soft_cap": 20.0},
+            integers={"labels": (0, "v")},
+            split="b v",
+            exchanged={"v": 3},
+            axis_names={"v": "axis_name"},
+            typical={"b": 1, "s": 512, "d": 1024, "v": 128_256},
+        ),
+    ),
+    "weighted_linear_cross_entropy": (
+        jtile.linear_cross_entropy,
+        Case(
+            "x: b s d, weight: d v, labels: b s, token_weights: b s -> loss:",
+            ROWS | {"d": 20, "v": 132},
+            options={"ignore_index": 3, "label_smoothing": 0.1, "z_loss": 1e-3, "logits_soft_cap": 20.0},
+            integers={"labels": (0, "v")},
+            split="b v",
+            exchanged={"v": 3},
+            axis_names={"v": "axis_name"},
+            typical={"b": 1, "s": 512, "d": 1024, "v": 128_256},
+        ),
+    ),
     "attention": (
         jtile.dot_product_attention,
         Case(
             ATTENTION,
             {"b": 2, "s": 40, "t": 72, "k": 2, "g": 3, "d": 16, "e": 16},
-            split="b k",
+            split="b s k",
+            axis_names={"s": "axis_name"},
             fixed="d e",
             typical={"b": 2, "s": 1024, "t": 1024, "k": 8, "g": 4, "d": 128, "e": 128},
         ),
@@ -90,7 +238,8 @@ CASES = {
             f"{ATTENTION}, lse: b s (k g)",
             {"b": 2, "s": 72, "t": 72, "k": 2, "g": 1, "d": 24, "e": 16},
             options={"is_causal": True, "return_lse": True},
-            split="b k",
+            split="s",
+            axis_names={"s": "axis_name"},
             fixed="d e",
             typical={"b": 2, "s": 1024, "t": 1024, "k": 8, "g": 4, "d": 80, "e": 80},
         ),
@@ -116,10 +265,19 @@ def trial(name: str) -> Trial:
     return Trial(*CASES[name])
 
 
-# The second case of attention differs from the first in arithmetic alone.
+# What these cases, beside another of their op, differ in: arithmetic, and what a part of the queries needs to know.
 ARITHMETIC = ("kernel", "gradient", "forward_mode", "second_order", "dtypes", "shapes", "repeats", "compiles")
-FEATURES = ("gradient", "second_order", "x64", "auto_sharding", "explicit_sharding", "exchanges", "shard_map")
-SOME = {"causal_attention": ARITHMETIC, "attention_with_features": FEATURES}
+SHARDING = ("auto_sharding", "explicit_sharding", "shard_map")
+SOME = dict.fromkeys(("layer_norm_of_sum", "rms_norm_gated", "group_norm_with_bias"), ARITHMETIC)
+SOME |= {"causal_attention": ARITHMETIC + SHARDING}
+SOME |= {"attention_with_features": ("gradient", "second_order", "x64", "exchanges", *SHARDING)}
+# Its gradients are formed, and exchanged, in the forward pass.
+SOME |= {
+    "weighted_linear_cross_entropy": (
+        *("kernel", "gradient", "forward_mode", "second_order", "checkpoint"),
+        *("auto_sharding", "explicit_sharding", "shard_map"),
+    )
+}
 TABLE = [(name, law) for name in CASES for law in SOME.get(name, LAWS)]
 
 
@@ -173,7 +331,7 @@ def test_typical_sizes_on_gpu(name, law, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["rms_norm", "rope", "gated_activation", "softmax_cross_entropy"])
+@pytest.mark.parametrize("name", ["rms_norm", "rope", "gated_activation", "log_softmax", "softmax_cross_entropy"])
 def test_past_two_to_the_31_elements_on_gpu(name):
     """Four rows repeated until they fill it: the last four come out as they do alone."""
     op, case = CASES[name]

@@ -359,6 +359,7 @@ def test_the_page_has_resources_for_each_chip(written):
     assert [a["data-view"] for a, _ in page.find("button")] == [
         a["id"] for a, _ in page.find("div", **{"class": "view"})
     ]
+    assert [text for a, text in page.find("button") if a["aria-pressed"] == "true"] == ["NVIDIA H200"]  # the default
 
 
 def test_lines_belong_together(written):
@@ -392,6 +393,17 @@ def test_the_picture_of_tiles(written):
     captions = [text for _, text in page.find("figcaption")]
     assert captions == ["programs 8", "x_ref float32[1000, 512], read", "factor_ref float32[512], read",
                         "y_ref float32[1000, 512], written"]  # fmt: skip
+
+
+def test_the_picture_has_the_dimensions_that_programs_share_out(tmp_path, capsys):
+    path = tmp_path / "page.html"
+    query = "bf16[2, 256, 4, 64]"
+    main(["inspect", "jtile:dot_product_attention", "--args", ", ".join([query] * 3), "--only", "--html", str(path)])
+    parser = Checked()
+    parser.feed(path.read_text())
+    places = [text.strip() for _, text in parser.find("small")]
+    assert places[:2] == ["[0, :, :, 0:64]", "[1, :, :, 0:64]"]  # of the query: blocks of queries and heads
+    assert places[2] == "[:, 0:256, :, 0:64]"  # of the key: batch and heads
 
 
 def test_what_programs_do_to_arrays(written):

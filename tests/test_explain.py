@@ -55,7 +55,7 @@ def test_a_function_without_ops_and_an_unknown_target():
 @pytest.mark.parametrize(
     "kind, forward, backward",
     [
-        (AxisType.Explicit, "all of dimension `d` of `x`", "all of dimension `d` of `h`, the sum of `dscale`"),
+        (AxisType.Explicit, "all of dimension `d` of `x`", "all of dimension `d` of `x`, the sum of `dscale`"),
         (AxisType.Auto, *["all of dimension `d` where it is split"] * 2),
     ],
 )

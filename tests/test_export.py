@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 import jtile
 from jtile.compiler.target import Target
 from models import llama
+from tests.small_llama import SMALL
 
 # Of H200s that are not here.
 DEVICE = AbstractDevice("NVIDIA H200", 132, "gpu")
@@ -53,21 +54,10 @@ def with_gradients(op):
     return function
 
 
-CONFIG = llama.Config(
-    vocab_size=128,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=16,
-)
-
-
 @functools.cache
 def training():
     """A step of training as a function of flat lists, since Flax's containers are no part of an exported program."""
-    graph, params = nnx.split(llama.Llama(CONFIG, rngs=nnx.Rngs(0)), nnx.Param)
+    graph, params = nnx.split(llama.Llama(SMALL, rngs=nnx.Rngs(0)), nnx.Param)
     optimizer = optax.adamw(1e-3)
     leaves, tree = jax.tree.flatten((params, optimizer.init(params)))
 

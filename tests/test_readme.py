@@ -4,9 +4,11 @@ import pathlib
 import re
 import shlex
 
+import jax
 import pytest
 
 from jtile.__main__ import main
+from jtile.tuning import search
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
@@ -23,11 +25,21 @@ def test_readme_code_runs(capsys):
 
 def test_readme_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    [command] = re.findall(r"^python -m jtile (.*)$", README.read_text(), re.MULTILINE)
+    [command] = re.findall(r"^python -m jtile (inspect .*)$", README.read_text(), re.MULTILINE)
     assert main(shlex.split(command)) == 0
     printed = capsys.readouterr().out
     assert all(chip in printed for chip in ("sm_80", "sm_89", "sm_90", "sm_100"))
     assert (tmp_path / "rms_norm.html").exists()
+
+
+def test_readme_commands_tune_what_is_there(tmp_path, monkeypatch):
+    """All but the measuring."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(search, "calls_of", lambda fn, *args: jax.eval_shape(fn, *args) and [])
+    commands = re.findall(r"^python -m jtile (tune .*)$", README.read_text(), re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        assert main(shlex.split(command, comments=True)) == 0
 
 
 @pytest.mark.parametrize("name", re.findall(r"`jtile\.(\w+)", README.read_text()))

@@ -93,6 +93,7 @@ class Emitter:
         self.programs: str | None = None  # how many there are, where each takes the place of several in turn
         self.loops = 0
         self.loads_in_loops: list[str] = []  # where in the user's code, those by pointers
+        self.loaded: list[str] = []  # refs, by pointers
         self.one_way = _one_way(kernel)
         self.helpers: dict[str, None] = {}  # functions to define ahead of the kernel, in order
         self.prelude: list[str] = []  # what is the same for every program
@@ -169,7 +170,7 @@ class Emitter:
         self.line(head)
         self._depth += 1
         self._indices.append({})
-        start = len(self.lines)
+        start, loads = len(self.lines), len(self.loaded)
         self.order.enter()
         yield
         loops = head.startswith(("for ", "while "))
@@ -178,6 +179,9 @@ class Emitter:
             self.line("tl.debug_barrier()")
         if anywhere and loops:  # nor may Triton load for the next turn before this one has stored
             self.lines[start - 1] = Line(self.lines[start - 1].replace("):", ", num_stages=1):"), self.place)
+        elif head.startswith("for ") and self.streams(self.lines[start:], self.loaded[loads:]):
+            stages = f", num_stages={self.params.num_stages}):"
+            self.lines[start - 1] = Line(self.lines[start - 1].replace("):", stages), self.place)
         if len(self.lines) == start:
             self.line("pass")
         self._indices.pop()
@@ -250,8 +254,20 @@ class Emitter:
             self.bases.append(f"    {self._shared[text]} = {text}")
         return self._shared[text]
 
-    def by_pointer(self) -> None:
+    def streams(self, body: Sequence[str], loaded: Sequence[str]) -> bool:
+        """Whether Triton is to be told to load ahead in a loop with this body, where it sees no product to load for.
+
+        What the loop loads must be nothing that the kernel also stores: Triton does not look.
+        """
+        return (
+            self.params.num_stages > 2
+            and self.one_way.issuperset(loaded)
+            and not any(part in line for line in body for part in ("tl.dot", "for ", "while "))
+        )
+
+    def by_pointer(self, ref: Ref) -> None:
         """Notes a load that the Tensor Memory Accelerator does not do."""
+        self.loaded.append(ref.name)
         if self._depth > 1:
             self.loads_in_loops.append(self._where)
 

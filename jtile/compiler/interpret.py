@@ -45,7 +45,7 @@ def _interpret(params, *operands):
     for i, o in params["input_output_aliases"]:  # one buffer, and so one shape
         i -= mapping.num_index_operands
         pads[i] = pads[len(operands) + o] = list(map(max, pads[i], pads[len(operands) + o]))
-    padded = [jnp.pad(x, pad) for x, pad in zip(operands, pads, strict=False)]
+    padded = [jnp.pad(x, pad) if any(map(any, pad)) else x for x, pad in zip(operands, pads, strict=False)]
     blocks = [_padded(block, pad) for block, pad in zip(blocks, pads, strict=True)]
     out_shapes = [b.array_aval.shape for b in blocks[len(operands) :]]
     results = pl.pallas_call_p.bind(

@@ -10,7 +10,8 @@ class CompilerParams:
     Attributes:
       num_warps: warps of 32 threads that run one program of the grid: 1, 2, 4, 8, 16 or 32.
       num_stages: depth of software pipelining in loops: loads run this many iterations ahead, less one. With `tma=None`
-        the compiler may go one deeper.
+        the compiler may go one deeper. It takes shared memory. Loops without products are pipelined from 3 on, if they
+        load from no ref that is also stored to.
       num_ctas: thread blocks in a cluster that share one program (Hopper and later): 1, 2, 4 or 8.
       warp_specialize: True gives the loads and products of the kernel's one loop warps of their own (Hopper and later,
         with `num_warps=4`; every load in the loop by TMA). None lets the compiler choose, False forbids it.

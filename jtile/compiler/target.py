@@ -115,6 +115,11 @@ class Target:
         present = _local_gpu()
         return cls.of_device(present) if present is not None and present.device_kind == kind else cls.named(kind)
 
+    @property
+    def model(self) -> str:
+        """The chip's name in jtile's table, which does not tell variants of the memory apart, else the driver's."""
+        return _longest_prefix(self.name) or self.name
+
     def occupancy(self, registers: int, shared_bytes: int, threads: int, tensor_memory_columns: int = 0) -> Occupancy:
         """How many blocks of a kernel a multiprocessor holds at once, as CUDA's occupancy calculator counts them.
 

@@ -39,7 +39,8 @@ def triton_call(
     Arguments are bound to the kernel's parameters by position and by name, as Python does. What a parameter gets:
 
     - for an array: a pointer to its elements, in row-major order, aligned to 16 bytes;
-    - for a `jax_triton.TensorDescriptor`: a descriptor for the Tensor Memory Accelerator, made by the host;
+    - for a `jax_triton.TensorDescriptor`: a descriptor for the Tensor Memory Accelerator, made by the host; one whose
+      base is a `jax.ShapeDtypeStruct` describes the next result;
     - for a Python number: its value, fixed in the launch (a 1 is compiled in, as Triton does);
     - if it is `constexpr`: the value given, or its default, compiled in;
     - if nothing is given: a pointer to the next result. These parameters follow all arrays.
@@ -128,6 +129,14 @@ def triton_call(
                 )
             result = unclaimed.popleft()
             arguments.append(Array(types[result].dtype, _bytes(types[result]) if result in zeroed_outputs else 0))
+        elif _is_descriptor(value) and isinstance(value.base, jax.ShapeDtypeStruct):
+            result = unclaimed.popleft() if unclaimed else None
+            base = jax.ShapeDtypeStruct(value.base.shape, value.base.dtype)
+            if result is None or types[result] != base:
+                raise TypeError(f"{where} describes a result {base}; the next of out_shape is {_nth(types, result)}.")
+            if result in zeroed_outputs:
+                raise TypeError(f"{where} is a TensorDescriptor: its buffer cannot be zeroed at launch.")
+            arguments.append(Descriptor.of(value, where))
         else:
             argument = _argument(value, parameter, where)
             if isinstance(argument, Array | Descriptor):
@@ -227,6 +236,10 @@ def _is_array(value) -> bool:
 def _is_descriptor(value) -> bool:
     """A `jax_triton.TensorDescriptor`, known by its fields: to import jax_triton would change the environment."""
     return all(hasattr(value, field) for field in ("base", "strides", "block_shape", "round_f32_to_tf32"))
+
+
+def _nth(types, number):
+    return "missing" if number is None else types[number]
 
 
 def _bytes(array_type) -> int:

@@ -115,6 +115,7 @@ def _interpreting(function: JITFunction) -> Iterator[None]:
             stack.callback(patches.restore)
         patches.set_attr(tl.tensor, "__index__", lambda self: self.handle.data.item())  # Triton 3.6 has it wrong
         patches.set_attr(tl, "range", _counted)
+        patches.set_attr(tl, "inline_asm_elementwise", _assembly)
         patches.set_attr(tl.tensor, "__repr__", _printed)
         patches.set_attr(tl.tensor, "__str__", _printed)
         yield
@@ -123,6 +124,13 @@ def _interpreting(function: JITFunction) -> Iterator[None]:
 def _counted(*ends, **_) -> Iterator[tl.tensor]:
     """As in compiled loops the counter is a tensor, where Triton's interpreter gives a number."""
     return map(_semantic.to_tensor, range(*ends))
+
+
+def _assembly(asm: str, constraints: str, args: list[tl.tensor], **_) -> tl.tensor:
+    """A move is all that the compiler writes of its own accord."""
+    if not asm.startswith("mov."):
+        raise NotImplementedError(f"Inline assembly runs on GPUs alone: {asm!r}.")
+    return args[0]
 
 
 def _printed(tensor: tl.tensor) -> str:

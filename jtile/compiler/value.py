@@ -44,6 +44,7 @@ class Value:
       constant: the one number that every lane holds.
       bounds: least and greatest of an integer value, where known: what proves that an access stays inside an array.
       zero_padded: the lanes outside the shape are known to hold 0.
+      product: a product of floats, which the compiler may fuse with an addition and then round only once.
     """
 
     text: str
@@ -52,6 +53,7 @@ class Value:
     constant: bool | int | float | None = None
     bounds: Interval | None = None
     zero_padded: bool = False
+    product: bool = False
 
     @property
     def tile(self) -> tuple[int, ...]:
@@ -91,6 +93,16 @@ def literal(number: bool | int | float, dtype: np.dtype) -> str:
     if not math.isfinite(number):
         return f'float("{number}")'
     return repr(number if dtype == np.float64 else float(str(np.float32(number))))
+
+
+def behind_a_move(text: str, dtype) -> str:
+    """The same number, of 32 or 64 bits, of which the compiler does not know where it comes from."""
+    bits = 8 * np.dtype(dtype).itemsize
+    register = {("f", 32): "f", ("f", 64): "d", ("i", 32): "r", ("i", 64): "l"}[np.dtype(dtype).kind, bits]
+    return (
+        f'tl.inline_asm_elementwise("mov.b{bits} $0, $1;", "={register},{register}", [{text}], '
+        f"dtype={triton_type(dtype)}, is_pure=True, pack=1)"
+    )
 
 
 def triton_type(dtype) -> str:

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import mlir
 
-from jtile import borrowed
+from jtile import borrowed, tuning
+from jtile.compiler.target import Target
 from jtile.op import rules, sharding
 
 if TYPE_CHECKING:
@@ -35,8 +36,9 @@ class FallbackWarning(UserWarning):
 
 def register(op: TileOp) -> None:
     for primitive in op.primitive, op.settled:
-        mlir.register_lowering(primitive, functools.partial(lower, op, None))
-        mlir.register_lowering(primitive, functools.partial(lower, op, "cuda"), platform="cuda")
+        settled = primitive is op.settled
+        mlir.register_lowering(primitive, functools.partial(lower, op, None, settled))
+        mlir.register_lowering(primitive, functools.partial(lower, op, "cuda", settled), platform="cuda")
     borrowed.prim_requires_devices_during_lowering.add(op.primitive)
 
 
@@ -78,9 +80,21 @@ def _obstacle(op: TileOp, shapes: Sequence, call: Call) -> str | None:
         if jnp.issubdtype(s.dtype, jnp.inexact) and s.dtype.name not in op.kernel_dtypes:
             return f"`{term.name}` is {s.dtype.name}, and kernels take {', '.join(op.kernel_dtypes)}"
     if op.limits_function is not None:
-        folded = [jax.eval_shape(functools.partial(_fold, t), s) for t, s in zip(terms, shapes, strict=True)]
-        return op.limits_function(*call.expand(folded), **dict(call.static))
+        return op.limits_function(*_folded(op, shapes, call), **dict(call.static))
     return None
+
+
+def _folded(op: TileOp, shapes: Sequence, call: Call) -> list[jax.ShapeDtypeStruct | None]:
+    """The operands as the kernel gets them, of these that one group sees."""
+    terms = [t for t, p in zip(op.signature.operands, call.present, strict=True) if p]
+    return call.expand([jax.eval_shape(functools.partial(_fold, t), s) for t, s in zip(terms, shapes, strict=True)])
+
+
+def choose_tile(op: TileOp, shapes: Sequence, call: Call, target: Target | None) -> tuning.Choice | None:
+    """How the kernel of a call is launched on a chip, and why so, where the op leaves a choice."""
+    if op.tiles_function is None:
+        return None
+    return tuning.choose(op, _folded(op, shapes, call), call.static, target)
 
 
 @functools.cache
@@ -98,22 +112,24 @@ def _warn_once(op: TileOp, reason: str) -> None:
     warnings.warn(message, FallbackWarning, stacklevel=2)
 
 
-def lower(op: TileOp, platform: str | None, ctx, *operands, call: Call):
+def lower(op: TileOp, platform: str | None, settled: bool, ctx, *operands, call: Call):
     platform = platform or "/".join(ctx.module_context.platforms)
-    function = functools.partial(execute, op, call, platform)
 
     def run(*values):
-        if sharding.settled(ctx.avals_in):
+        if settled or sharding.settled(ctx.avals_in):
             mesh = borrowed.explicit_mesh(ctx.avals_in)
-            # Where all axes are manual these are a device's own arrays.
-            return function(*values) if mesh is None else list(sharding.split(op, call, mesh, values, ctx.avals_in))
+            if mesh is not None:
+                return list(sharding.split(op, call, mesh, values, ctx.avals_in))
+            # These are a device's own arrays.
+            return execute(op, call, platform, *values, find_target=functools.partial(Target.of_lowering, ctx))
         if borrowed.exporting(ctx) and borrowed.device_count(ctx) > 1:
             raise NotImplementedError(
                 f"{op.name}: jax.export cannot save a program for {borrowed.device_count(ctx)} devices in which XLA is "
                 "still to choose how the op is split. Call the op inside jax.shard_map, or shard its operands over a "
                 "mesh whose axes are AxisType.Explicit: jax.make_mesh's default."
             )
-        return list(sharding.partitioned(op, call, function, values))
+        # The op is bound again, on parts: lowered there it knows its device.
+        return list(sharding.partitioned(op, call, op.settled.bind, values, borrowed.mesh_around(ctx)))
 
     # Shardings and varying axes are settled by now. Kernels are traced without them, and need not know of them.
     plain = ctx.replace(avals_in=borrowed.plain_avals(ctx.avals_in), avals_out=borrowed.plain_avals(ctx.avals_out))
@@ -121,8 +137,14 @@ def lower(op: TileOp, platform: str | None, ctx, *operands, call: Call):
         return mlir.lower_fun(run, multiple_results=True)(plain, *operands)
 
 
-def execute(op: TileOp, call: Call, platform: str, *operands: jax.Array) -> list[jax.Array]:
-    """Compute the present results on one device."""
+def execute(
+    op: TileOp,
+    call: Call,
+    platform: str,
+    *operands: jax.Array,
+    find_target: Callable[[], Target | None] = lambda: None,
+) -> list[jax.Array]:
+    """Compute the present results on one device, the one that `find_target` tells if a kernel needs to know."""
     choice = choose(op, rules.ungrouped(operands, call), call, platform)
     if choice.fallback:
         _warn_once(op, choice.why)
@@ -130,7 +152,9 @@ def execute(op: TileOp, call: Call, platform: str, *operands: jax.Array) -> list
         function = op.reference_function
     else:
         assert op.kernel_function is not None
-        function = _folding(op, op.kernel_function)
+        target = find_target() if choice.runs == "kernel" and op.tiles_function else None
+        tile = choose_tile(op, rules.ungrouped(operands, call), call, target)
+        function = _folding(op, functools.partial(op.kernel_function, tile=tile.tile) if tile else op.kernel_function)
 
     def one_group(*given):
         results = function(*call.expand(given), **dict(call.static))
@@ -141,7 +165,7 @@ def execute(op: TileOp, call: Call, platform: str, *operands: jax.Array) -> list
 
         one_group = interpret_pallas(one_group)
     mapped = rules.vmap_groups(one_group, call.groups, call.group_count)
-    with rules.named(op, rules.ungrouped(operands, call), call):
+    with rules.named(op, rules.ungrouped(operands, call), call), sharding.on_parts(call):
         if choice.runs == "reference":
             return mapped(*operands)
         with jax.enable_x64(False):  # kernels count in 32 bits whatever the user's mode

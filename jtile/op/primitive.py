@@ -8,7 +8,7 @@ between kernel and reference.
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -39,13 +39,15 @@ class Call:
 
     `present` tells which operands were given: only those are bound. `groups` tells for each of those which group axes
     lead it, outermost first. A group axis is a mapped axis of `vmap` over which the op's results must not be summed:
-    the kernel is launched once for all groups, and an operand without the axis is read by all of them.
+    the kernel is launched once for all groups, and an operand without the axis is read by all of them. `split` tells
+    which mesh axes split a dimension, where operands are one device's parts.
     """
 
     present: tuple[bool, ...]
     groups: tuple[tuple[bool, ...], ...]
     implementation: Implementation
     static: tuple[tuple[str, Hashable], ...]
+    split: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
 
     @property
     def group_count(self) -> int:
@@ -80,6 +82,8 @@ class TileOp:
       dimension. Optional: an op without a kernel runs its reference everywhere.
     * `@op.limits`: gets the kernel's operands as `jax.ShapeDtypeStruct`s and returns why the kernel cannot serve them,
       as a clause, or `None`. Optional.
+    * `@op.tiles`: gets the same, and the chip as `target`, and yields the tiles that the kernel may be launched with,
+      the one to use untuned first. The kernel then gets the chosen one as `tile`. `jtile.tuning` has more. Optional.
     * `@op.transpose`: reverse mode. `transpose(operands, results, cotangents, **options)` returns one cotangent an
       operand, `None` for zero, usually by calling another `TileOp`, the backward kernel. The first result's cotangent
       is always an array, another's is `None` where it is zero. Optional: the reference is differentiated without it.
@@ -111,6 +115,7 @@ class TileOp:
         self.kernel_function: Callable[..., tuple] | None = None
         self.limits_function: Callable[..., str | None] | None = None
         self.kernel_dtypes = lowering.KERNEL_DTYPES  # of floating operands
+        self.tiles_function: Callable[..., Iterable[Hashable]] | None = None
         self.transpose_function: Callable[..., tuple] | None = None
         self.parent: TileOp | None = None  # the op whose derivative this is: such an op has no kernel by design
         self.primitive = TilePrimitive(self)
@@ -131,6 +136,10 @@ class TileOp:
 
     def limits(self, function: Callable) -> Callable:
         self.limits_function = function
+        return function
+
+    def tiles(self, function: Callable) -> Callable:
+        self.tiles_function = function
         return function
 
     def transpose(self, function: Callable) -> Callable:
@@ -157,6 +166,7 @@ class TileOp:
             groups=((),) * len(given),
             implementation=implementation,
             static=tuple(sorted(static.items())),
+            split=tuple(sorted({**sharding.splits(), **split}.items())),
         )
         return sharding.completed(self, self.bind(given, call), split)
 

@@ -320,7 +320,8 @@ def transpose(op: TileOp, cotangents: Sequence, *values, call: Call) -> list:
     given = [*operands, *saved, *cotangent]
     given_masks = [*masks[:n], *masks[n : n + m], *[everyone] * len(cotangent)]
     pairs = [(v, mask) for v, mask in zip(given, given_masks, strict=True) if v is not None]
-    pulled = vmap_groups(pull, [mask for _, mask in pairs], call.group_count)(*[v for v, _ in pairs])
+    with sharding.on_parts(call):
+        pulled = vmap_groups(pull, [mask for _, mask in pairs], call.group_count)(*[v for v, _ in pairs])
 
     def finish(i, value):
         if value is None:

@@ -7,11 +7,14 @@ a `psum`, or as its reduction asks.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -90,8 +93,8 @@ class Layout:
             **compound_only,
         )
 
-    def assign(self, specs: Sequence[Spec], *, strict: bool = False) -> dict[str, tuple[str, ...]]:
-        """The mesh axes of each factor, given how the operands are split.
+    def assign(self, specs: Sequence[Spec], mesh, *, strict: bool = False) -> dict[str, tuple[str, ...]]:
+        """The mesh axes of each factor, given how the operands are split. One that they do not divide is gathered.
 
         With `strict`, two operands that split one factor differently are an error: under an explicit mesh, moving data
         is the user's decision.
@@ -111,17 +114,17 @@ class Layout:
                 taken = {a for f, used in assigned.items() if f != factor for a in used}
                 if factor not in assigned and not taken & set(axes):
                     assigned[factor], owner[factor] = axes, name
-        return assigned
+        fits = lambda f, axes: self.sizes[f] % math.prod(mesh.shape[a] for a in axes) == 0  # noqa: E731
+        return {f: axes for f, axes in assigned.items() if fits(f, axes)}
+
+    def settled(self, avals: Sequence, mesh) -> dict[str, tuple[str, ...]]:
+        """The same where the operands' types tell how they are split."""
+        return self.assign([axes_of(a.sharding.spec, a.ndim) for a in avals], mesh, strict=True)
 
     def _splittable(self, dim: Dim, axes: tuple[str, ...]) -> str | None:
         """Which factor of a dimension mesh axes split: the outermost one that is larger than 1."""
         factor = next((f for f in dim if self.sizes[f] > 1), None)
         return factor if axes and factor not in self.whole else None
-
-    def divisible(self, assigned: dict[str, tuple[str, ...]], mesh) -> dict[str, tuple[str, ...]]:
-        """Drop the axes that do not divide their factor: that factor is gathered."""
-        fits = lambda f, axes: self.sizes[f] % math.prod(mesh.shape[a] for a in axes) == 0  # noqa: E731
-        return {f: axes for f, axes in assigned.items() if fits(f, axes)}
 
     def place(self, dims: Sequence[Dim], assigned: dict[str, tuple[str, ...]]) -> PartitionSpec:
         split = (next((assigned[f] for f in dim if f in assigned), None) for dim in dims)
@@ -151,8 +154,7 @@ def result_specs(op: TileOp, avals: Sequence, call: Call) -> list[PartitionSpec 
     mesh = borrowed.explicit_mesh(avals)
     if mesh is None:
         return [None] * len(layout.results)
-    assigned = layout.assign([axes_of(a.sharding.spec, a.ndim) for a in avals], strict=True)
-    assigned = layout.divisible(assigned, mesh)
+    assigned = layout.settled(avals, mesh)
     return [layout.place(dims, assigned) for dims in layout.results]
 
 
@@ -178,18 +180,15 @@ def moves(op: TileOp, call: Call, avals: Sequence) -> str:
     if AxisType.Auto in mesh.axis_types:
         kept = {f for dims in layout.operands for dim in dims for f in dim if layout.sizes[f] > 1} & layout.whole
         return f"all of {', '.join(map(_words, sorted(kept)))} where it is split" if kept else ""
-    specs = [axes_of(a.sharding.spec, a.ndim) for a in avals]
-    assigned = layout.divisible(layout.assign(specs, strict=True), mesh)
-    operands = zip(layout.names, layout.operands, specs, strict=True)
+    assigned = layout.settled(avals, mesh)
     found = [
         f"all of {_words(dim[0])} of `{name}`"
-        for name, dims, spec in operands
-        for dim, axes in zip(dims, spec, strict=True)
+        for name, dims, aval in zip(layout.names, layout.operands, avals, strict=True)
+        for dim, axes in zip(dims, axes_of(aval.sharding.spec, aval.ndim), strict=True)
         if axes and not any(assigned.get(f) == axes for f in dim)
     ]
-    present = [
-        t for t, r in zip(op.signature.results, rules.result_shapes(op, avals, call), strict=True) if r is not None
-    ]
+    shapes = rules.result_shapes(op, avals, call)
+    present = [t for t, shape in zip(op.signature.results, shapes, strict=True) if shape is not None]
     found += [
         f"the {t.reduction} of `{t.name}`"
         for t, dims in zip(present, layout.results, strict=True)
@@ -204,51 +203,82 @@ def split(op: TileOp, call: Call, mesh: AbstractMesh, operands: Sequence, avals:
     Other than `partitioned` this leaves no Python behind for XLA to call, so the program can be exported.
     """
     layout = Layout.of(op, operands, call)
-    assigned = layout.assign([axes_of(a.sharding.spec, a.ndim) for a in avals], strict=True)
-    assigned = layout.divisible(assigned, mesh)
+    assigned = layout.settled(avals, mesh)
     explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
     # In a lowering rule the operands' types have lost their mesh: to `shard_map` they are as under automatic axes.
     mesh = mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))
     specs = [tuple(layout.place(dims, assigned) for dims in many) for many in (layout.operands, layout.results)]
     # The op is bound again, where all axes are manual: lowered there it is traced without a mesh.
-    local = functools.partial(_local, layout, assigned, functools.partial(op.settled.bind, call=call))
+    local = functools.partial(_local, layout, assigned, call, lambda *parts, call: op.settled.bind(*parts, call=call))
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.shard_map(
             local, mesh=mesh, in_specs=specs[0], out_specs=specs[1], axis_names=explicit, check_vma=False
         )(*operands)
 
 
-def partitioned(op: TileOp, call: Call, function: Callable, operands: Sequence) -> Sequence[jax.Array]:
-    """Run `function` on every device's part of the operands, once XLA has chosen how to split them."""
+def partitioned(op: TileOp, call: Call, function: Callable, operands: Sequence, around) -> Sequence[jax.Array]:
+    """Run `function` on every device's part of the operands, once XLA has chosen how to split them.
+
+    `around` is the mesh of the `shard_map` in which this is lowered, if there is one: its manual axes have names, too.
+    """
     layout = Layout.of(op, operands, call)
-    whole = custom_partitioning(lambda *values: tuple(function(*values)))
+    whole = custom_partitioning(lambda *values: tuple(function(*values, call=call)))
 
     def alone(assigned, *parts):
         with borrowed.no_mesh():
-            return _local(layout, assigned, function, *parts)
+            return _local(layout, assigned, call, function, *parts)
 
     def partition(mesh, operand_infos, result_infos):
         del result_infos
         specs = [axes_of(getattr(i.sharding, "spec", None), len(i.shape)) for i in operand_infos]
-        assigned = layout.divisible(layout.assign(specs), mesh)
+        assigned = layout.assign(specs, mesh)
         shardings = lambda many: tuple(NamedSharding(mesh, layout.place(dims, assigned)) for dims in many)  # noqa: E731
-        return mesh, functools.partial(alone, assigned), shardings(layout.results), shardings(layout.operands)
+        return around or mesh, functools.partial(alone, assigned), shardings(layout.results), shardings(layout.operands)
 
     whole.def_partition(partition, sharding_rule=layout.rule())
     return whole(*operands)
 
 
-def _local(layout: Layout, assigned: dict[str, tuple[str, ...]], function: Callable, *parts: jax.Array):
+def _local(layout: Layout, assigned: dict[str, tuple[str, ...]], call: Call, function: Callable, *parts: jax.Array):
     """Run `function` on one device's parts of the operands, and complete its results."""
+    call = dataclasses.replace(call, split=(*call.split, *assigned.items()))
+    count = {dim: math.prod(map(jax.lax.axis_size, axes)) for dim, axes in assigned.items()}
     inside = (
-        _positions_inside(part, assigned[i], layout.sizes[i]) if i in assigned else part
+        _positions_inside(part, assigned[i], layout.sizes[i] // count[i]) if i in assigned else part
         for part, i in zip(parts, layout.indexes, strict=True)
     )
     axes = (layout.reduced(dims, assigned) for dims in layout.results)
-    return tuple(map(_completed, function(*inside), layout.reductions, axes))
+    return tuple(map(_completed, function(*inside, call=call), layout.reductions, axes))
 
 
-# The same where the user has split the operands, inside `shard_map`.
+# The same in the middle of a function: what the rest of it needs to know of the whole.
+
+_SPLIT: ContextVar[Mapping[str, tuple[str, ...]]] = ContextVar("split", default=MappingProxyType({}))
+
+
+@contextlib.contextmanager
+def on_parts(call: Call):
+    """A context for a reference, kernel or transpose rule whose operands are one device's parts: so are those of the
+    ops that it calls."""
+    token = _SPLIT.set({dim: _axes(axes) for dim, axes in call.split})
+    try:
+        yield
+    finally:
+        _SPLIT.reset(token)
+
+
+def splits() -> Mapping[str, tuple[str, ...]]:
+    """The mesh axes that split each dimension there."""
+    return _SPLIT.get()
+
+
+def over_devices(value: jax.Array, dim: str, reduction: Literal["sum", "logsumexp"] = "sum") -> jax.Array:
+    """In a reference or kernel function: the reduction of `value`, computed from this device's part of dimension `dim`,
+    over the devices that share it out. Where it is whole, `value` itself."""
+    return _completed(value, reduction, _SPLIT.get().get(dim, ()))
+
+
+# Operands that the user has split, inside `shard_map`.
 
 
 def parts(op: TileOp, operands: Sequence, split: Mapping[str, str | tuple[str, ...]]) -> list:
@@ -267,8 +297,7 @@ def parts(op: TileOp, operands: Sequence, split: Mapping[str, str | tuple[str, .
     def inside(term: Term, x):
         if x is None or term.indexes is None or term.indexes not in split:
             return x
-        axes = _axes(split[term.indexes])
-        return _positions_inside(x, axes, sizes[term.indexes] * math.prod(map(jax.lax.axis_size, axes)))
+        return _positions_inside(x, _axes(split[term.indexes]), sizes[term.indexes])
 
     return list(map(inside, op.signature.operands, operands))
 
@@ -291,9 +320,8 @@ def _axes(entry: str | tuple[str, ...]) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,)
 
 
-def _positions_inside(positions: jax.Array, axes: tuple[str, ...], size: int) -> jax.Array:
-    """Positions along a dimension of this size as positions in the part of it that this device has."""
-    part = size // math.prod(map(jax.lax.axis_size, axes))
+def _positions_inside(positions: jax.Array, axes: tuple[str, ...], part: int) -> jax.Array:
+    """Positions along a dimension as positions in this device's part of it, whose size is given."""
     return positions - (jax.lax.axis_index(axes) * part).astype(positions.dtype)
 
 

@@ -8,8 +8,8 @@ are there for the backward pass alone. Dimensions named in `whole` are never spl
 
 A result that lacks a dimension of the operands must be a sum over it: where devices share that dimension out, each
 computes its part of the sum. `logsumexp lse` is the logarithm of a sum of exponentials instead. The operand
-`labels[v]` holds positions along dimension v, which a device with a part of v gets as positions in that part: the
-function must make nothing of those that lie outside.
+`labels[v]` holds positions along dimension v, which a device with a part of v gets as positions in that part, and which
+may then lie outside of it. Given 0, `origin[v]: ` so tells a device where its part of v begins: at -origin.
 
     logits: ... v, labels[v]: ... -> logsumexp lse: ..., picked: ...
 """

@@ -69,31 +69,52 @@ def _sin_cos(turns):
     return jnp.where((quarters & 2) == 2, -sin, sin), jnp.where(((quarters + 1) & 2) == 2, -cos, cos)
 
 
+def sin_cos(positions, step, leap):
+    """For a block of tokens, of shape (tokens, 1, f): the same for each of their heads."""
+    return (x[:, None, :] for x in _sin_cos(_turns(positions, step, leap)))
+
+
+def turned(a, b, sin, cos):
+    return a * cos - b * sin, a * sin + b * cos
+
+
+def read_pairs(ref, at: tuple, f: int, interleaved: bool) -> list[jax.Array]:
+    """The first elements of pairs, the second ones, and what is in no pair, in float32. `at` leads to heads."""
+    d = ref.shape[-1]
+    if interleaved:
+        pairs = ref[(*at, pl.ds(0, 2 * f))]
+        pairs = pairs.reshape(*pairs.shape[:-1], f, 2)
+        parts = [pairs[..., 0], pairs[..., 1]]
+    else:
+        parts = [ref[(*at, pl.ds(0, f))], ref[(*at, pl.ds(f, f))]]
+    parts += [ref[(*at, pl.ds(2 * f, d - 2 * f))]] if d > 2 * f else []
+    return [part.astype(jnp.float32) for part in parts]
+
+
+def write_pairs(ref, at: tuple, f: int, interleaved: bool, a, b, *rest) -> None:
+    """Puts what `read_pairs` took apart together again."""
+    a, b, *rest = (part.astype(ref.dtype) for part in (a, b, *rest))
+    if interleaved:
+        pairs = jnp.stack([a, b], axis=-1)
+        ref[(*at, pl.ds(0, 2 * f))] = pairs.reshape(*pairs.shape[:-2], 2 * f)
+    else:
+        ref[(*at, pl.ds(0, f))], ref[(*at, pl.ds(f, f))] = a, b
+    for part in rest:
+        ref[(*at, pl.ds(2 * f, part.shape[-1]))] = part
+
+
 @forward.kernel
 def forward_kernel(x, positions, step, leap, *, interleaved):
     *_, heads, d = x.shape
     tokens, f = positions.size, step.size
     head_block = math.gcd(heads, 32)
     block = max(1, min(4096 // (head_block * pl.next_power_of_2(d)), pl.next_power_of_2(tokens)))
+    every = slice(None), slice(None)
 
     def rope_kernel(x_ref, positions_ref, step_ref, leap_ref, y_ref):
-        sin, cos = _sin_cos(_turns(positions_ref[...], step_ref[...], leap_ref[...]))
-        sin, cos = sin[:, None, :], cos[:, None, :]
-
-        def rotate(a, b):
-            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-            return (a * cos - b * sin).astype(y_ref.dtype), (a * sin + b * cos).astype(y_ref.dtype)
-
-        if interleaved:
-            pairs = x_ref[:, :, pl.ds(0, 2 * f)].reshape(block, head_block, f, 2)
-            pairs = jnp.stack(rotate(pairs[..., 0], pairs[..., 1]), axis=3)
-            y_ref[:, :, pl.ds(0, 2 * f)] = pairs.reshape(block, head_block, 2 * f)
-        else:
-            a, b = pl.ds(0, f), pl.ds(f, f)
-            y_ref[:, :, a], y_ref[:, :, b] = rotate(x_ref[:, :, a], x_ref[:, :, b])
-        if d > 2 * f:
-            rest = pl.ds(2 * f, d - 2 * f)
-            y_ref[:, :, rest] = x_ref[:, :, rest]
+        sin, cos = sin_cos(positions_ref[...], step_ref[...], leap_ref[...])
+        a, b, *rest = read_pairs(x_ref, every, f, interleaved)
+        write_pairs(y_ref, every, f, interleaved, *turned(a, b, sin, cos), *rest)
 
     tile = pl.BlockSpec((block, head_block, d), lambda i, j: (i, j, 0))
     pairs = pl.BlockSpec((f,), lambda i, j: (0,))
@@ -172,42 +193,43 @@ def rope(
          [ -1.  10.]
          [-10.  -1.]]
     """
-    check_known("rope", theta=theta, interleaved=interleaved, rotary_dim=rotary_dim)
-    x, positions = jnp.asarray(x), jnp.asarray(positions)
+    x = jnp.asarray(x)
+    angles = arguments("rope", "x", x, positions, theta, interleaved, rotary_dim, frequencies)
+    (y,) = forward(x, *angles, interleaved=bool(interleaved), implementation=implementation)
+    return y
+
+
+def arguments(op: str, name: str, x, positions, theta, interleaved, rotary_dim, frequencies) -> tuple:
+    """Checks what the user gave, of which the operand `name` is to be turned; returns positions, step and leap."""
+    check_known(op, theta=theta, interleaved=interleaved, rotary_dim=rotary_dim)
+    positions = jnp.asarray(positions)
     if x.ndim < 3 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
-            "rope: `x` must be floating point with dimensions (..., sequence, heads, head_dim), got "
+            f"{op}: `{name}` must be floating point with dimensions (..., sequence, heads, head_dim), got "
             f"{x.dtype} of shape {x.shape}"
         )
     tokens, d = x.shape[:-2], x.shape[-1]
     if not jnp.issubdtype(positions.dtype, jnp.integer):
-        raise ValueError(f"rope: `positions` must be integers, got {positions.dtype}; cast them to int32")
+        raise ValueError(f"{op}: `positions` must be integers, got {positions.dtype}; cast them to int32")
     if positions.shape[-1:] != tokens[-1:] or not _broadcasts(positions.shape, tokens):
         raise ValueError(
-            f"rope: `positions` must have shape {tokens[-1:]} or {tokens}, one for each token of `x`, whose shape is "
-            f"{x.shape}; got {positions.shape}"
+            f"{op}: `positions` must have shape {tokens[-1:]} or {tokens}, one for each token of `{name}`, whose shape "
+            f"is {x.shape}; got {positions.shape}"
         )
     rotary_dim = d if rotary_dim is None else operator.index(rotary_dim)
     if rotary_dim % 2 or not 0 < rotary_dim <= d:
-        raise ValueError(f"rope: `rotary_dim` must be even, from 2 to head_dim, {d}; got {rotary_dim}")
+        raise ValueError(f"{op}: `rotary_dim` must be even, from 2 to head_dim, {d}; got {rotary_dim}")
     if frequencies is None:
         if not 0 < theta < math.inf:
-            raise ValueError(f"rope: `theta` must be positive and finite, got {theta}")
+            raise ValueError(f"{op}: `theta` must be positive and finite, got {theta}")
         frequencies = theta ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
     elif np.shape(frequencies) != (rotary_dim // 2,):
         raise ValueError(
-            f"rope: `frequencies` must have shape ({rotary_dim // 2},), one for each pair of the {rotary_dim} elements "
+            f"{op}: `frequencies` must have shape ({rotary_dim // 2},), one for each pair of the {rotary_dim} elements "
             f"that turn, got {np.shape(frequencies)}; `rotary_dim` tells how many turn"
         )
-    (y,) = forward(
-        x,
-        jnp.broadcast_to(positions.astype(jnp.int32), tokens),
-        _angle(frequencies, 1),
-        _angle(frequencies, 2**LEAP),
-        interleaved=bool(interleaved),
-        implementation=implementation,
-    )
-    return y
+    positions = jnp.broadcast_to(positions.astype(jnp.int32), tokens)
+    return positions, _angle(frequencies, 1), _angle(frequencies, 2**LEAP)
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

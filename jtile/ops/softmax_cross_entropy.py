@@ -11,9 +11,11 @@ The kernels compute the statistics lse, x[label] and Σ x, and from their cotang
 Devices that share out the vocabulary so exchange a token's statistics, and for its gradient nothing.
 """
 
+import dataclasses
 import math
 import operator
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,19 +86,30 @@ def backward_reference(logits, *of_token, logits_soft_cap):
 # Kernel. Blocks are read with several loads of 16 bytes a thread. Where tokens are fewer than a GPU has room for, the
 # forward pass splits the vocabulary too, and the parts' log-sum-exps are put together at the end.
 
-BLOCK = 4096  # logits that a program reads at a time
 PROGRAMS = 1056  # enough to fill the largest chips, eight for each multiprocessor
 
 
-def _tile(rows: int, v: int) -> tuple[int, int]:
-    lanes = min(BLOCK, pl.next_power_of_2(v))
-    return min(BLOCK // lanes, pl.next_power_of_2(rows)), lanes
+class Tile(NamedTuple):
+    """The logits that a program reads at a time."""
+
+    rows: int
+    lanes: int
+    num_warps: int
+
+
+@forward.tiles
+@backward.tiles
+def tiles(logits, *rest, **options):
+    rows, v = logits.shape
+    for size, num_warps in (4096, 4), (2048, 4), (4096, 8), (8192, 4), (8192, 8), (8192, 16), (16384, 8), (16384, 16):
+        lanes = min(size, pl.next_power_of_2(v))
+        yield Tile(min(size // lanes, pl.next_power_of_2(rows)), lanes, num_warps)
 
 
 @forward.kernel
-def forward_kernel(logits, labels, *, logits_soft_cap, total):
+def forward_kernel(logits, labels, *, tile, logits_soft_cap, total):
     rows, v = logits.shape
-    block, lanes = _tile(rows, v)
+    block, lanes, num_warps = tile
     across = min(lanes, 1024)
     steps = pl.cdiv(pl.cdiv(v, lanes), pl.cdiv(PROGRAMS, pl.cdiv(rows, block)))
     splits = pl.cdiv(v, steps * lanes)
@@ -132,7 +145,7 @@ def forward_kernel(logits, labels, *, logits_soft_cap, total):
         in_specs=[pl.BlockSpec((block, steps * lanes), lambda i, j: (i, j))],
         out_specs=[pl.BlockSpec((None, block), lambda i, j: (j, i))] * count,
         out_shape=[jax.ShapeDtypeStruct((splits, rows), jnp.float32)] * count,
-        compiler_params=CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=CompilerParams(num_warps=num_warps, num_stages=1),
         name="softmax_cross_entropy",
     )(logits)
     lse = jax.nn.logsumexp(lse, axis=0)
@@ -140,9 +153,9 @@ def forward_kernel(logits, labels, *, logits_soft_cap, total):
 
 
 @backward.kernel
-def backward_kernel(logits, labels, lse, dlse, dpicked, dtotal, *, logits_soft_cap):
+def backward_kernel(logits, labels, lse, dlse, dpicked, dtotal, *, tile, logits_soft_cap):
     rows, v = logits.shape
-    block, lanes = _tile(rows, v)
+    block, lanes, num_warps = tile
     of_token = [labels, lse, dlse, dpicked, dtotal]
     given = [x for x in of_token if x is not None]
 
@@ -161,7 +174,8 @@ def backward_kernel(logits, labels, lse, dlse, dpicked, dtotal, *, logits_soft_c
         in_specs=[tile, *[row] * len(given)],
         out_specs=[tile],
         out_shape=[logits],
-        compiler_params=CompilerParams(num_warps=4, num_stages=1),
+        input_output_aliases={0: 0},  # XLA copies logits that are needed afterwards
+        compiler_params=CompilerParams(num_warps=num_warps, num_stages=1),
         name="softmax_cross_entropy_backward",
     )(logits, *given)
     return tuple(out)
@@ -207,7 +221,8 @@ def softmax_cross_entropy(
     A token whose loss has a zero cotangent gets a zero gradient even where its logits are not finite.
 
     Logits may be split over devices along the vocabulary, too: for each token devices then exchange two numbers, three
-    with label smoothing, and none for the gradient.
+    with label smoothing, and none for the gradient. (As many again in `jax.shard_map(check_vma=False)`, where JAX does
+    not know that they have the same cotangents.)
 
     Args:
         logits: any leading shape, then the vocabulary, of any size from 1.
@@ -241,49 +256,89 @@ def softmax_cross_entropy(
         >>> print((nats / jnp.log(2.0)).round())
         [2. 0.]
     """
-    check_known("softmax_cross_entropy", ignore_index=ignore_index)
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(f"softmax_cross_entropy: `logits` must be floating point, got {logits.dtype}; cast them")
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(
-            f"softmax_cross_entropy: `labels` must be integers, a class for each token, got {labels.dtype}; of one-hot "
-            "labels pass the argmax"
-        )
     if logits.shape[-1:] == (0,):
         raise ValueError(f"softmax_cross_entropy: the vocabulary must not be empty, but `logits` has {logits.shape}")
-    if ignore_index is not None:
-        ignore_index = operator.index(ignore_index)
-    label_smoothing = _number("label_smoothing", label_smoothing, "at least 0 and less than 1", lambda x: 0 <= x < 1)
-    z_loss = _number("z_loss", z_loss, "at least 0 and finite", lambda x: 0 <= x < math.inf)
-    if logits_soft_cap is not None:
-        logits_soft_cap = _number(
-            "logits_soft_cap", logits_soft_cap, "positive and finite, or None", lambda x: 0 < x < math.inf
-        )
+    options = Options.checked(
+        "softmax_cross_entropy", labels, ignore_index, label_smoothing, z_loss, logits_soft_cap, axis_name
+    )
     labels = labels.astype(jnp.int32)
-    lse, picked, total = forward(
+    statistics = forward(
         logits,
         labels,
-        logits_soft_cap=logits_soft_cap,
-        total=label_smoothing > 0,
-        split={} if axis_name is None else {"v": axis_name},
+        logits_soft_cap=options.logits_soft_cap,
+        total=options.label_smoothing > 0,
+        split=options.split,
         implementation=implementation,
     )
-    v = logits.shape[-1] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
-    # A logit of -inf costs infinitely much, also where there is no other, and where -inf - -inf would not be a number.
-    top = jnp.where(lse == -jnp.inf, 0.0, lse)
-    loss = top - picked
-    if total is not None:
-        loss = (1 - label_smoothing) * loss + label_smoothing * (top - total / v)
-    if z_loss:
-        loss = loss + z_loss * jnp.square(jnp.where(jnp.isfinite(lse), lse, 0.0))
-    # Factors rather than `where`: the gradient, too, is not a number.
-    ignored = jnp.zeros(labels.shape, bool) if ignore_index is None else labels == ignore_index
-    loss = loss * jnp.where(_inside(labels, v) | ignored, 1.0, jnp.nan)
-    return jnp.where(ignored, 0.0, loss)
+    return options.loss(labels, options.vocabulary(logits.shape[-1]), *statistics)
 
 
-def _number(name: str, value: float, rule: str, holds: Callable[[float], bool]) -> float:
-    if isinstance(value, jax.core.Tracer) or not holds(value):
-        raise ValueError(f"softmax_cross_entropy: `{name}` must be {rule}, and known when tracing; got {value}")
-    return float(value)
+# From a token's statistics to its loss, for every op that computes them.
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What `softmax_cross_entropy` takes beside arrays, checked."""
+
+    ignore_index: int | None
+    label_smoothing: float
+    z_loss: float
+    logits_soft_cap: float | None
+    axis_name: str | tuple[str, ...] | None
+
+    @classmethod
+    def checked(cls, op: str, labels, ignore_index, label_smoothing, z_loss, logits_soft_cap, axis_name) -> "Options":
+        check_known(op, ignore_index=ignore_index)
+        if not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise ValueError(
+                f"{op}: `labels` must be integers, a class for each token, got {labels.dtype}; of one-hot labels pass "
+                "the argmax"
+            )
+
+        def number(name: str, value: float, rule: str, holds: Callable[[float], bool]) -> float:
+            if isinstance(value, jax.core.Tracer) or not holds(value):
+                raise ValueError(f"{op}: `{name}` must be {rule}, and known when tracing; got {value}")
+            return float(value)
+
+        cap = logits_soft_cap
+        return cls(
+            None if ignore_index is None else operator.index(ignore_index),
+            number("label_smoothing", label_smoothing, "at least 0 and less than 1", lambda x: 0 <= x < 1),
+            number("z_loss", z_loss, "at least 0 and finite", lambda x: 0 <= x < math.inf),
+            None
+            if cap is None
+            else number("logits_soft_cap", cap, "positive and finite, or None", lambda x: 0 < x < math.inf),
+            axis_name,
+        )
+
+    @property
+    def split(self) -> dict[str, str | tuple[str, ...]]:
+        return {} if self.axis_name is None else {"v": self.axis_name}
+
+    def vocabulary(self, part: int) -> int:
+        """The size of the whole vocabulary, from that of a device's part."""
+        return part * (1 if self.axis_name is None else jax.lax.axis_size(self.axis_name))
+
+    def ignored(self, labels):
+        return jnp.zeros(labels.shape, bool) if self.ignore_index is None else labels == self.ignore_index
+
+    def counts(self, labels, v: int):
+        """What a token's loss is multiplied by. A factor rather than `where`: the gradient, too, is not a number."""
+        return jnp.where(_inside(labels, v) | self.ignored(labels), 1.0, jnp.nan)
+
+    def nats(self, v: int, lse, picked, total):
+        # A logit of -inf costs infinitely much, also where there is no other, and where -inf - -inf would be no number.
+        top = jnp.where(lse == -jnp.inf, 0.0, lse)
+        loss = top - picked
+        if total is not None:
+            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * (top - total / v)
+        if self.z_loss:
+            loss = loss + self.z_loss * jnp.square(jnp.where(jnp.isfinite(lse), lse, 0.0))
+        return loss
+
+    def loss(self, labels, v: int, lse, picked, total):
+        loss = self.nats(v, lse, picked, total) * self.counts(labels, v)
+        return jnp.where(self.ignored(labels), 0.0, loss)

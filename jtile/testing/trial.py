@@ -147,7 +147,10 @@ class Trial:
 
     def variant(self, **changes) -> "Trial":
         """The same op on a changed case."""
-        return Trial(self.op, dataclasses.replace(self.case, **changes), self.implementation)
+        other = Trial(self.op, dataclasses.replace(self.case, **changes), self.implementation)
+        if not changes.keys() - {"sizes", "dtype"}:
+            other.compiled = self.compiled  # the same function, of other arrays
+        return other
 
     def _check_names(self, op: TileOp) -> None:
         for mine, its in (

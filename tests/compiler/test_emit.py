@@ -421,6 +421,31 @@ def test_barriers_between_turns():
     assert body(whole) == "store for i_1 in tl.range(0, 64): load load store"
 
 
+def test_loads_ahead_in_loops_without_products():
+    """From three stages on, and never of what the loop may have stored in the meantime."""
+
+    def by_rows(x_ref, y_ref):
+        @pl.loop(0, 64)
+        def _(i):
+            y_ref[i] = x_ref[i]
+
+    def in_place(x_ref, y_ref):
+        @pl.loop(0, 64)
+        def _(i):
+            y_ref[...] += x_ref[i]
+
+    def nested(x_ref, y_ref):
+        @pl.loop(0, 8)
+        def _(_):
+            by_rows(x_ref, y_ref)
+
+    assert body(by_rows, num_stages=2) == "for i_1 in tl.range(0, 64): load store"
+    assert body(by_rows, num_stages=3) == "for i_1 in tl.range(0, 64, num_stages=3): load store"
+    assert body(in_place, num_stages=3) == "for i_1 in tl.range(0, 64): load load store"
+    heads = "for i_1 in tl.range(0, 8): for i_2 in tl.range(0, 64, num_stages=3):"
+    assert body(nested, num_stages=3) == f"{heads} load store"
+
+
 def test_barriers_around_branches():
     def kernel(x_ref, y_ref):
         y_ref[...] = x_ref[...]

@@ -13,19 +13,10 @@ import numpy as np
 import pytest
 
 from models import llama
+from tests.small_llama import SMALL
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "3_shard_it.py"
-SMALL = dict(
-    vocab_size=256,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    tie_word_embeddings=True,
-)
 OPTIONS = ["--steps", "3", "--batch-size", "8", "--sequence", "16"]
 
 
@@ -48,14 +39,14 @@ def same_losses(losses):
 
 
 def test_every_mode_trains_to_the_losses_of_one_device(example, monkeypatch):
-    monkeypatch.setitem(llama.SIZES, "tiny", llama.Config(**SMALL))
+    monkeypatch.setitem(llama.SIZES, "tiny", SMALL)
     losses = example.main(OPTIONS)
     assert set(losses) == set(example.MODES)
     same_losses(losses)
 
 
 def test_parameters_are_split_as_the_mode_says(example, monkeypatch):
-    monkeypatch.setitem(llama.SIZES, "tiny", llama.Config(**SMALL))
+    monkeypatch.setitem(llama.SIZES, "tiny", SMALL)
     options = example.parse_options(OPTIONS)
 
     def local_share(mode):
@@ -75,8 +66,8 @@ def test_two_processes():
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     script = (
-        "import importlib.util, json, sys; from models import llama; "
-        f"llama.SIZES['tiny'] = llama.Config(**{SMALL}); "
+        "import importlib.util, json, sys; from models import llama; from tests.small_llama import SMALL; "
+        "llama.SIZES['tiny'] = SMALL; "
         f"spec = importlib.util.spec_from_file_location('shard_it', {str(SCRIPT)!r}); "
         "module = importlib.util.module_from_spec(spec); sys.modules['shard_it'] = module; "
         "spec.loader.exec_module(module); print(json.dumps(module.main(sys.argv[1:])))"

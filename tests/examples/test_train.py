@@ -14,18 +14,9 @@ import numpy as np
 import pytest
 
 from models import llama
+from tests.small_llama import SMALL
 
 SCRIPT = Path(__file__).parent.parent.parent / "examples" / "1_train_a_llama.py"
-SMALL = llama.Config(
-    vocab_size=256,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=16,
-    tie_word_embeddings=True,
-)
 
 
 def load_example():

@@ -15,16 +15,9 @@ from flax import nnx
 
 import jtile
 from models import llama
+from tests import small_llama
 
-SMALL = llama.Config(
-    vocab_size=97,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-)
+SMALL = dataclasses.replace(small_llama.SMALL, vocab_size=97, num_hidden_layers=2, tie_word_embeddings=False)
 SCALED = llama.RopeScaling(factor=8.0, original_max_position_embeddings=32)
 
 

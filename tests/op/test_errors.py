@@ -5,6 +5,8 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jtile
 
@@ -28,6 +30,10 @@ UNDER = {
     "vmap": lambda f: jax.vmap(f)(jnp.ones(3)),
     "grad": lambda f: jax.grad(lambda v: jnp.sum(f(v)))(1.0),
 }
+
+
+def over_two_devices(function, **specs):
+    return jax.shard_map(function, mesh=jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,)), **specs)
 
 
 @pytest.mark.parametrize("transformation", UNDER)
@@ -56,12 +62,42 @@ def test_traced_arguments_that_must_be_known(name, argument, transformation):
             lambda: jax.lax.scan(lambda c, x: (c, jtile.softmax_cross_entropy(x, c)), jnp.zeros(3, int), X[None]),
             "softmax_cross_entropy: leading dimensions must agree: they are (2,) in `logits` and (3,) in `labels`",
         ),
+        (
+            lambda: over_two_devices(jtile.rms_norm, in_specs=(P("i"), P("i")), out_specs=P("i"))(X, SCALE),
+            "rms_norm: dimension `d` must agree: it is 8 in `x` and 4 in `scale`",
+        ),
+        (
+            lambda: jax.pmap(jtile.rms_norm, in_axes=(0, None))(X[:, None], SCALE[:7]),
+            "rms_norm: dimension `d` must agree: it is 8 in `x` and 7 in `scale`",
+        ),
     ],
-    ids=["vmap", "grad", "checkpoint", "scan"],
+    ids=["vmap", "grad", "checkpoint", "scan", "shard_map", "pmap"],
 )
 def test_shapes_that_do_not_match(function, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         function()
+
+
+def test_a_split_that_types_do_not_agree_on():
+    """Also in the gradient, where the cotangent comes from elsewhere."""
+    x, mesh = X.reshape(4, 4), jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    gate, up = (jax.device_put(x, NamedSharding(mesh, P(axis))) for axis in ("a", "b"))
+    message = (
+        "gated_activation: leading dimension 0 is split over mesh axes ('a',) in `gate` and over ('b',) in `up`; bring "
+        "them together with jax.sharding.reshard"
+    )
+    for function in jtile.gated_activation, jax.jit(jax.grad(lambda *x: jtile.gated_activation(*x).sum())):
+        with jax.set_mesh(mesh), pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            function(gate, up)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_an_implementation_that_cannot_serve(kind):
+    """Under sharding the choice is made when XLA has split the operands: the error is the op's all the same."""
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(kind,))
+    x = jax.device_put(X, NamedSharding(mesh, P("a")))
+    with jax.set_mesh(mesh), pytest.raises(Exception, match="rms_norm: implementation='triton' cannot serve this call"):
+        jax.jit(lambda x: jtile.rms_norm(x, SCALE, implementation="triton"))(x)
 
 
 def test_errors_of_a_reference_or_kernel_tell_the_op_and_its_operands():

@@ -246,6 +246,53 @@ def test_derivatives_of_the_whole_gather():
     same(results, push(softmax_reference)(x))
 
 
+# A position of 0 along a dimension tells each device where its part begins.
+
+running = TileOp("running", "x: ... s, y: ... t, origin[s]: -> sums: ... s", whole="t")
+
+
+@running.reference
+def running_reference(x, y, origin):
+    """x times the sum of y up to the place of x."""
+    seen = jnp.arange(y.shape[-1]) <= jnp.arange(x.shape[-1])[:, None] - origin
+    return (x * jnp.sum(jnp.where(seen, y[..., None, :], 0), axis=-1),)
+
+
+def running_sums(x, y, **options):
+    return running(x, y, jnp.int32(0), **options)[0]
+
+
+SIGNAL = jax.random.normal(jax.random.key(5), (3, 16))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_part_knows_where_it_begins(kind):
+    mesh = make_mesh(kind, a=2, b=2)
+    split = P(None, ("a", "b"))
+
+    def gradient(f):
+        return lambda x, y: (f(x, y), *jax.vjp(f, x, y)[1](jnp.cos(x)))
+
+    (sums, *gradients), sent = run(gradient(running_sums), mesh, (SIGNAL, split), (SIGNAL, split))
+    expected = gradient(lambda x, y: x * jnp.cumsum(y, axis=-1))(SIGNAL, SIGNAL)
+    same([sums, *gradients], expected)
+    assert split_as(sums, split)
+    assert sent == {"all-gather": 1, "all-reduce": 1}  # of y and of its gradient, which a GPU's compiler scatters
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_part_knows_where_it_begins_in_shard_map(check_vma):
+    split = P(None, ("a", "b"))
+    mapped = jax.shard_map(
+        lambda x, y: running_sums(x, y, split={"s": ("a", "b")}),
+        mesh=make_mesh(a=2, b=2),
+        in_specs=(split, P()),
+        out_specs=split,
+        check_vma=check_vma,
+    )
+    same([mapped(SIGNAL, SIGNAL)], [SIGNAL * jnp.cumsum(SIGNAL, axis=-1)])
+
+
 @pytest.mark.parametrize(
     "dim, message",
     [

@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jtile.compiler.rewrite import equations
+from jtile.compiler.target import Target
 from jtile.ops import attention
 from jtile.ops.attention import dot_product_attention
+from jtile.testing.programs import collectives, exchanged
 
 # Roundings of the result, and of weights and dscores before their products: a few units of the dtype. In float32 sums
 # of some hundred terms add up.
@@ -194,15 +197,33 @@ def test_no_array_of_sequence_times_sequence(is_causal):
     """Nothing in the forward or the backward program, kernels included, comes near the size of the score matrix."""
     sequence, shape = 65536, (1, 65536, 1, 64)
     x, row = jax.ShapeDtypeStruct(shape, jnp.bfloat16), jax.ShapeDtypeStruct(shape[:-1], jnp.float32)
-    options = dict(scale=0.125, is_causal=is_causal)
-    for kernel, inputs in (
-        (attention.kernels.forward, (x, x, x)),
-        (attention.kernels.backward, (x, x, x, x, row, x, row)),
+    origin = jax.ShapeDtypeStruct((), jnp.int32) if is_causal else None
+    for kernel, tiles, inputs in (
+        (attention.kernels.forward, attention.tiles.forward_tiles, (x, x, x, origin)),
+        (attention.kernels.backward, attention.tiles.backward_tiles, (x, x, x, origin, x, row, x, row)),
     ):
-        jaxpr = jax.make_jaxpr(functools.partial(kernel, **options))(*inputs).jaxpr
+        jaxpr = jax.make_jaxpr(functools.partial(kernel, tile=next(tiles(*inputs)), scale=0.125))(*inputs).jaxpr
         sizes = [math.prod(v.aval.shape) for e in equations(jaxpr) for v in e.outvars if hasattr(v.aval, "shape")]
         assert len(sizes) > 50
         assert max(sizes) == math.prod(shape) < sequence**2 / 1000
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_split_sequence_gathers_keys_and_scatters_their_gradients(kind):
+    """And no more, in a program for four H100s: queries, outputs and their gradients stay where they are."""
+    mesh = Target.named("NVIDIA H100").make_mesh((4,), ("i",), (kind,))
+    split = NamedSharding(mesh, PartitionSpec(None, "i"))
+    x = jax.ShapeDtypeStruct((2, 64, 4, 16), jnp.bfloat16, sharding=split)
+
+    def gradient(*inputs):
+        out, vjp = jax.vjp(functools.partial(dot_product_attention, is_causal=True), *inputs)
+        return out, vjp(out)
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(gradient, out_shardings=split).lower(x, x, x).compile()
+    part, whole = 2 * x.size // 4, 2 * x.size
+    assert collectives(compiled) == {"all-gather": 1, "reduce-scatter": 1}
+    assert exchanged(compiled) == part + whole  # each device gives its keys and values, and its sums for all of them
 
 
 @pytest.mark.parametrize(
@@ -242,7 +263,7 @@ def test_scales_that_are_refused():
     "head_dim, value_dim, scale, message",
     [
         (8, 16, 1.0, "head_dim is 8, and its kernels take 16 to 256"),
-        (16, 257, 1.0, "value_dim is 257, and its kernels take 16 to 256"),
+        (16, 577, 1.0, "value_dim is 577, and its kernels take 16 to 576"),
         (16, 16, 0.0, "scale is 0.0, and its kernels divide by it"),
     ],
 )

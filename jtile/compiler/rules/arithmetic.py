@@ -133,7 +133,8 @@ def apply(e, name: str, shape: tuple[int, ...], dtype: np.dtype, *operands: Valu
         all(v.zero_outside(shape) for v in operands)
         or (name == "mul" and any(v.zero_outside(shape) for v in operands) and any(map(_finite_constant, operands)))
     )
-    return e.let(text, shape, dtype, name, bounds=bounds, zero_padded=zero)
+    product = name in ("mul", "square") or (name == "neg" and operands[0].product)
+    return e.let(text, shape, dtype, name, bounds=bounds, zero_padded=zero, product=product)
 
 
 rule(*{*PLAIN, *FLOAT, *INTEGER})(elementwise)
@@ -370,7 +371,8 @@ def integer_pow(e, eqn, x: Value):
     bounds = None
     if x.bounds is not None and x.bounds[0] >= 0:
         bounds = inner((x.bounds[0] ** exponent, x.bounds[1] ** exponent), x.dtype)
-    return Value(result, x.shape, x.dtype, bounds=bounds, zero_padded=x.zero_padded and exponent > 0)
+    zero = x.zero_padded and exponent > 0
+    return Value(result, x.shape, x.dtype, bounds=bounds, zero_padded=zero, product=exponent > 1)
 
 
 @rule("shift_left", "shift_right_arithmetic", "shift_right_logical")
@@ -562,9 +564,13 @@ def _assembly(e, asm: str, constraints: str, pack: int, operands: Sequence[Value
 
 def interval(name: str, operands: tuple[Value, ...], dtype) -> Interval | None:
     """The least and greatest value of an integer operation, where they follow from its operands'."""
-    if name not in INTERVALS or not jnp.issubdtype(dtype, np.integer) or any(v.bounds is None for v in operands):
+    if name not in INTERVALS or not all(jnp.issubdtype(d, np.integer) for d in (dtype, *(v.dtype for v in operands))):
         return None
-    return inner(INTERVALS[name](*(v.bounds for v in operands)), dtype)
+    # Any number may be behind an unknown one: `min` and its like make something of that.
+    whole = [(int(jnp.iinfo(v.dtype).min), int(jnp.iinfo(v.dtype).max)) for v in operands]
+    if all(v.bounds is None for v in operands):
+        return None
+    return inner(INTERVALS[name](*(v.bounds or w for v, w in zip(operands, whole, strict=True))), dtype)
 
 
 def _corners(function, *operands: Interval) -> Interval:

@@ -11,6 +11,7 @@ from jax.extend.core import Literal
 
 from jtile.compiler.rules import rule
 from jtile.compiler.rules.arithmetic import cast
+from jtile.compiler.rules.reduction import summands
 from jtile.compiler.rules.shape import joined, reshaped, transposed
 from jtile.compiler.value import Value, constant, float8, stored, tile, triton_type
 
@@ -158,7 +159,8 @@ def _weighted_sum(e, a: Value, b: Value, has_rows: bool, has_columns: bool, summ
             kept = [":"] * batched
             text += f"[{', '.join([*kept, 'None', ':'] if has_rows else [*kept, ':', 'None'])}]"
         texts.append(text)
-    return f"tl.sum({texts[0]} * {texts[1]}, axis={axis}, dtype={triton_type(summed)})"
+    products = Value(f"{texts[0]} * {texts[1]}", (), summed, product=True)
+    return f"tl.sum({summands(products)}, axis={axis}, dtype={triton_type(summed)})"
 
 
 def _asked(precision) -> tuple:

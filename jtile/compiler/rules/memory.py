@@ -13,7 +13,7 @@ from jtile.compiler.arguments import Descriptor
 from jtile.compiler.kernel import Scratch, scratch_of
 from jtile.compiler.primitives import ATOMIC_TYPES, Atomic
 from jtile.compiler.rules import rule
-from jtile.compiler.value import Affine, Block, Value, constant, float8, four_bits, is_wide, tile
+from jtile.compiler.value import Affine, Block, Value, behind_a_move, constant, float8, four_bits, is_wide, tile
 
 # Most elements along a side of a block that the Tensor Memory Accelerator moves.
 TMA_LIMIT = 256
@@ -166,7 +166,7 @@ def _load(e, ref: Block | Scratch, transforms, mask: Value | None = None, other:
         text = f"{tma.name}.load([{tma.coordinates}])"
         text = text if tma.sizes == tile(shape) else f"tl.reshape({text}, {list(tile(shape))})"
         return e.let(text, shape, dtype, name, zero_padded=True)
-    e.by_pointer()
+    e.by_pointer(ref.ref)
     access = locate(e, ref, transforms, "load")
     zero = "0.0" if float8(dtype) else "0"  # which Triton converts from no integer
     value = e.let(f"tl.load({access.arguments(mask=mask, other=zero, **hints)})", shape, dtype, name, zero_padded=True)
@@ -493,8 +493,7 @@ def transfer(e, block: Block, transforms: Sequence) -> Transfer | None:
     if e.params.warp_specialize:
         # For the warps that take the second half of a block, Triton 3.9 changes the number that is the coordinate
         # wherever the kernel uses it, in masks too. Hidden behind a move, it is a number of its own.
-        move = 'tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [{}], dtype=tl.int32, is_pure=True, pack=1)'
-        coordinates = [move.format(c) for c in coordinates]
+        coordinates = [behind_a_move(c, np.int32) for c in coordinates]
     return Transfer(name, ", ".join(coordinates), sizes)
 
 

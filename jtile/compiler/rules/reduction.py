@@ -5,7 +5,7 @@ import numpy as np
 
 from jtile.compiler.rules import rule
 from jtile.compiler.rules.arithmetic import cast
-from jtile.compiler.value import Value, narrow_float, triton_type
+from jtile.compiler.value import Value, behind_a_move, narrow_float, triton_type
 
 # Triton's own `tl.max` skips NaN; JAX's maximum of anything and NaN is NaN.
 COMBINE = {
@@ -77,13 +77,23 @@ def reduce(e, eqn, x: Value):
     bounds = x.bounds if name in ("reduce_max", "reduce_min") else None
     dtype, x = x.dtype, _widened(e, x)
     x = e.filled(x, axes, _neutral(name, x.dtype))
-    text = x.text
+    text = summands(x) if name == "reduce_sum" else x.text
     for axis in sorted(axes, reverse=True):
         if name == "reduce_sum":
             text = f"tl.sum({text}, axis={axis}, dtype={triton_type(x.dtype)})"
         else:
             text = f"tl.reduce({text}, axis={axis}, combine_fn={_combine(e, FOLDS[name])})"
     return cast(e, e.let(text, eqn.outvars[0].aval.shape, x.dtype, name.removeprefix("reduce_"), bounds=bounds), dtype)
+
+
+def summands(x: Value) -> str:
+    """The terms of a sum, each rounded.
+
+    Threads add up what they hold in pairs, each its own number to the other's. Were that fused with the product a * b
+    that the number is, the two of a pair would round differently, and what they write to the same place would be the
+    one's or the other's.
+    """
+    return behind_a_move(x.text, x.dtype) if x.product and x.dtype.kind == "f" else x.text
 
 
 def _widened(e, x: Value) -> Value:
@@ -107,7 +117,7 @@ def reduce_by_a_function(e, eqn, *operands: Value):
     combine = e.function(eqn.params["jaxpr"], "combine")
     for axis in sorted(axes, reverse=True):
         shape = (*shape[:axis], *shape[axis + 1 :])
-        texts = [v.text for v in values]
+        texts = [summands(v) for v in values]
         values = [Value(e.name("reduced"), shape, v.dtype) for v in values]
         given = f"({', '.join(texts)})" if n > 1 else texts[0]
         e.line(f"{', '.join(v.text for v in values)} = tl.reduce({given}, axis={axis}, combine_fn={combine})")

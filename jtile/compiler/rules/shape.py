@@ -25,7 +25,8 @@ def broadcast_in_dim(e, eqn, x: Value, *_):
     if tuple(here) != shape or not x.shape:
         text = f"tl.broadcast_to({text}, {list(tile(shape))})"
     repeated = any(n != m and n != p for n, m, p in zip(shape, here, tile(shape), strict=True))
-    return e.let(text, shape, x.dtype, "spread", bounds=x.bounds, zero_padded=x.zero_padded and not repeated)
+    zero = x.zero_padded and not repeated
+    return e.let(text, shape, x.dtype, "spread", bounds=x.bounds, zero_padded=zero, product=x.product)
 
 
 @rule("reshape", "squeeze")
@@ -50,7 +51,7 @@ def reshaped(e, x: Value, shape: tuple[int, ...]) -> Value:
     if not _follows(x.shape, shape):
         return _renumbered(e, x, shape)
     text = f"tl.reshape({x.text}, {list(tile(shape))})"
-    return e.let(text, shape, x.dtype, "reshape", bounds=x.bounds, zero_padded=x.zero_padded)
+    return e.let(text, shape, x.dtype, "reshape", bounds=x.bounds, zero_padded=x.zero_padded, product=x.product)
 
 
 def _follows(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
@@ -127,7 +128,7 @@ def transposed(e, x: Value, order: Sequence[int]) -> Value:
     if x.constant is not None:
         return constant(x.constant, shape, x.dtype)
     text = f"tl.trans({x.text})" if tuple(order) == (1, 0) else f"tl.permute({x.text}, {list(order)})"
-    return e.let(text, shape, x.dtype, "trans", bounds=x.bounds, zero_padded=x.zero_padded)
+    return e.let(text, shape, x.dtype, "trans", bounds=x.bounds, zero_padded=x.zero_padded, product=x.product)
 
 
 @rule("empty")

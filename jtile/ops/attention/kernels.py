@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jtile.ops.attention import tiles
+from jtile.ops.attention import hopper
 from jtile.ops.attention.reference import row_sums
 
 
@@ -37,10 +37,15 @@ def _over_keys(step, carry, query_start, block_q, block_k, keys, is_causal):
     """Run `step` for each block of keys that some query of a block sees. Blocks that all of them see need no mask."""
     unmasked, seen = keys // block_k, pl.cdiv(keys, block_k)
     if is_causal:
-        unmasked = jnp.minimum(lax.div(query_start, block_k), unmasked)
-        seen = jnp.minimum(lax.div(query_start + block_q + block_k - 1, block_k), seen)
+        unmasked = jnp.clip(lax.div(query_start, block_k), 0, unmasked)
+        seen = jnp.clip(lax.div(query_start + block_q + block_k - 1, block_k), 0, seen)
     carry = lax.fori_loop(0, unmasked, functools.partial(step, masked=False), carry)
     return lax.fori_loop(unmasked, seen, functools.partial(step, masked=True), carry)
+
+
+def _first_query(origin_ref):
+    """The key beside the first query, and whether that matters: whether the mask is causal."""
+    return (0, False) if origin_ref is None else (-origin_ref[...], True)
 
 
 def _query_block(i, blocks, is_causal):
@@ -48,9 +53,10 @@ def _query_block(i, blocks, is_causal):
     return blocks - 1 - i if is_causal else i
 
 
-def _forward_kernel(query_ref, key_ref, value_ref, out_ref, lse_ref, *, blocks, keys, block_k, scale, is_causal):
+def _forward_kernel(query_ref, key_ref, value_ref, origin_ref, out_ref, lse_ref, *, blocks, keys, block_k, scale):
     block_q = query_ref.shape[0]
-    query_start = block_q * _query_block(pl.program_id(0), blocks, is_causal)
+    first, is_causal = _first_query(origin_ref)
+    query_start = first + block_q * _query_block(pl.program_id(0), blocks, is_causal)
     # exp(scale · s − max(scale · s)) = 2^(slope · s − slope · max(s)), slope = |scale| · log₂ e: one multiply-add an
     # element. The query takes the sign of scale.
     slope = abs(scale) * math.log2(math.e)
@@ -79,10 +85,11 @@ def _forward_kernel(query_ref, key_ref, value_ref, out_ref, lse_ref, *, blocks, 
 
 
 def _dquery_kernel(
-    query_ref, key_ref, value_ref, lse_ref, delta_ref, dout_ref, dquery_ref, *, blocks, keys, block_k, scale, is_causal
+    query_ref, key_ref, value_ref, origin_ref, lse_ref, delta_ref, dout_ref, dquery_ref, *, blocks, keys, block_k, scale
 ):
     block_q = query_ref.shape[0]
-    query_start = block_q * _query_block(pl.program_id(0), blocks, is_causal)
+    first, is_causal = _first_query(origin_ref)
+    query_start = first + block_q * _query_block(pl.program_id(0), blocks, is_causal)
     slope = scale * math.log2(math.e)
     query, dout, delta = query_ref[...], dout_ref[...], delta_ref[...]
     lse = math.log2(math.e) * lse_ref[...]
@@ -103,10 +110,11 @@ def _dquery_kernel(
 
 
 def _dkey_dvalue_kernel(
-    query_ref, key_ref, value_ref, minus_lse_ref, minus_delta_ref, dout_ref, dkey_ref, dvalue_ref,
-    *, group, queries, block_q, keys, scale, is_causal,
+    query_ref, key_ref, value_ref, origin_ref, minus_lse_ref, minus_delta_ref, dout_ref, dkey_ref, dvalue_ref,
+    *, group, queries, block_q, keys, scale,
 ):  # fmt: skip
     block_k = key_ref.shape[0]
+    query_start, is_causal = _first_query(origin_ref)
     key_start = block_k * pl.program_id(0)
     slope = scale * math.log2(math.e)
     key, value = key_ref[...], value_ref[...]
@@ -120,7 +128,7 @@ def _dkey_dvalue_kernel(
         # stand. The first products start from a row statistic, which then holds no registers of its own.
         scores = slope * (minus_lse_ref[head, block][None, :] + _dot(key, query, (1, 1)))
         if masked:
-            scores = _mask(scores, i * block_q, key_start, keys, is_causal, query_axis=1)
+            scores = _mask(scores, query_start + i * block_q, key_start, keys, is_causal, query_axis=1)
         weights = jnp.exp2(scores)
         dvalue += _dot(weights.astype(dout.dtype), dout, (1, 0))
         dscores = weights * (minus_delta_ref[head, block][None, :] + _dot(value, dout, (1, 1)))
@@ -132,8 +140,9 @@ def _dkey_dvalue_kernel(
     first: int | jax.Array = 0
     unmasked: int | jax.Array = 0
     if is_causal:
-        first = jnp.minimum(lax.div(key_start, block_q), blocks)
-        unmasked = jnp.minimum(lax.div(key_start + block_k + block_q - 1, block_q), blocks)
+        ahead = key_start - query_start
+        first = jnp.clip(lax.div(ahead, block_q), 0, blocks)
+        unmasked = jnp.clip(lax.div(ahead + block_k + block_q - 1, block_q), 0, blocks)
     carry = jnp.zeros(dkey_ref.shape, jnp.float32), jnp.zeros(dvalue_ref.shape, jnp.float32)
     carry = lax.fori_loop(first * group, unmasked * group, functools.partial(step, masked=True), carry)
     dkey, dvalue = lax.fori_loop(unmasked * group, blocks * group, functools.partial(step, masked=False), carry)
@@ -164,16 +173,20 @@ def _by_queries(query, key, tile, is_causal):
     return (blocks, heads, batch), some_queries, all_keys
 
 
-def forward(query, key, value, *, scale, is_causal):
+def _origin_spec(origin):
+    return None if origin is None else pl.BlockSpec((), lambda *_: ())
+
+
+def forward(query, key, value, origin, *, tile, scale):
+    if isinstance(tile, hopper.ForwardTile):
+        high = None if origin is None else 0
+        return hopper.forward(query, key, value, origin, tile=tile, scale=scale, low=None, high=high)
     keys, head_dim, value_dim = key.shape[1], query.shape[-1], value.shape[-1]
-    tile = tiles.choose(tiles.FORWARD, query, value)
-    grid, some_queries, all_keys = _by_queries(query, key, tile, is_causal)
+    grid, some_queries, all_keys = _by_queries(query, key, tile, origin is not None)
     return pl.pallas_call(
-        functools.partial(
-            _forward_kernel, blocks=grid[0], keys=keys, block_k=tile.block_k, scale=scale, is_causal=is_causal
-        ),
+        functools.partial(_forward_kernel, blocks=grid[0], keys=keys, block_k=tile.block_k, scale=scale),
         grid=grid,
-        in_specs=[some_queries(head_dim), all_keys(head_dim), all_keys(value_dim)],
+        in_specs=[some_queries(head_dim), all_keys(head_dim), all_keys(value_dim), _origin_spec(origin)],
         out_specs=[some_queries(value_dim), some_queries()],
         out_shape=[
             jax.ShapeDtypeStruct((*query.shape[:-1], value_dim), query.dtype),
@@ -181,39 +194,38 @@ def forward(query, key, value, *, scale, is_causal):
         ],
         compiler_params=tile.compiler_params,
         name="attention",
-    )(query, key, value)
+    )(query, key, value, origin)
 
 
-def backward(query, key, value, out, lse, dout, dlse, *, scale, is_causal):
+def backward(query, key, value, origin, out, lse, dout, dlse, *, tile, scale):
+    if isinstance(tile, hopper.BackwardTile):
+        band = dict(low=None, high=None if origin is None else 0)
+        return hopper.backward(query, key, value, origin, out, lse, dout, dlse, tile=tile, scale=scale, **band)
     delta = row_sums(out, dout, dlse)
-    dquery = _dquery(query, key, value, lse, delta, dout, scale, is_causal)
-    return dquery, *_dkey_dvalue(query, key, value, lse, delta, dout, scale, is_causal)
+    dquery = _dquery(query, key, value, origin, lse, delta, dout, tile.dquery, scale)
+    return dquery, *_dkey_dvalue(query, key, value, origin, lse, delta, dout, tile.dkey_dvalue, scale)
 
 
-def _dquery(query, key, value, lse, delta, dout, scale, is_causal):
+def _dquery(query, key, value, origin, lse, delta, dout, tile, scale):
     keys, head_dim, value_dim = key.shape[1], query.shape[-1], value.shape[-1]
-    tile = tiles.choose(tiles.DQUERY, query, value)
-    grid, some_queries, all_keys = _by_queries(query, key, tile, is_causal)
+    grid, some_queries, all_keys = _by_queries(query, key, tile, origin is not None)
     return pl.pallas_call(
-        functools.partial(
-            _dquery_kernel, blocks=grid[0], keys=keys, block_k=tile.block_k, scale=scale, is_causal=is_causal
-        ),
+        functools.partial(_dquery_kernel, blocks=grid[0], keys=keys, block_k=tile.block_k, scale=scale),
         grid=grid,
         in_specs=[
-            *(some_queries(head_dim), all_keys(head_dim), all_keys(value_dim)),
+            *(some_queries(head_dim), all_keys(head_dim), all_keys(value_dim), _origin_spec(origin)),
             *(some_queries(), some_queries(), some_queries(value_dim)),
         ],
         out_specs=some_queries(head_dim),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         compiler_params=tile.compiler_params,
         name="attention_dquery",
-    )(query, key, value, lse, delta, dout)
+    )(query, key, value, origin, lse, delta, dout)
 
 
-def _dkey_dvalue(query, key, value, lse, delta, dout, scale, is_causal):
+def _dkey_dvalue(query, key, value, origin, lse, delta, dout, tile, scale):
     (batch, keys, key_heads, head_dim), value_dim = key.shape, value.shape[-1]
     queries, group = query.shape[1], query.shape[2] // key_heads
-    tile = tiles.choose(tiles.DKEY_DVALUE, query, value)
     padded_queries = _round_up(queries, tile.block_q)
 
     def some_keys(width):
@@ -226,11 +238,11 @@ def _dkey_dvalue(query, key, value, lse, delta, dout, scale, is_causal):
     return pl.pallas_call(
         functools.partial(
             _dkey_dvalue_kernel,
-            **dict(group=group, queries=queries, block_q=tile.block_q, keys=keys, scale=scale, is_causal=is_causal),
+            **dict(group=group, queries=queries, block_q=tile.block_q, keys=keys, scale=scale),
         ),
         grid=(pl.cdiv(keys, tile.block_k), key_heads, batch),
         in_specs=[
-            *(all_queries(head_dim), some_keys(head_dim), some_keys(value_dim)),
+            *(all_queries(head_dim), some_keys(head_dim), some_keys(value_dim), _origin_spec(origin)),
             *(statistics, statistics, all_queries(value_dim)),
         ],
         out_specs=[some_keys(head_dim), some_keys(value_dim)],
@@ -238,4 +250,4 @@ def _dkey_dvalue(query, key, value, lse, delta, dout, scale, is_causal):
         compiler_params=tile.compiler_params,
         name="attention_dkey_dvalue",
         # A program reads these for many queries of few heads: with the queries innermost they are contiguous.
-    )(query, key, value, jnp.swapaxes(-lse / scale, 1, 2), jnp.swapaxes(-delta, 1, 2), dout)
+    )(query, key, value, origin, jnp.swapaxes(-lse / scale, 1, 2), jnp.swapaxes(-delta, 1, 2), dout)

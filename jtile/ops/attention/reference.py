@@ -20,17 +20,17 @@ def _split_heads(x, key_heads):
     return x.reshape(*x.shape[:-2], key_heads, x.shape[-2] // key_heads, x.shape[-1])
 
 
-def _scores(query, key, scale, is_causal):
+def _scores(query, key, origin, scale):
     """Of query ... s k g d and key ... t k d: ... k g s t."""
     scores = scale * _einsum("...skgd,...tkd->...kgst", query, key)
-    if is_causal:
-        queries, keys = scores.shape[-2:]
-        scores = jnp.where(jnp.tri(queries, keys, dtype=bool), scores, -jnp.inf)
+    if origin is not None:
+        queries, keys = map(jnp.arange, scores.shape[-2:])
+        scores = jnp.where(keys <= queries[:, None] - origin, scores, -jnp.inf)
     return scores
 
 
-def forward(query, key, value, *, scale, is_causal):
-    scores = _scores(_split_heads(query, key.shape[-2]), key, scale, is_causal)
+def forward(query, key, value, origin, *, scale):
+    scores = _scores(_split_heads(query, key.shape[-2]), key, origin, scale)
     lse = jax.nn.logsumexp(scores, axis=-1)
     weights = jnp.exp(scores - lse[..., None])
     out = _einsum("...kgst,...tke->...skge", weights.astype(value.dtype), value)
@@ -38,12 +38,12 @@ def forward(query, key, value, *, scale, is_causal):
     return out, jnp.moveaxis(lse, -1, -3).reshape(query.shape[:-1])
 
 
-def backward(query, key, value, out, lse, dout, dlse, *, scale, is_causal):
+def backward(query, key, value, origin, out, lse, dout, dlse, *, scale):
     delta = row_sums(out, dout, dlse)
     query_shape, key_heads = query.shape, key.shape[-2]
     query, dout, lse, delta = (_split_heads(x, key_heads) for x in (query, dout, lse[..., None], delta[..., None]))
     lse, delta = (jnp.moveaxis(x, -4, -2) for x in (lse, delta))  # ... k g s 1
-    weights = jnp.exp(_scores(query, key, scale, is_causal) - lse)
+    weights = jnp.exp(_scores(query, key, origin, scale) - lse)
     dweights = _einsum("...skge,...tke->...kgst", dout, value)
     dscores = (scale * weights * (dweights - delta)).astype(query.dtype)
     dquery = _einsum("...kgst,...tkd->...skgd", dscores, key).reshape(query_shape)

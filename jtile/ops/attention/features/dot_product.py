@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from jtile.op import Implementation, check_known
 from jtile.op.signature import Signature
-from jtile.ops.attention.features.features import op
+from jtile.ops.attention.features import op
 from jtile.ops.attention.features.variant import Operand, Variant
 from jtile.ops.random_bits import BITS, key_words
 
@@ -38,6 +38,7 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
     return_lse: Literal[False] = False,
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation = None,
 ) -> Array: ...
 
@@ -63,6 +64,7 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
     return_lse: Literal[True],
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation = None,
 ) -> tuple[Array, Array]: ...
 
@@ -87,6 +89,7 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     dropout_key: Key[Array, ""] | UInt[Array, " words"] | None = None,
     return_lse: bool = False,
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation = None,
 ) -> (
     Float[Array, "*batch queries heads value_dim"]
@@ -105,7 +108,9 @@ def dot_product_attention(
     meet `value`, and their gradients before they meet `query` and `key`. The kernels serve head dims 16 to 576, powers
     of two or not. Operands may be float8, of either kind, without a gradient: the output is bfloat16.
 
-    Blocks that a causal mask, a window, lengths or segment ids make invisible are not visited.
+    Blocks that a causal mask, a window, lengths or segment ids make invisible are not visited. Devices may share out
+    the queries of attention without other features than `is_causal`: they then gather keys and values, and sum the
+    gradients of these.
 
     Args:
         query: any leading shape, none included, then queries, heads and head dim.
@@ -135,6 +140,9 @@ def dot_product_attention(
             others are divided by what remains.
         dropout_key: what is dropped depends on it and on a weight's place among those of all devices.
         return_lse: also return the logarithm of the sum over keys of exp(score), sinks included.
+        axis_name: inside `jax.shard_map`, the mesh axis or axes that split the queries: `query` is this device's part
+            of them, `key` and `value` are whole (`jax.lax.all_gather`). Elsewhere arrays know how they are split.
+            With other features than `is_causal` queries are not split; gather them.
         implementation: `None`, `"triton"`, `"xla"` or `"interpret"`, see `jtile.TileOp`.
 
     Returns:
@@ -199,10 +207,22 @@ def dot_product_attention(
         add("dropout_key", "", key_words(dropout_key), 1)
     if logits_soft_cap is not None and not 0 < logits_soft_cap < math.inf:
         raise ValueError(f"{NAME}: `logits_soft_cap` must be positive and finite, or None, got {logits_soft_cap}")
+    window = _window(local_window_size, bool(is_causal))
+    wide = max(query.shape[-1], value.shape[-1]) > plain.WIDEST or query.dtype.itemsize == 1
+    if not (operands or offset or logits_soft_cap or wide) and window in ((None, None), (None, 0)):
+        out, lse = plain.attention(
+            query, key, value, scale=scale, is_causal=window[1] == 0, axis_name=axis_name, implementation=implementation
+        )
+        return (out, lse) if return_lse else out
+    if axis_name is not None:
+        raise NotImplementedError(
+            f"{NAME}: `axis_name` splits queries of attention with a scale and a causal mask alone; gather them by "
+            "jax.lax.all_gather, or leave the split to jit"
+        )
     variant = Variant(
         scale=scale,
         operands=tuple(operand for operand, _ in operands.values()),
-        window=_window(local_window_size, bool(is_causal)),
+        window=window,
         offset=offset,
         soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
         dropout=threshold,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jtile.op import Implementation, check_known
-from jtile.ops.attention.features.features import op
+from jtile.ops.attention.features import op
 from jtile.ops.attention.features.dot_product import check, checked_scale
 from jtile.ops.attention.features.mods import Mod, trace
 from jtile.ops.attention.features.variant import Operand, Variant, over

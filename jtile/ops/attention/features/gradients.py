@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jtile.ops.attention.features.features import kernels, tiles, visits
+from jtile.ops.attention.features import kernels, tiles, visits
 from jtile.ops.attention.features.reference import row_sums
 from jtile.ops.attention.features.variant import LOG2_E, Operand, Variant
 

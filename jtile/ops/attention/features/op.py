@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jtile.op import TileOp
-from jtile.ops.attention.features.features import gradients, kernels, reference
+from jtile.ops.attention.features import gradients, kernels, reference
 from jtile.ops.attention.features.variant import Operand, Variant
 
 # Spec. Query heads come in k groups of g, one group for each key head.

@@ -17,7 +17,11 @@ class Tile(NamedTuple):
         """No larger than the sequences, nor than `most`; a product of blocks has at least 16 rows and columns."""
         fit = lambda block, size: min(block, max(16, pl.next_power_of_2(size)))  # noqa: E731
         tile = self._replace(block_q=fit(self.block_q, queries), block_k=fit(self.block_k, keys))
-        return tile if most is None else tile._replace(**dict(zip(("block_q", "block_k"), map(min, tile[:2], most), strict=True)))
+        return (
+            tile
+            if most is None
+            else tile._replace(**dict(zip(("block_q", "block_k"), map(min, tile[:2], most), strict=True)))
+        )
 
     @property
     def compiler_params(self) -> CompilerParams:

@@ -1,0 +1,293 @@
+"""What was measured, as tables and plots. Losses are shown like wins, and rivals that could not run are named."""
+
+import collections
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import rich.table
+
+from bench import pallas, results, training
+
+README = Path(__file__).parent.parent / "README.md"
+MARKS = "<!-- the bench: python -m bench report --write -->\n", "<!-- end of the bench -->\n"
+PLOTS = results.ROOT / "plots"
+
+Row = dict[str, Any]
+FLOORS = ("copy", "cuBLAS")
+COLORS = {
+    "jtile": "#d62728",
+    "XLA": "#1f77b4",
+    "cuDNN": "#17becf",
+    "tokamax Triton": "#9467bd",
+    "tokamax Mosaic": "#c5b0d5",
+    "torch.compile": "#ff7f0e",
+    "SDPA": "#ffbb78",
+    "FlexAttention": "#bcbd22",
+    "Liger-Kernel": "#2ca02c",
+    "copy": "#7f7f7f",
+    "cuBLAS": "#7f7f7f",
+}
+
+
+# On the terminal
+
+
+def rows_table(rows: Sequence[Row]) -> rich.table.Table:
+    """One pass of a case, rival by rival."""
+    title = f"{rows[0]['case']}, {rows[0]['pass']}, measured in {rows[0].get('took', 0):.0f} s"
+    table = rich.table.Table(title=title, title_justify="left", title_style="bold")
+    for name in ("rival", "time", "rate", "of the floor", "error", "memory", "first call"):
+        table.add_column(name, justify="left" if name == "rival" else "right")
+    for row in rows:
+        if "gap" in row:
+            table.add_row(row["rival"], "gap")
+            continue
+        wrong = "" if row["right"] else " [red]wrong[/]"
+        floor = row["rival"] in FLOORS
+        table.add_row(
+            row["rival"],
+            f"{row['seconds'] * 1e6:,.1f} µs" if row["seconds"] < 1e-3 else f"{row['seconds'] * 1e3:,.2f} ms",
+            rate(row),
+            f"{row['share']:.1%}",
+            "" if floor else f"{row['error']:.1e}{wrong}",
+            "" if floor else f"{row['extra_bytes'] / 2**30:.2f} GiB",
+            "" if floor else f"{row['first_call_seconds']:.1f} s",
+        )
+    table.caption_justify, table.caption = "left", "\n".join(f"{r['rival']}: {r['gap']}" for r in rows if "gap" in r)
+    return table
+
+
+def rate(row: Row) -> str:
+    return f"{row['rate'] / 1e12:.{0 if row['unit'] == 'FLOP' else 2}f} T{row['unit']}/s"
+
+
+# As Markdown
+
+
+def markdown(root: Path = results.ROOT) -> str:
+    """The newest results of every chip: the core cases in tables, sweeps by their plots."""
+    parts = []
+    for path in results.newest(root=root):
+        found = results.read(path)
+        core = [row for row in found["rows"] if row["table"] == "core"]
+        parts += [heading(found), *tables(core), *plot_links(path.parent.name, found["rows"])]
+    for path in results.newest("training_", root):
+        parts.append(training.markdown(results.read(path)))
+    for path in results.newest("pallas_", root):
+        parts.append(pallas_section(results.read(path)["rows"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def heading(found: dict[str, Any]) -> str:
+    used = {row.get("run", 0) for row in found["rows"]}
+    runs = [run for i, run in enumerate(found["runs"]) if i in used]
+    dates = sorted({run["date"] for run in runs})
+    versions = ", ".join(f"{name} {version}" for name, version in runs[-1]["versions"].items())
+    return (
+        f"One {found['chip']}, {' and '.join(dates)}, {versions}. Rivals take turns in one run, on inputs that no "
+        "cache holds; each is checked against a float32 reference. The percentage is of the floor, measured in the "
+        "same turns: a copy of as many bytes, or cuBLAS's product of two matrices of 8192×8192. The fastest is bold."
+    )
+
+
+def tables(rows: Sequence[Row]) -> list[str]:
+    """Of cases bound by bandwidth and by products, and what is missing in them."""
+    parts = []
+    for unit, about in ("B", "Bound by memory"), ("FLOP", "Bound by matrix products"):
+        if chosen := [row for row in rows if row["unit"] == unit]:
+            parts += [f"{about}:", speed_table(chosen)]
+    if memory := [row for row in rows if row["pass"] == "value and gradient" and "gap" not in row]:
+        parts += ["Memory that a call takes beside its operands, value and gradient:", memory_table(memory)]
+    return parts + gap_list(rows)
+
+
+def speed_table(rows: Sequence[Row]) -> str:
+    return _table(rows, _speeds)
+
+
+def memory_table(rows: Sequence[Row]) -> str:
+    return _table(
+        [row for row in rows if row["rival"] not in FLOORS],
+        lambda found: {name: f"{row['extra_bytes'] / 2**30:.2f} GiB" for name, row in found.items()},
+    )
+
+
+def _speeds(found: dict[str, Row]) -> dict[str, str]:
+    fastest = min((r["seconds"] for n, r in found.items() if "gap" not in r and n not in FLOORS), default=None)
+
+    def cell(name: str, row: Row) -> str:
+        if "gap" in row:
+            return "gap"
+        if not row.get("right", True):
+            return "wrong"
+        share = f"{row['share']:.0%}" if "share" in row and name not in FLOORS else ""
+        text = f"{share} ({rate(row)})" if share and name == "jtile" else share or rate(row)
+        return f"**{text}**" if row["seconds"] == fastest else text
+
+    return {name: cell(name, row) for name, row in found.items()}
+
+
+def _table(rows: Sequence[Row], cells) -> str:
+    """A line for each case and pass, a column for each rival."""
+    names = [name for name in COLORS if any(row["rival"] == name for row in rows)]
+    names = [name for name in names if name not in FLOORS] + [name for name in names if name in FLOORS]
+    lines = [f"| case | pass | {' | '.join(names)} |", "| --- |" + " --- |" * (len(names) + 1)]
+    for (case, direction), group in itertools.groupby(rows, lambda row: (row["case"], row["pass"])):
+        text = cells({row["rival"]: row for row in group})
+        lines.append(f"| {case} | {direction} | {' | '.join(text.get(name, '') for name in names)} |")
+    return "\n".join(lines)
+
+
+def gap_list(rows: Iterable[Row]) -> list[str]:
+    """Why a rival has no figure, once for each reason."""
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    for row in rows:
+        if "gap" in row:
+            found[f"{row['rival']} {row['gap']}"].append(f"{row['case']} {row['pass']}")
+        elif not row.get("right", True):
+            found[f"{row['rival']} is wrong by {row['error']:.1e}"].append(f"{row['case']} {row['pass']}")
+    lines = [
+        f"- {what}: {places[0] if len(places) == 1 else f'{len(places)} passes'}" for what, places in found.items()
+    ]
+    return ["Gaps:", "\n".join(lines)] if lines else []
+
+
+def pallas_section(rows: Sequence[Row]) -> str:
+    about = (
+        "Kernels that come with JAX (`jax.experimental.pallas.ops.gpu`), at their default tiles, and a matrix product",
+        "in Pallas: through JAX's own backend, through jtile compiled as they are written, and with what jtile chooses",
+        "itself ([what each choice gave](bench/results/pallas.md); `python -m bench pallas`). In brackets the speed-up",
+        "over JAX's backend.",
+    )
+    return "\n".join(about) + f"\n\n{pallas.table(list(rows))}"
+
+
+def plot_links(chip: str, rows: Sequence[Row]) -> list[str]:
+    return [
+        f"![{title}]({(PLOTS / f'{chip}_{name}.svg').relative_to(README.parent)})" for name, title, _ in plots(rows)
+    ]
+
+
+def write(root: Path = results.ROOT, readme: Path = README, folder: Path = PLOTS) -> None:
+    """The tables between their marks in the README, every figure beside the results, and the plots."""
+    before, mark, rest = readme.read_text().partition(MARKS[0])
+    if not mark or MARKS[1] not in rest:
+        raise ValueError(f"{readme} lacks the line {MARKS[0].strip()} or, after it, {MARKS[1].strip()}")
+    for path in results.newest(root=root):
+        found = results.read(path)
+        by_table = [(t, [r for r in found["rows"] if r["table"] == t]) for t in ("core", "sizes", "widths")]
+        parts = [f"# {found['chip']}", heading(found)]
+        for table, rows in by_table:
+            if rows:
+                parts += [f"## {table.capitalize()}", *tables(rows), every_figure(rows)]
+        path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, title, draw in plots(found["rows"]):
+            _save(draw(title), folder / f"{path.parent.name}_{name}.svg")
+    readme.write_text(before + mark + "\n" + markdown(root) + "\n" + MARKS[1] + rest.partition(MARKS[1])[2])
+
+
+def every_figure(rows: Sequence[Row]) -> str:
+    lines = [
+        "| case | pass | rival | time | rate | of the floor | error | memory | first call |",
+        "| --- |" + " --- |" * 8,
+    ]
+    for row in (row for row in rows if "gap" not in row and "share" in row):
+        rest = (
+            ["", "", ""]
+            if row["rival"] in FLOORS
+            else [f"{row['error']:.1e}", f"{row['extra_bytes'] / 2**30:.3f} GiB", f"{row['first_call_seconds']:.1f} s"]
+        )
+        figures = [f"{row['seconds'] * 1e3:.4f} ms", rate(row), f"{row['share']:.1%}", *rest]
+        lines.append(f"| {row['case']} | {row['pass']} | {row['rival']} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+# As plots
+
+
+def plots(rows: Sequence[Row]) -> list[tuple[str, str, Any]]:
+    """Name, title and how to draw each plot that these rows have something for."""
+    rows = [row for row in rows if "share" in row and row.get("right", True) and row["rival"] not in FLOORS]
+    found = []
+    for direction in ("forward", "backward", "value and gradient"):
+        for unit, floor in ("B", "a copy's speed"), ("FLOP", "cuBLAS's speed"):
+            chosen = [r for r in rows if r["table"] == "core" and r["pass"] == direction and r["unit"] == unit]
+            if chosen:
+                name = f"{'memory' if unit == 'B' else 'products'}_{direction.replace(' ', '_')}"
+                found.append((name, f"{direction.capitalize()}, % of {floor}", lambda title, c=chosen: _bars(c, title)))
+    for table, label in ("sizes", "bytes of the first operand"), ("widths", "width of a row"):
+        if chosen := [row for row in rows if row["table"] == table]:
+            found.append((table, f"% of a copy's speed, by {label}", lambda title, c=chosen: _lines(c, title)))
+    return found
+
+
+def _bars(rows: Sequence[Row], title: str):
+    from matplotlib.figure import Figure
+
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    names = [name for name in COLORS if any(row["rival"] == name for row in rows)]
+    height = 0.8 / len(names)
+    figure = Figure(figsize=(8, 0.9 + len(cases) * (0.11 * len(names) + 0.1)), layout="constrained")
+    axes = figure.subplots()
+    for i, name in enumerate(names):
+        mine = [(cases.index(row["case"]), 100 * row["share"]) for row in rows if row["rival"] == name]
+        places = [y + (i - (len(names) - 1) / 2) * height for y, _ in mine]
+        bars = axes.barh(places, [share for _, share in mine], height, label=name, color=COLORS[name])
+        axes.bar_label(bars, fmt="%.0f", fontsize=6, padding=2)
+    axes.axvline(100, color="#7f7f7f", linewidth=0.8)
+    axes.set(title=title, xlim=(0, 112))
+    axes.set_yticks(range(len(cases)), cases, fontsize=8)
+    axes.set_ylim(len(cases) - 0.5, -0.5)
+    figure.legend(loc="outside lower center", ncols=len(names), fontsize=7, frameon=False)
+    return figure
+
+
+def _lines(rows: Sequence[Row], title: str):
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys((row["op"], _variant(row), row["pass"]) for row in rows))
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 2.4 * lines + 0.6), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    names = {}
+    for axes, (op, variant, direction) in itertools.zip_longest(grid.flat, panels, fillvalue=("", "", "")):
+        axes.set_visible(bool(op))
+        for name, color in COLORS.items():
+            mine = [r for r in rows if (r["op"], _variant(r), r["pass"], r["rival"]) == (op, variant, direction, name)]
+            if mine:
+                points = sorted((row["at"], 100 * row["share"]) for row in mine)
+                (names[name],) = axes.plot(*zip(*points, strict=True), marker=".", color=color)
+        axes.set_title(f"{op} {variant} {direction}".replace("  ", " "), fontsize=8)
+        axes.set_xscale("log", base=2)
+        places = sorted({row["at"] for row in rows})
+        axes.set_xticks(places, [_place(at, rows[0]["table"]) for at in places], fontsize=7)
+        axes.set_ylim(0, 110)
+        axes.axhline(100, color="#7f7f7f", linewidth=0.8)
+        axes.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=10)
+    figure.legend(names.values(), names, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
+    return figure
+
+
+def _place(at: int, table: str) -> str:
+    if table == "widths":
+        return f"{at:,}"
+    return f"{at >> 30} GiB" if at >= 2**30 else f"{at >> 20} MiB"
+
+
+def _variant(row: Row) -> str:
+    """What a case's name has beside the op and the numbers of its size."""
+    return re.sub(r"\s*\d[\d×/^]*\s*", " ", row["case"].removeprefix(row["op"])).strip()
+
+
+def _save(figure, path: Path) -> None:
+    import matplotlib
+
+    # The same bytes for the same figures; text stays text.
+    with matplotlib.rc_context({"svg.hashsalt": "jtile", "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None})

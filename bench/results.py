@@ -1,0 +1,78 @@
+"""Files of measurements: `bench/results/<chip>/<date>.json` holds a day's, however many runs it took."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "triton", "nvidia-cudnn-cu13", "torch", "tokamax", "liger-kernel")
+
+
+def of_today(chip: str, prefix: str = "") -> Path:
+    return ROOT / chip.replace(" ", "_") / f"{prefix}{datetime.date.today().isoformat()}.json"
+
+
+def newest(prefix: str = "2", root: Path | None = None) -> list[Path]:
+    """Of each chip the last file whose name begins so."""
+    folders = sorted(p for p in (root or ROOT).iterdir() if p.is_dir())
+    return [max(files) for folder in folders if (files := list(folder.glob(f"{prefix}*.json")))]
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+class Results:
+    """A file that is written anew after each addition: what was measured before an interruption is there."""
+
+    def __init__(self, path: Path, chip: str):
+        self.path = path
+        self.content: dict[str, Any] = read(path) if path.exists() else {"chip": chip, "runs": [], "rows": []}
+        self.content["runs"].append(
+            {
+                "date": datetime.date.today().isoformat(),
+                "command": " ".join(["python", "-m", "bench", *sys.argv[1:]]),
+                "commit": commit(),
+                "versions": versions(),
+            }
+        )
+
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Rows of a case, pass and rival that are there already take their place."""
+        known = {_key(row): row for row in self.content["rows"]}
+        known.update({_key(row): row | {"run": len(self.content["runs"]) - 1} for row in rows})
+        self.content["rows"] = list(known.values())
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(self.content, indent=1, ensure_ascii=False) + "\n")
+        unfinished.replace(self.path)
+
+
+def _key(row: dict[str, Any]) -> tuple:
+    return row["case"], row.get("table"), row.get("pass"), row["rival"]
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            if package == "triton" and (module := sys.modules.get("triton")):  # unpacked, not installed
+                found[package] = module.__version__
+    return found
+
+
+def commit() -> str:
+    """The commit measured, for whoever wants to measure it again; "unknown" where git or the history is missing."""
+    if shutil.which("git") is None:
+        return "unknown"
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT.parent)
+    return done.stdout.strip() or "unknown"

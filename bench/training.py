@@ -1,0 +1,294 @@
+"""`python -m bench.training --size 1b`: a training step of Llama, end to end, and where its time goes.
+
+The same model, batch and optimiser (AdamW; float32 parameters, bfloat16 activations) four times, each in a process of
+its own: `models/llama.py` on jtile's kernels; the same in plain XLA with cuDNN's attention; and Hugging Face's Llama in
+PyTorch under torch.compile, without and with Liger-Kernel.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import results
+
+CONTENDERS = ("jtile", "XLA and cuDNN", "torch.compile", "torch.compile and Liger-Kernel")
+WARM_UP, PROFILED, KERNELS_SHOWN = 3, 2, 12
+
+# What a kernel is for, by its name; the first that fits.
+GROUPS = {
+    "attention": r"attention|flash|fmha|sdpa|cudnn_generated|fprop_ampere|bprop",
+    "loss": r"cross_entropy|nll_loss|log_softmax",
+    "matrix products": r"gemm|cutlass|nvjet|wgmma|cublas|xmma|matmul|dot_",
+    "norms": r"norm|rsqrt",
+    "rotary positions": r"rope|rotary",
+    "activation": r"gated_activation|swiglu|silu",
+    "optimiser": r"adam|multi_tensor|foreach",
+    "copies": r"memcpy|copy|memset",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__)
+    parser.add_argument("--size", default="1b", help="of models/llama.py")
+    parser.add_argument("--batch", type=int, default=12, help="sequences a step")
+    parser.add_argument("--seq", type=int, default=2048, help="tokens of each")
+    parser.add_argument("--steps", type=int, default=10, help="steps that are timed")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
+    parser.add_argument("--limit", type=float, default=180, help="seconds for all of them together")
+    parser.add_argument("--output", type=Path, help="file to write (default: in bench/results/<chip>/)")
+    parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)  # in this process
+    given = parser.parse_args(arguments)
+    if given.only:
+        given.output.write_text(json.dumps(train(given.only, given)))
+        return 0
+    deadline = time.monotonic() + given.limit
+    rows = []
+    for name in given.contenders:
+        rows.append(in_a_process(name, given, deadline - time.monotonic()))
+        print(line(rows[-1]), flush=True)
+    chip = next((row["chip"] for row in rows if "chip" in row), "unknown")
+    about = {
+        "chip": chip,
+        "size": given.size,
+        "batch": given.batch,
+        "seq": given.seq,
+        "versions": results.versions(),
+        "commit": results.commit(),
+        "command": " ".join(["python", "-m", "bench.training", *sys.argv[1:]]),
+    }
+    found = about | {"date": time.strftime("%Y-%m-%d"), "rows": rows}
+    path = given.output or results.of_today(chip, f"training_{given.size}_")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"\n{markdown(found)}\n\nwrote {path}")
+    return 1 if any("gap" in row for row in rows if row["contender"] == "jtile") else 0
+
+
+def in_a_process(name: str, given: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """What one contender measured, or why it could not."""
+    if seconds <= 0:
+        return {"contender": name, "gap": f"no time was left of {given.limit:.0f} s"}
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "row.json"
+        command = [sys.executable, "-m", "bench.training", "--only", name, "--output", str(output)]
+        for option in ("size", "batch", "seq", "steps"):
+            command += [f"--{option}", str(getattr(given, option))]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return {"contender": name, "gap": f"took longer than the {seconds:.0f} s that were left"}
+        if done.returncode or not output.exists():
+            lines = [text for text in done.stderr.splitlines() if text.strip()] or ["no output"]
+            told = next((text for text in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", text)), lines[-1])
+            return {"contender": name, "gap": f"fails: {told[:300]}"}
+        return json.loads(output.read_text())
+
+
+def train(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Train for a few steps; tokens a second, peak memory, and each kernel's share."""
+    start = time.perf_counter()
+    framework = _Torch if name.startswith("torch") else _Jax
+    training = framework(name, given)
+    first_loss = training.run(1)
+    first_step = time.perf_counter() - start
+    training.run(WARM_UP)
+    start = time.perf_counter()
+    last_loss = training.run(given.steps)
+    seconds = (time.perf_counter() - start) / given.steps
+    peak = training.peak_bytes()
+    kernels = training.kernels()
+    busy = sum(time for time, _ in kernels.values())
+    return {
+        "contender": name,
+        "chip": training.chip,
+        "seconds": seconds,
+        "tokens_per_second": given.batch * given.seq / seconds,
+        "peak_bytes": peak,
+        "first_step_seconds": first_step,
+        "losses": [first_loss, last_loss],
+        "busy_seconds": busy / PROFILED,  # of a step, on the device
+        "groups": {group: time / busy for group, time in grouped(kernels).items()},
+        "kernels": [
+            {"name": kernel[:120], "share": time / busy, "calls": count / PROFILED}
+            for kernel, (time, count) in list(kernels.items())[:KERNELS_SHOWN]
+        ],
+    }
+
+
+def grouped(kernels: dict[str, tuple[float, int]]) -> dict[str, float]:
+    """Seconds by what kernels are for."""
+    found = dict.fromkeys([*GROUPS, "other elementwise and reductions"], 0.0)
+    for name, (seconds, _) in kernels.items():
+        fits = (group for group, pattern in GROUPS.items() if re.search(pattern, name, re.IGNORECASE))
+        found[next(fits, "other elementwise and reductions")] += seconds
+    return found
+
+
+class _Jax:
+    def __init__(self, name: str, given: argparse.Namespace):
+        import jax
+        import optax
+        from flax import nnx
+
+        from models import llama
+
+        self.jax, self.chip = jax, jax.devices()[0].device_kind
+        implementation = {"jtile": "triton", "XLA and cuDNN": "cudnn"}[name]
+        config = dataclasses.replace(llama.SIZES[given.size], dtype="bfloat16", implementation=implementation)
+        graph, _ = nnx.split(nnx.eval_shape(lambda: llama.Llama(config, rngs=nnx.Rngs(0))), nnx.Param)
+        optimizer = optax.adamw(1e-4, b1=0.9, b2=0.95, weight_decay=0.1)
+
+        @jax.jit
+        def initial():
+            params = nnx.split(llama.Llama(config, rngs=nnx.Rngs(0)), nnx.Param)[1]
+            return params, optimizer.init(params)
+
+        def step(state, tokens):
+            params, optimizer_state = state
+            loss, gradients = jax.value_and_grad(lambda p: llama.loss(nnx.merge(graph, p), tokens))(params)
+            updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+            return (optax.apply_updates(params, updates), optimizer_state), loss
+
+        self.step = jax.jit(step, donate_argnums=0)
+        self.initial = initial
+        shape = given.batch, given.seq + 1
+        self.batches = [jax.random.randint(jax.random.key(i), shape, 0, config.vocab_size) for i in range(2)]
+
+    @functools.cached_property
+    def state(self):
+        return self.initial()
+
+    def run(self, steps: int) -> float:
+        for i in range(steps):
+            self.state, loss = self.step(self.state, self.batches[i % 2])
+        return float(loss)  # waits for the last step
+
+    def peak_bytes(self) -> int:
+        return self.jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+
+    def kernels(self) -> dict[str, tuple[float, int]]:
+        from bench import trace
+
+        with tempfile.TemporaryDirectory() as folder:
+            with trace.recording(Path(folder)):
+                self.run(PROFILED)
+            return trace.read(Path(folder)).shares()
+
+
+class _Torch:
+    def __init__(self, name: str, given: argparse.Namespace):
+        import torch
+        import transformers
+
+        from models import llama
+
+        self.torch, self.chip = torch, torch.cuda.get_device_name()
+        if "Liger" in name:
+            from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+            apply_liger_kernel_to_llama()
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(**llama.write_config(llama.SIZES[given.size]), attn_implementation="sdpa")
+        config.use_cache = False
+        with torch.device("cuda"):
+            model = transformers.LlamaForCausalLM(config).train()
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.1, fused=True)
+        forward = torch.compile(model)
+
+        def step(tokens):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = forward(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return loss.detach()
+
+        self.step = step
+        self.batches = [torch.randint(config.vocab_size, (given.batch, given.seq), device="cuda") for _ in range(2)]
+
+    def run(self, steps: int) -> float:
+        for i in range(steps):
+            loss = self.step(self.batches[i % 2])
+        return float(loss)
+
+    def peak_bytes(self) -> int:
+        return self.torch.cuda.max_memory_allocated()
+
+    def kernels(self) -> dict[str, tuple[float, int]]:
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            self.run(PROFILED)
+            self.torch.cuda.synchronize()
+        averages = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
+        averages.sort(key=lambda event: -event.self_device_time_total)
+        return {event.key: (event.self_device_time_total * 1e-6, event.count) for event in averages}
+
+
+# What was measured
+
+
+def line(row: dict[str, Any]) -> str:
+    if "gap" in row:
+        return f"{row['contender']}: gap: {row['gap']}"
+    return (
+        f"{row['contender']}: {row['tokens_per_second']:,.0f} tokens/s, {row['peak_bytes'] / 2**30:.1f} GiB, "
+        f"{row['seconds'] * 1e3:.1f} ms a step, the first after {row['first_step_seconds']:.0f} s, "
+        f"loss {row['losses'][0]:.3f} to {row['losses'][1]:.3f}"
+    )
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """What a file of measurements has, for people."""
+    about = (
+        f"Llama {found['size']}, {found['batch']} × {found['seq']} tokens a step, AdamW, float32 parameters and "
+        f"bfloat16 activations, on one {found['chip']}, {found['date']}:"
+    )
+    parts = [about, table(found["rows"])]
+    if any("gap" not in row for row in found["rows"]):
+        parts += ["Where the time goes, by what kernels are for:", profile(found["rows"])]
+    return "\n\n".join(parts)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Tokens a second and peak memory as Markdown, beside jtile's."""
+    mine = next((row for row in rows if row["contender"] == "jtile" and "gap" not in row), None)
+    lines = ["| training step | tokens/s | peak memory | jtile's tokens/s | jtile's memory |", "| --- |" + " --- |" * 4]
+    for row in rows:
+        if "gap" in row:
+            lines.append(f"| {row['contender']} | gap: {row['gap']} | | | |")
+            continue
+        ratios = ["", ""]
+        if mine is not None:
+            ratios = [f"{mine[field] / row[field]:.2f} times" for field in ("tokens_per_second", "peak_bytes")]
+        measured = [f"{row['tokens_per_second']:,.0f}", f"{row['peak_bytes'] / 2**30:.1f} GiB"]
+        lines.append(f"| {row['contender']} | {' | '.join(measured + ratios)} |")
+    return "\n".join(lines)
+
+
+def profile(rows: Sequence[dict[str, Any]]) -> str:
+    """Milliseconds of a step by what kernels are for, as Markdown."""
+    rows = [row for row in rows if "gap" not in row]
+    lines = [f"| of a step | {' | '.join(row['contender'] for row in rows)} |", "| --- |" + " --- |" * len(rows)]
+    for group in (*GROUPS, "other elementwise and reductions"):
+        lines.append(f"| {group} | {' | '.join(_share(row, row['groups'][group]) for row in rows)} |")
+    idle = [f"{max(0.0, row['seconds'] - row['busy_seconds']) * 1e3:.1f} ms" for row in rows]
+    return "\n".join([*lines, f"| between kernels | {' | '.join(idle)} |"])
+
+
+def _share(row: dict[str, Any], share: float) -> str:
+    return f"{share * row['busy_seconds'] * 1e3:.1f} ms ({share:.0%})" if math.isfinite(share) else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""Attention's schedule for Hopper, in Gluon, Triton's language for schedules.
+
+`forward_kernel.py` and `backward_kernel.py` are its kernels, `band.py` which blocks visit each other, `pipeline.py` how
+warps hand blocks on. Here is when it serves, its tiles, and how a call becomes a launch. It needs Triton 3.9, whose
+Gluon has the inline assembly and the aggregates that the kernels are written with.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jtile.compiler.target import Target
+from jtile.compiler.triton_call import triton_call
+from jtile.ops.attention.reference import row_sums
+
+CACHE = 50 << 20  # bytes, of the chips that this is for
+
+
+class ForwardTile(NamedTuple):
+    """
+    Attributes:
+        groups: of four warps, with 64 queries each: 2 or 3.
+        block_k: keys of a block.
+        stages: blocks of keys, and of values, that shared memory holds.
+        together: heads that are worked on at the same time, which share the cache.
+        programs: at most so many, each of which then takes several blocks of queries; 0 is one for each block.
+    """
+
+    groups: int
+    block_k: int
+    stages: int
+    together: int
+    programs: int
+
+
+class BackwardTile(NamedTuple):
+    """
+    Attributes:
+        block_q: queries of a block, 64 or 128.
+        stages: blocks of queries that shared memory holds.
+        together: key heads that are worked on at the same time, which share the cache.
+    """
+
+    block_q: int
+    stages: int
+    together: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What a kernel is compiled for. `low` and `high` bound the keys that a query sees: see `band.py`."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    key_heads: int
+    key_width: int
+    value_width: int
+    low: int | None
+    high: int | None
+    scale: float
+    block_q: int
+    block_k: int
+    stages: int
+    together: int
+
+    @property
+    def slope(self) -> float:
+        return self.scale * math.log2(math.e)
+
+    @property
+    def group(self) -> int:
+        """Query heads of a key head."""
+        return self.heads // self.key_heads
+
+    @property
+    def query_blocks(self) -> int:
+        return -(-self.queries // self.block_q)
+
+    @property
+    def key_blocks(self) -> int:
+        return -(-self.keys // self.block_k)
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward(_Call):
+    """
+    Attributes:
+        loops: whether there are fewer programs than blocks.
+    """
+
+    loops: bool
+
+    @property
+    def groups(self) -> int:
+        return self.block_q // 64
+
+    @property
+    def blocks(self) -> int:
+        return self.query_blocks * self.batch * self.heads
+
+    @property
+    def out_in_query(self) -> bool:
+        """Whether the output leaves by the shared memory of the queries, for want of more."""
+        return self.key_width == self.value_width == 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Backward(_Call):
+    @property
+    def masked(self) -> bool:
+        """Whether some query does not see all keys of some block that it visits."""
+        return (self.low, self.high) != (None, None) or self.keys % self.block_k > 0
+
+    # Each group makes half of a block of dquery: half of its rows, or half of its columns.
+
+    @property
+    def dq_rows(self) -> int:
+        return 64 if self.block_q == 128 else 0
+
+    @property
+    def dq_columns(self) -> int:
+        return 0 if self.block_q == 128 else self.key_width // 2
+
+    @property
+    def dq_width(self) -> int:
+        return self.dq_columns or self.key_width
+
+
+def _width(head_dim: int) -> int:
+    """The width of blocks: powers of two, filled up with zeros."""
+    return max(64, 1 << (head_dim - 1).bit_length())
+
+
+@functools.cache
+def _has_gluon() -> bool:
+    version = importlib.metadata.version("triton").split(".")
+    return (int(version[0]), int(version[1])) >= (3, 9)
+
+
+def obstacle(query, key, value, scale: float, target: Target | None, *, widest: int = 256) -> str | None:
+    """Why this schedule does not serve a call, as a clause, or None."""
+    if target is None or target.compute_capability != 90:
+        return "the chip is no Hopper"
+    if not _has_gluon():
+        return "it needs Triton 3.9"
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it multiplies 16-bit numbers, and the operands are {query.dtype}"
+    for x in query, key, value:
+        if x.shape[-1] % 8 or not 40 <= x.shape[-1] <= widest:
+            return f"it takes head dims that are multiples of 8 from 40 to {widest}, and one is {x.shape[-1]}"
+    if scale <= 0:
+        return f"it takes positive scales, and this is {scale}"
+    if math.prod(query.shape[:-1]) >= 2**31:
+        return "it counts queries in 32 bits"
+    return None
+
+
+def forward_tiles(query, key, value, *, low, high, target: Target) -> Iterator[ForwardTile]:
+    wide = max(_width(query.shape[-1]), _width(value.shape[-1]))
+    (batch, keys, key_heads, _), heads = key.shape, query.shape[2]
+    head_bytes = keys * (key.shape[-1] + value.shape[-1]) * key.dtype.itemsize
+    together = _fitting(CACHE * 6 // 10 // head_bytes * (heads // key_heads), batch * heads)
+    # Where blocks of queries differ in length, the hardware hands them out better.
+    programs = target.sms if low is None and high is None else 0
+    groups, block_k = {64: (3, 128), 128: (2, 128), 256: (2, 64)}[wide]
+    first = ForwardTile(groups, block_k, 2, together, programs)
+    yield first
+    for other in {0, target.sms} - {programs}:
+        yield first._replace(programs=other)
+    for factor in (0.25, 0.5, 2, 4):
+        yield first._replace(together=_fitting(int(factor * together), batch * heads))
+    if wide == 64:
+        yield first._replace(groups=2, stages=3)
+
+
+def backward_tiles(query, key, value, *, low, high) -> Iterator[BackwardTile]:
+    wide = max(_width(query.shape[-1]), _width(value.shape[-1]))
+    batch, queries, heads, head_dim = query.shape
+    key_heads = key.shape[2]
+    # Query and dout in 16 bits, dquery in 32. A program that sees a part of the queries holds but a part in the cache.
+    head_bytes = queries * head_dim * 8 * (heads // key_heads)
+    part = 1 if low is None and high is None else 2
+    together = _fitting(CACHE * 6 // 10 * part // head_bytes, batch * key_heads)
+    first = BackwardTile({64: 128, 128: 64}[wide], 2, together)
+    yield first
+    for factor in (0.25, 0.5, 2, 4):
+        yield first._replace(together=_fitting(int(factor * together), batch * key_heads))
+
+
+def _fitting(number: int, most: int) -> int:
+    return max(1, min(number, most))
+
+
+def _descriptor(x, rows: int):
+    """How the Tensor Memory Accelerator sees an array (batch, length, heads, width): blocks of rows of one head."""
+    batch, length, heads, width = x.shape
+    strides = (length * heads * width, width, heads * width, 1)
+    return _tensor(x, (batch, heads, length, width), strides, (1, 1, rows, _width(width)))
+
+
+def _tensor(x, shape, strides, block, layout=None):
+    import jax_triton
+    from triton.experimental.gluon import language as gl
+
+    element = {"bfloat16": gl.bfloat16, "float16": gl.float16, "float32": gl.float32}[x.dtype.name]
+    layout = layout or gl.NVMMASharedLayout.get_default_for(list(block), element)
+    return jax_triton.TensorDescriptor(x, shape, strides, block, layout)
+
+
+def _sizes(query, key, value):
+    (batch, queries, heads, key_dim), (keys, key_heads) = query.shape, key.shape[1:3]
+    return batch, queries, keys, heads, key_heads, _width(key_dim), _width(value.shape[-1])
+
+
+def forward(query, key, value, origin, *, tile: ForwardTile, scale: float, low: int | None, high: int | None):
+    """The output, and the logarithm of the sum of exponentials of scores. `origin` is None or an int32 scalar."""
+    from jtile.ops.attention.hopper.forward_kernel import attention
+
+    sizes = _sizes(query, key, value)
+    blocks = -(-query.shape[1] // (64 * tile.groups)) * query.shape[0] * query.shape[2]
+    programs = min(tile.programs or blocks, blocks)
+    widths = 64 * tile.groups, tile.block_k, tile.stages, tile.together
+    call = Forward(*sizes, low, high, scale, *widths, loops=programs < blocks)
+    out = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), query.dtype)
+    return triton_call(
+        _descriptor(query, 64),
+        _descriptor(key, call.block_k),
+        _descriptor(value, call.block_k),
+        origin,
+        _descriptor(out, 64),
+        kernel=attention,
+        out_shape=(out, jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)),
+        grid=programs,
+        S=call,
+    )
+
+
+def backward(query, key, value, origin, out, lse, dout, dlse, *, tile: BackwardTile, scale: float, low, high):
+    """The gradients of query, key and value."""
+    from triton.experimental.gluon import language as gl
+
+    from jtile.ops.attention.hopper.backward_kernel import attention_backward
+
+    call = Backward(*_sizes(query, key, value), low, high, scale, tile.block_q, 128, tile.stages, tile.together)
+    batch, queries, heads, head_dim = query.shape
+    # What the kernel subtracts from scores, in powers of two, and from the weights' gradients. A query that sees no key
+    # has the weights 2^-inf.
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, math.log2(math.e) * lse)
+    statistics = jnp.stack([lse, row_sums(out, dout, dlse)]).transpose(0, 1, 3, 2)
+    padded = call.query_blocks * call.block_q
+    statistics = jnp.pad(statistics, [(0, 0)] * 3 + [(0, padded - queries)])
+    plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
+    strides = (batch * heads * padded, heads * padded, padded, 1)
+    dquery = jax.ShapeDtypeStruct((batch, heads, queries, head_dim), jnp.float32)
+    dquery_strides = (heads * queries * head_dim, queries * head_dim, head_dim, 1)
+    dkey, dvalue = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value))
+    turns = jax.ShapeDtypeStruct((batch * heads * call.query_blocks,), jnp.int32)
+    dquery, dkey, dvalue, _ = triton_call(
+        _descriptor(query, call.block_q),
+        _descriptor(key, 64),
+        _descriptor(value, 64),
+        _descriptor(dout, call.block_q),
+        _tensor(statistics, statistics.shape, strides, (2, 1, 1, call.block_q), plain),
+        origin,
+        _tensor(dquery, dquery.shape, dquery_strides, (1, 1, 64, call.dq_width)),
+        _descriptor(dkey, 64),
+        _descriptor(dvalue, 64),
+        kernel=attention_backward,
+        out_shape=(dquery, dkey, dvalue, turns),
+        zeroed_outputs=(3,),
+        grid=call.key_blocks * call.key_heads * batch,
+        S=call,
+    )
+    # No program has written where queries see no key.
+    position = jnp.arange(queries) + (0 if origin is None else origin)
+    if high is not None:
+        dquery = jnp.where((position + high >= 0)[:, None], dquery, 0)
+    if low is not None:
+        dquery = jnp.where((position + low < call.keys)[:, None], dquery, 0)
+    return (scale * dquery).transpose(0, 2, 1, 3).astype(query.dtype), dkey, dvalue

@@ -1,0 +1,240 @@
+"""Attention backward: one kernel, five products, and the same bits on every run.
+
+A program owns a block of keys, whose dkey and dvalue two groups of four warps keep in registers, and walks over the
+blocks of queries that see it. Scores are made transposed, keys by queries, so that weights and their gradients are left
+operands of the next products as they stand.
+
+dquery is a sum over programs. Each adds its part to a float32 array, by the Tensor Memory Accelerator, when its turn
+has come: turns go by the number of the key block, so every sum is made in the same order each time. A program waits
+only for programs of smaller numbers, which the hardware starts earlier. Two kernels without such a sum, one by queries
+and one by keys, would take seven products.
+
+The rest is FlashAttention-3's method (Shah et al., 2024, arXiv:2407.08608).
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from jtile.ops.attention.hopper.band import first_key_block, query_blocks, visible
+from jtile.ops.attention.hopper.pipeline import arrive, matrix, ring, wait
+
+
+@gluon.jit
+def _meet():
+    """Both groups come together, at a barrier of the hardware that Triton does not use."""
+    gl.inline_asm("barrier.cta.sync 8, 256;")
+
+
+@gluon.jit
+def _wait_turn(turns, turn):
+    gl.inline_asm(
+        "{ .reg .pred other; .reg .b32 now; again: ld.acquire.gpu.global.b32 now, [$0]; setp.ne.s32 other, now, $1;"
+        " @other bra again; fence.proxy.async; }",
+        "l,r",
+        [turns, turn],
+    )
+
+
+@gluon.jit
+def _set_turn(turns, turn):
+    gl.inline_asm(
+        "{ .reg .pred one; bar.warp.sync 0xffffffff; elect.sync _|one, 0xffffffff; @one fence.proxy.async;"
+        " @one st.release.gpu.global.b32 [$0], $1; }",
+        "l,r",
+        [turns, turn],
+    )
+
+
+@gluon.jit
+def _place(S: gl.constexpr):
+    """The block of keys, the batch and the head of a program. So many heads are worked on together as have room in the
+    cache; of these the first blocks go first."""
+    number = gl.program_id(0)
+    before = number // (S.together * S.key_blocks) * S.together
+    together = gl.minimum(S.together, S.batch * S.key_heads - before)
+    number -= before * S.key_blocks
+    head = before + number % together
+    return number // together, head // S.key_heads, head % S.key_heads
+
+
+@gluon.jit
+def _load(
+    q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared, stat_shared, kv_full, origin,
+    S: gl.constexpr,
+):  # fmt: skip
+    j, b, kh = _place(S)
+    mbarrier.expect(kv_full, 2 * (k_desc.nbytes_per_cta + v_desc.nbytes_per_cta))
+    for half in gl.static_range(2):
+        place = [b, kh, j * S.block_k + half * 64, 0]
+        tma.async_load(k_desc, place, kv_full, k_shared.index(half))
+        tma.async_load(v_desc, place, kv_full, v_shared.index(half))
+    start, _, _, stop = query_blocks(j, origin, S)
+    step = 0
+    for h in range(kh * S.group, (kh + 1) * S.group):
+        for n in range(start, stop):
+            row = (start + stop - 1 - n) * S.block_q
+            q.acquire(step, q_desc.nbytes_per_cta + stat_desc.nbytes_per_cta)
+            tma.async_load(q_desc, [b, h, row, 0], q.barrier(step), q.slot(step))
+            tma.async_load(stat_desc, [0, b, h, row], q.barrier(step), stat_shared.index(step % S.stages))
+            do.load(step, do_desc, [b, h, row, 0])
+            step += 1
+
+
+@gluon.jit
+def _add_dquery(dq_desc, turns, dq, origin, S: gl.constexpr):
+    j, b, kh = _place(S)
+    start, _, _, stop = query_blocks(j, origin, S)
+    step = 0
+    for h in range(kh * S.group, (kh + 1) * S.group):
+        for n in range(start, stop):
+            i = start + stop - 1 - n
+            turn = turns + (b * S.heads + h) * S.query_blocks + i
+            mbarrier.wait(dq.full.index(0), step % 2)
+            number = j - first_key_block(i, origin, S)
+            _wait_turn(turn, number)
+            for part in gl.static_range(2):
+                row = i * S.block_q + part * S.dq_rows
+                if number == 0:
+                    tma.async_store(dq_desc, [b, h, row, part * S.dq_columns], dq.blocks.index(part))
+                else:
+                    tma.async_atomic_add(dq_desc, [b, h, row, part * S.dq_columns], dq.blocks.index(part))
+            tma.store_wait(0)
+            arrive(dq.empty.index(0))
+            tma.store_wait(0, read_only=False)
+            _set_turn(turn, number + 1)
+            step += 1
+
+
+@gluon.jit
+def _step(
+    i, step, k, v, q_ring, do_ring, k_shared, stat_shared, ds_shared, dq, positions, cols, dk, dv,
+    masked, group: gl.constexpr, S: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = k.dtype
+    s_layout: gl.constexpr = positions.type.layout.parent
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.dq_width, 16])
+    q, do = q_ring.block(step), do_ring.block(step)
+    stat = stat_shared.index(step % S.stages).reinterpret(
+        gl.float32, [2, S.block_q], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    zeros = gl.zeros([64, S.block_q], gl.float32, s_layout)
+    q_ring.wait(step)
+    s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    do_ring.wait(step)
+    dp = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s])
+    x = s * S.slope - stat.index(0).load(gl.SliceLayout(0, s_layout))[None, :]
+    if S.masked:
+        if masked:
+            x = gl.where(visible((i * S.block_q + positions)[None, :], cols[:, None], S), x, -float("inf"))
+    p = gl.exp2(x)
+    p_left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, dv.type.layout, 2))
+    dv = warpgroup_mma(p_left, do, dv, is_async=True)
+    dp = warpgroup_mma_wait(1, deps=[dp])
+    ds = (p * (dp - stat.index(1).load(gl.SliceLayout(0, s_layout))[None, :])).to(dtype)
+    ds_left = gl.convert_layout(ds, gl.DotOperandLayout(0, dk.type.layout, 2))
+    dk = warpgroup_mma(ds_left, q, dk, is_async=True)
+
+    # Two buffers: the other group may still read what this one wrote in the step before.
+    ds_shared.index(step % 2 * 2 + group).store(ds)
+    fence_async_shared()
+    _meet()
+    part = gl.zeros([64, S.dq_width], gl.float32, dq_layout)
+    for half in gl.static_range(2):
+        ds_half, k_half = ds_shared.index(step % 2 * 2 + half), matrix(k_shared.index(half))
+        if S.dq_rows > 0:
+            ds_half = ds_half.slice(group * 64, 64, 1)
+        else:
+            k_half = k_half.slice(group * S.dq_width, S.dq_width, 1)
+        part = warpgroup_mma(ds_half.permute((1, 0)), k_half, part, use_acc=half == 1, is_async=True)
+    dv, dk = warpgroup_mma_wait(2, deps=[dv, dk])
+    do_ring.release(step)
+    q_ring.release(step)
+    wait(dq.empty.index(0), step % 2 ^ 1)
+    part = warpgroup_mma_wait(0, deps=[part])
+    matrix(dq.blocks.index(group)).store(part)
+    fence_async_shared()
+    arrive(dq.full.index(0))
+    return dk, dv
+
+
+@gluon.jit
+def _compute(
+    dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin,
+    group: gl.constexpr, S: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = k_shared.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.block_q, 16])
+    dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.key_width, 16])
+    dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.value_width, 16])
+    j, b, kh = _place(S)
+    start, whole_start, whole_stop, stop = query_blocks(j, origin, S)
+    col = j * S.block_k + group * 64
+    positions = origin + gl.arange(0, S.block_q, gl.SliceLayout(0, s_layout))
+    cols = col + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
+    k, v = matrix(k_shared.index(group)), matrix(v_shared.index(group))
+    dk = gl.zeros([64, S.key_width], gl.float32, dk_layout)
+    dv = gl.zeros([64, S.value_width], gl.float32, dv_layout)
+    wait(kv_full, 0)
+    i = stop
+    for step in range(S.group * (stop - start)):
+        i = gl.where(i == start, stop, i) - 1
+        masked = (i < whole_start) | (i >= whole_stop)
+        dk, dv = _step(
+            i, step, k, v, q, do, k_shared, stat_shared, ds_shared, dq, positions, cols, dk, dv, masked, group, S
+        )
+    _meet()  # the other group reads this group's keys, which make room for dkey
+    k.store((dk * S.scale).to(dtype))
+    v.store(dv.to(dtype))
+    fence_async_shared()
+    tma.async_store(dk_desc, [b, kh, col, 0], k_shared.index(group))
+    tma.async_store(dv_desc, [b, kh, col, 0], v_shared.index(group))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def attention_backward(
+    q_desc, k_desc, v_desc, do_desc, stat_desc, origin_ptr, dq_desc, dk_desc, dv_desc, turns, S: gl.constexpr,
+):  # fmt: skip
+    origin = 0
+    if origin_ptr is not None:
+        origin = gl.load(origin_ptr)
+    dtype: gl.constexpr = k_desc.dtype
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, S.block_q], dtype)
+    q = ring(q_desc, S.stages, 2)
+    do = ring(do_desc, S.stages, 2)
+    dq = ring(dq_desc, 2, 2)
+    k_shared = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, S.key_width], k_desc.layout)
+    v_shared = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, S.value_width], v_desc.layout)
+    stat_shared = gl.allocate_shared_memory(gl.float32, [S.stages, 2, 1, 1, S.block_q], stat_desc.layout)
+    ds_shared = gl.allocate_shared_memory(dtype, [4, 64, S.block_q], ds_layout)
+    kv_full = mbarrier.allocate_mbarrier()
+    mbarrier.init(kv_full, count=1)
+    # The groups fill both of its blocks, and one warp empties them.
+    mbarrier.init(dq.full.index(0), count=8)
+    mbarrier.init(dq.empty.index(0), count=1)
+    fence_async_shared()
+    # fmt: off
+    gl.warp_specialize(
+        [
+            (_compute, (
+                dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin, 0, S,
+            )),
+            (_compute, (
+                dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin, 1, S,
+            )),
+            (_load, (
+                q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared, stat_shared, kv_full, origin, S,
+            )),
+            (_add_dquery, (dq_desc, turns, dq, origin, S)),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )

@@ -1,0 +1,212 @@
+"""Attention forward: FlashAttention-3's schedule (Shah et al., 2024, arXiv:2407.08608, section 3).
+
+One warp loads. Two or three groups of four warps compute, each on 64 queries. While the tensor cores multiply for a
+group, it works on the softmax of another block of keys: the scores of a block and the output of the block before are
+under way together, and the weights are made while the latter still is. That groups take turns in sending off products,
+as they do there, gained nothing here: see `bench/results/attention.md`.
+
+A program goes on to the next place in the order of work, if there are fewer programs than places: the next block's
+queries and first keys are then loaded while the one before is finished.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from jtile.ops.attention.hopper.band import key_blocks, visible
+from jtile.ops.attention.hopper.pipeline import matrix, ring
+
+
+@gluon.jit
+def _tile(number, S: gl.constexpr):
+    """The block of queries, the batch and the head of a place in the order of work. So many heads are worked on
+    together as have room for their keys and values in the cache; of these the longest blocks go first."""
+    before = number // (S.together * S.query_blocks) * S.together
+    together = gl.minimum(S.together, S.batch * S.heads - before)
+    number -= before * S.query_blocks
+    block = number // together
+    head = before + number % together
+    if S.high is not None:
+        block = S.query_blocks - 1 - block
+    return block, head // S.heads, head % S.heads
+
+
+@gluon.jit
+def _load_block(number, n, step, q_desc, k_desc, v_desc, q, k, v, origin, S: gl.constexpr):
+    block, b, h = _tile(number, S)
+    start, _, _, stop = key_blocks(block, origin, S)
+    groups: gl.constexpr = S.groups
+    for group in gl.static_range(groups):
+        q.load(n * groups + group, q_desc, [b, h, block * S.block_q + group * 64, 0])
+    for i in range(start, stop):
+        place = [b, h // S.group, (start + stop - 1 - i) * S.block_k, 0]
+        k.load(step, k_desc, place)
+        v.load(step, v_desc, place)
+        step += 1
+    return step
+
+
+@gluon.jit
+def _load(q_desc, k_desc, v_desc, q, k, v, origin, S: gl.constexpr):
+    n = 0
+    step = 0
+    number = gl.program_id(0)
+    if S.loops:
+        while number < S.blocks:
+            step = _load_block(number, n, step, q_desc, k_desc, v_desc, q, k, v, origin, S)
+            n += 1
+            number += gl.num_programs(0)
+    else:
+        _load_block(number, n, step, q_desc, k_desc, v_desc, q, k, v, origin, S)
+
+
+@gluon.jit
+def _softmax(s, peak, total, masked: gl.constexpr, S: gl.constexpr):
+    """Of a block of scores the weights, relative to the rows' largest scores so far; these and the sums of weights so
+    far; and the factor by which what was summed before shrinks."""
+    new_peak = gl.maximum(peak, gl.max(s, 1) * S.slope)
+    zero = new_peak
+    if masked:  # the weights of a row that has seen no key are 0
+        zero = gl.where(new_peak == -float("inf"), 0.0, new_peak)
+    x = s * S.slope - zero[:, None]
+    p = gl.exp2(x)
+    shrink = gl.exp2(peak - zero)
+    return p, new_peak, total * shrink + gl.sum(p, 1), shrink
+
+
+@gluon.jit
+def _step(j, step, q, k, v, positions, cols, peak, total, p, o, masked: gl.constexpr, S: gl.constexpr):
+    """Sends off the scores of block j and the output of the block before, and makes the weights of j meanwhile."""
+    k.wait(step)
+    zeros = gl.zeros([64, S.block_k], gl.float32, positions.type.layout.parent)
+    s = warpgroup_mma(q, k.block(step).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    v.wait(step - 1)
+    o = warpgroup_mma(p, v.block(step - 1), o, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s])
+    k.release(step)
+    if masked:
+        s = gl.where(visible(positions[:, None], (j * S.block_k + cols)[None, :], S), s, -float("inf"))
+    weights, peak, total, shrink = _softmax(s, peak, total, masked, S)
+    v.wait(step - 1)  # it is there: the branch in this keeps the assembler from moving the next wait before the softmax
+    o = warpgroup_mma_wait(0, deps=[o])
+    v.release(step - 1)
+    o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o.type.layout))[:, None]
+    return peak, total, gl.convert_layout(weights.to(p.dtype), p.type.layout), o
+
+
+@gluon.jit
+def _compute_block(
+    number, n, step, o_desc, lse_ptr, q_ring, k, v, o_shared, origin, group: gl.constexpr, S: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = o_desc.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.block_k, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.value_width, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    cols = gl.arange(0, S.block_k, gl.SliceLayout(0, s_layout))
+    block, b, h = _tile(number, S)
+    start, whole_start, whole_stop, stop = key_blocks(block, origin, S)
+    row = block * S.block_q + group * 64
+    rows = row + gl.arange(0, 64, row_layout)
+    positions = rows + origin
+
+    # The last block, which has no other's products to run beside.
+    q_ring.wait(n * S.groups + group)
+    q = q_ring.block(n * S.groups + group)
+    k.wait(step)
+    s = warpgroup_mma(q, k.block(step).permute((1, 0)), gl.zeros([64, S.block_k], gl.float32, s_layout), use_acc=False)
+    k.release(step)
+    s = gl.where(visible(positions[:, None], ((stop - 1) * S.block_k + cols)[None, :], S), s, -float("inf"))
+    peak = gl.full([64], -float("inf"), gl.float32, row_layout)
+    p, peak, total, _ = _softmax(s, peak, gl.zeros([64], gl.float32, row_layout), True, S)
+    p = gl.convert_layout(p.to(dtype), p_layout)
+    o = gl.zeros([64, S.value_width], gl.float32, o_layout)
+    step += 1
+
+    whole_stop = gl.minimum(whole_stop, stop - 1)
+    whole_start = gl.minimum(whole_start, whole_stop)
+    for i in range(whole_stop, stop - 1):
+        j = whole_stop + stop - 2 - i
+        peak, total, p, o = _step(j, step, q, k, v, positions, cols, peak, total, p, o, True, S)
+        step += 1
+    for _ in range(whole_start, whole_stop):
+        peak, total, p, o = _step(0, step, q, k, v, positions, cols, peak, total, p, o, False, S)
+        step += 1
+    if S.low is not None:
+        for i in range(start, whole_start):
+            j = start + whole_start - 1 - i
+            peak, total, p, o = _step(j, step, q, k, v, positions, cols, peak, total, p, o, True, S)
+            step += 1
+
+    if not S.out_in_query:
+        q_ring.release(n * S.groups + group)
+    v.wait(step - 1)
+    o = warpgroup_mma(p, v.block(step - 1), o)
+    v.release(step - 1)
+    lse = 0.6931471805599453 * (peak + gl.log2(total))
+    gl.store(lse_ptr + (b * S.queries + rows) * S.heads + h, lse, rows < S.queries)
+    over_total = gl.where(total == 0.0, 0.0, 1.0 / total)
+    o = o * gl.convert_layout(over_total, gl.SliceLayout(1, o_layout))[:, None]
+    tma.store_wait(0)
+    matrix(o_shared.index(group)).store(o.to(dtype))
+    fence_async_shared()
+    tma.async_store(o_desc, [b, h, row, 0], o_shared.index(group))
+    if S.out_in_query:
+        tma.store_wait(0)
+        q_ring.release(n * S.groups + group)
+    return step
+
+
+@gluon.jit
+def _compute(o_desc, lse_ptr, q, k, v, o_shared, origin, group: gl.constexpr, S: gl.constexpr):
+    n = 0
+    step = 0
+    number = gl.program_id(0)
+    if S.loops:
+        while number < S.blocks:
+            step = _compute_block(number, n, step, o_desc, lse_ptr, q, k, v, o_shared, origin, group, S)
+            n += 1
+            number += gl.num_programs(0)
+    else:
+        _compute_block(number, n, step, o_desc, lse_ptr, q, k, v, o_shared, origin, group, S)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def attention(q_desc, k_desc, v_desc, origin_ptr, o_desc, lse_ptr, S: gl.constexpr):
+    origin = 0
+    if origin_ptr is not None:
+        origin = gl.load(origin_ptr)
+    q = ring(q_desc, S.groups, 1)
+    k = ring(k_desc, S.stages, S.groups)
+    v = ring(v_desc, S.stages, S.groups)
+    o_shared = q.blocks
+    if not S.out_in_query:
+        o_shared = gl.allocate_shared_memory(o_desc.dtype, [S.groups, 1, 1, 64, S.value_width], o_desc.layout)
+    fence_async_shared()
+    if S.groups == 2:
+        gl.warp_specialize(
+            [
+                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, 0, S)),
+                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, 1, S)),
+                (_load, (q_desc, k_desc, v_desc, q, k, v, origin, S)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, 0, S)),
+                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, 1, S)),
+                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, 2, S)),
+                (_load, (q_desc, k_desc, v_desc, q, k, v, origin, S)),
+            ],
+            [4, 4, 1],
+            [160, 160, 32],
+        )

@@ -1,0 +1,86 @@
+"""How the warps of a program hand blocks to each other: one loads them, groups of four compute on them."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+
+@gluon.jit
+def wait(barrier, phase):
+    """As `mbarrier.wait`, before which Triton may bring the warps of a group together."""
+    gl.inline_asm(
+        "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1; @!done bra.uni again; }",
+        "r,r",
+        [barrier, phase],
+    )
+
+
+@gluon.jit
+def arrive(barrier):
+    """One arrival for each warp, after what all of its threads have done. A group's warps need not come together."""
+    gl.inline_asm(
+        "{ .reg .pred one; bar.warp.sync 0xffffffff; elect.sync _|one, 0xffffffff;"
+        " @one mbarrier.arrive.shared::cta.b64 _, [$0]; }",
+        "r",
+        [barrier],
+    )
+
+
+@gluon.jit
+def matrix(block):
+    """A block (1, 1, rows, width) without its leading dimensions."""
+    return block.reshape([block.shape[2], block.shape[3]])
+
+
+@gluon.aggregate
+class Ring:
+    """Blocks in shared memory. The n-th to come takes slot n modulo their number, once its reader has released it."""
+
+    blocks: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    slots: gl.constexpr
+
+    @gluon.jit
+    def slot(self, n):
+        return self.blocks.index(n % self.slots)
+
+    @gluon.jit
+    def barrier(self, n):
+        return self.full.index(n % self.slots)
+
+    @gluon.jit
+    def acquire(self, n, bytes_: gl.constexpr):
+        """Waits until there is room for the n-th block; so many bytes are to come."""
+        mbarrier.wait(self.empty.index(n % self.slots), n // self.slots % 2 ^ 1)
+        mbarrier.expect(self.barrier(n), bytes_)
+
+    @gluon.jit
+    def load(self, n, descriptor, place):
+        self.acquire(n, descriptor.nbytes_per_cta)
+        tma.async_load(descriptor, place, self.barrier(n), self.slot(n))
+
+    @gluon.jit
+    def wait(self, n):
+        wait(self.barrier(n), n // self.slots % 2)
+
+    @gluon.jit
+    def block(self, n):
+        """The n-th block as a matrix."""
+        return matrix(self.slot(n))
+
+    @gluon.jit
+    def release(self, n):
+        arrive(self.empty.index(n % self.slots))
+
+
+@gluon.jit
+def ring(descriptor, slots: gl.constexpr, readers: gl.constexpr):
+    """Room for blocks of a descriptor (1, 1, rows, width), each read by so many groups of warps."""
+    blocks = gl.allocate_shared_memory(descriptor.dtype, [slots] + descriptor.block_shape, descriptor.layout)
+    full = mbarrier.allocate_mbarrier(slots)
+    empty = mbarrier.allocate_mbarrier(slots)
+    for i in gl.static_range(slots):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=4 * readers)
+    return Ring(blocks, full, empty, slots)

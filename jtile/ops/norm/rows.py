@@ -1,0 +1,367 @@
+"""The kernels of norms over rows.
+
+A program owns a block of rows. As long as registers hold them, every element is read once and written once. Wider rows
+are read in chunks, first for their statistics and then again, when they mostly come from a cache, for what follows.
+
+In the backward pass few programs take many blocks in turn: the next ones are on their way while one is computed, and
+there are few partial sums of the scale's gradient left to add. A program keeps such sums in registers for all columns.
+Where these do not suffice, one kernel takes the means over rows and a second, whose programs own columns, the rest.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from jtile.compiler.params import CompilerParams
+from jtile.compiler.primitives import load
+from jtile.compiler.target import Target
+from jtile.ops.norm.common import combined, updated, wide
+
+Arrays = dict[str, jax.Array]  # operands or results, by name
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A block of rows.
+
+    Attributes:
+        rows: of the block.
+        columns: that are in registers at once: all of them, or a chunk.
+        num_warps: that share the block.
+        programs: that take all blocks in turn; 0 is a program for each.
+        num_stages: blocks of a program on their way, and the one that it works on.
+    """
+
+    rows: int
+    columns: int
+    num_warps: int
+    programs: int = 0
+    num_stages: int = 1
+
+    def params(self) -> CompilerParams:
+        return CompilerParams(num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+# Columns that registers hold in the backward pass: the row itself, and sums over rows of a row's width.
+WIDEST_ROW, WIDEST_SUM = 8192, 16384
+
+
+def forward_tiles(given: Arrays, target: Target | None) -> Iterator[Tile]:
+    rows, d = given["x"].shape
+    lanes, sum_too = pl.next_power_of_2(d), "residual" in given
+    if lanes <= 2048:
+        best = [(2048, 4), (4096, 8)]  # elements of a block, and warps
+    elif lanes == 4096:
+        best = [(8192, 16 if sum_too else 8), (4096, 8)]
+    elif lanes == 8192:
+        best = [(32768, 32) if sum_too else (16384, 8), (8192, 16)]
+    elif lanes == 16384:
+        best = [(16384, 16)] if sum_too else []
+    else:
+        best = []
+    blocks = dict.fromkeys((*best, *((n, n // e // 32) for n in (2048, 4096, 8192, 16384) for e in (16, 32))))
+    held = [Tile(_rows(rows, n // lanes, target), lanes, warps) for n, warps in blocks if lanes <= n and warps >= 4]
+    chunks = [Tile(n, columns, 16) for n, columns in ((1, 4096), (2, 4096), (1, 8192)) if columns < lanes]
+    yield from dict.fromkeys(held + chunks if best else chunks + held)
+
+
+def backward_tiles(given: Arrays, target: Target | None) -> Iterator[Tile]:
+    x, gated = given["x"], "gate" in given
+    rows, d = x.shape
+    lanes, sms = pl.next_power_of_2(d), target.sms if target else MULTIPROCESSORS
+    if lanes <= (WIDEST_ROW // 2 if gated else WIDEST_ROW):
+        best = [(4096, 8, 2), (8192, 16, 1), (2048, 4, 4)]  # elements of a block, warps, programs at once
+        for elements, warps, at_once in best if lanes <= 2048 or gated else (best[1], best[0], best[2]):
+            if lanes <= elements:
+                block = _rows(rows, elements // lanes, target)
+                yield Tile(block, lanes, warps, at_once * sms, _stages(given, block, at_once, target))
+        return
+    if lanes <= WIDEST_SUM:
+        # Larger chunks spill registers on some chip: the sums of a row's width take half of them.
+        few = (gated or "mean" in given) and lanes > WIDEST_ROW
+        columns = (2048 if few else 4096) // x.dtype.itemsize
+        yield from (Tile(1, n, 16, sms) for n in (columns, 2 * columns, columns // 2))
+    yield Tile(1, 8192, 16)
+
+
+MULTIPROCESSORS = 132  # of an H100 or H200
+
+
+def _rows(rows: int, most: int, target: Target | None) -> int:
+    """Rows of a block: a power of two, as many as leave every multiprocessor one."""
+    sms = target.sms if target else MULTIPROCESSORS
+    return max(1, min(most, pl.next_power_of_2(rows // sms + 1) // 2))
+
+
+def _stages(given: Arrays, block: int, at_once: int, target: Target | None) -> int:
+    """Three where shared memory has room for two blocks of every operand, for as many programs as run at once."""
+    elements = block * pl.next_power_of_2(given["x"].shape[1])
+    needed = 2 * elements * sum(x.dtype.itemsize for x in given.values() if x.ndim == 2)
+    return 3 if target and (needed + 1024) * at_once <= target.shared_bytes_per_block else 1
+
+
+# What a kernel computes of a part of the rows: `at` are rows and columns, `columns` the same without the rows. Numbers
+# of a row have shape (rows, 1).
+
+
+def _before(refs, at, gate_last: bool, out=None, policy: str | None = None):
+    """u, of which the statistics are taken; stores the sum with a residual in `out`."""
+    h = load(refs["x"].at[at], eviction_policy=policy)
+    if "residual" in refs:
+        h = h + load(refs["residual"].at[at], eviction_policy=policy)
+        if out is not None:
+            out["h"][at] = h
+    u = wide(h)
+    return u * jax.nn.silu(wide(refs["gate"][at])) if "gate" in refs and not gate_last else u
+
+
+def _after(n, refs, at, columns, gate_last: bool):
+    """y."""
+    y = n * wide(refs["scale"][columns])
+    if "bias" in refs:
+        y = y + wide(refs["bias"][columns])
+    return y * jax.nn.silu(wide(refs["gate"][at])) if "gate" in refs and gate_last else y
+
+
+class _Part:
+    """A part of the rows in the backward pass: n, its cotangent g, and what follows when the rows' means are known."""
+
+    def __init__(self, refs, at, scale, mean, rstd, gate_last: bool, policy: str | None = None):
+        self.refs, self.at, self.rstd, self.gate_last = refs, at, rstd, gate_last
+        self.x, self.dy = (wide(load(refs[name].at[at], eviction_policy=policy)) for name in ("x", "dy"))
+        u = self.x
+        if "gate" in refs:
+            self.gate = wide(refs["gate"][at])
+            self.sigmoid = jax.nn.sigmoid(self.gate)
+            if not gate_last:
+                u = self.x * self.gate * self.sigmoid
+        self.n = (u if mean is None else u - mean) * rstd
+        if "gate" in refs and gate_last:
+            self.dgated = self.dy * self.n * scale
+            self.dy = self.dy * self.gate * self.sigmoid
+        self.g = self.dy * scale
+
+    def store(self, out, mean_gn, mean_g) -> None:
+        dx = self.g - self.n * mean_gn
+        dx = self.rstd * (dx if mean_g is None else dx - mean_g)
+        if "gate" in self.refs:
+            dgated = self.dgated if self.gate_last else dx * self.x
+            dgate = dgated * self.sigmoid * (1 + self.gate * (1 - self.sigmoid))
+            out["dgate"][self.at] = dgate.astype(out["dgate"].dtype)
+            dx = dx if self.gate_last else dx * self.gate * self.sigmoid
+        if "dh" in self.refs:
+            dx = dx + wide(self.refs["dh"][self.at])
+        out["dx"][self.at] = dx.astype(out["dx"].dtype)
+
+    def added(self, sums: Arrays) -> Arrays:
+        """To sums over rows, the cotangents of scale and bias."""
+        terms = {"dscale": lambda: self.dy * self.n, "dbias": lambda: self.dy}
+        return {name: total + jnp.sum(terms[name](), axis=0) for name, total in sums.items()}
+
+
+# Kernels
+
+
+def forward(name, given: Arrays, centred, epsilon, gate_last, tile: Tile) -> Arrays:
+    rows, d = given["x"].shape
+    chunk, count = min(d, tile.columns), pl.cdiv(d, tile.columns)
+
+    def kernel(refs, out):
+        def chunks(step, start=None):
+            """`step(j, columns, carried)` for each chunk; returns what is carried at the end."""
+            turn = lambda j, carried: step(j, pl.ds(j * chunk, chunk), carried)  # noqa: E731
+            return jax.lax.fori_loop(0, count, turn, start)
+
+        def read(columns, policy, to=None):
+            return _before(refs, (slice(None), columns), gate_last, to, policy)
+
+        def write(u, columns):
+            at = slice(None), columns
+            out["y"][at] = _after((u - mean) * rstd, refs, at, columns, gate_last).astype(out["y"].dtype)
+
+        zeros, lanes = jnp.zeros((tile.rows, chunk)), jax.lax.broadcasted_iota(jnp.int32, (1, chunk), 1)
+        mean = 0.0
+        if count == 1:
+            u = read(slice(None), None, out)
+            if centred:
+                mean = jnp.sum(u, axis=1, keepdims=True) / d
+            squares = jnp.sum((u - mean) * (u - mean), axis=1, keepdims=True)
+        elif centred:
+            # The moments of each lane over the chunks, and of these together.
+            def moments(j, columns, carried):
+                return updated(carried, read(columns, "evict_last", out), j * chunk + lanes < d, j + 1)
+
+            counts = ((d - 1 - lanes) // chunk + 1).astype(jnp.float32)
+            mean, squares = combined(counts, *chunks(moments, (zeros, zeros)), axis=1, size=d)
+        else:
+            squared = chunks(lambda _, columns, sums: sums + read(columns, "evict_last", out) ** 2, zeros)
+            squares = jnp.sum(squared, axis=1, keepdims=True)
+        rstd = jax.lax.rsqrt(squares / d + epsilon)
+        out["rstd"][...] = rstd[:, 0]
+        if centred:
+            out["mean"][...] = mean[:, 0]
+        if count == 1:
+            write(u, slice(None))
+        else:
+            chunks(lambda _, columns, __: write(read(columns, "evict_first"), columns))
+
+    number = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    out_shape = {"y": given["x"], "rstd": number}
+    if "residual" in given:
+        out_shape["h"] = given["x"]
+    if centred:
+        out_shape["mean"] = number
+    return _call(kernel, given, out_shape, name, tile, pl.cdiv(rows, tile.rows), tile.rows)
+
+
+def backward(name, given: Arrays, biased, gate_last, tile: Tile) -> Arrays:
+    if not tile.programs:
+        return _means_and_columns(name, given, biased, gate_last, tile)
+    rows, d = given["x"].shape
+    chunk, count = min(d, tile.columns), pl.cdiv(d, tile.columns)
+    blocks = pl.cdiv(rows, tile.rows)
+    steps = pl.cdiv(blocks, tile.programs)
+    programs = pl.cdiv(blocks, steps)
+    names = ["dscale", "dbias"] if biased and count == 1 else ["dscale"]
+    centred = "mean" in given
+
+    def kernel(refs, out):
+        held = wide(refs["scale"][...]) if count == 1 else None
+
+        def step(i, sums):
+            block = pl.ds(i * tile.rows, tile.rows)
+            rstd, mean = refs["rstd"][block][:, None], refs["mean"][block][:, None] if centred else None
+
+            def part(j, policy):
+                columns = pl.ds(j * chunk, chunk)
+                scale = wide(load(refs["scale"].at[columns], eviction_policy="evict_last")) if held is None else held
+                return _Part(refs, (block, columns), scale, mean, rstd, gate_last, policy)
+
+            gn, g, more = 0.0, 0.0, []
+            for j, of_chunk in enumerate(sums):
+                last = part(j, None)
+                gn, g = gn + last.g * last.n, g + last.g
+                more.append(last.added(of_chunk))
+            mean_gn = jnp.sum(gn, axis=1, keepdims=True) / d
+            mean_g = jnp.sum(g, axis=1, keepdims=True) / d if centred else None
+            if count == 1:
+                last.store(out, mean_gn, mean_g)
+            else:
+                jax.lax.fori_loop(0, count, lambda j, _: part(j, "evict_first").store(out, mean_gn, mean_g), None)
+            return more
+
+        zeros = {name: jnp.zeros(chunk) for name in names}
+        for j, of_chunk in enumerate(jax.lax.fori_loop(0, steps, step, [zeros] * count)):
+            for name, total in of_chunk.items():
+                out[name][:, pl.ds(j * chunk, chunk)] = total[None]
+
+    out_shape = {"dx": given["x"], **dict.fromkeys(names, jax.ShapeDtypeStruct((programs, d), jnp.float32))}
+    if "gate" in given:
+        out_shape["dgate"] = given["gate"]
+    out = _call(kernel, given, out_shape, name, tile, programs, steps * tile.rows)
+    out |= {name: jnp.sum(out[name], axis=0) for name in names}
+    if biased and count > 1:  # two sums of such a width are more than registers hold
+        out["dbias"] = jnp.sum(wide(given["dy"]), axis=0)
+    return out
+
+
+def _call(kernel, given: Arrays, out_shape: Arrays, name: str, tile: Tile, programs: int, rows: int) -> Arrays:
+    """Launches programs that own so many rows each."""
+    d = given["x"].shape[1]
+    columns = pl.cdiv(d, tile.columns) * min(d, tile.columns)
+
+    def spec(name, x):
+        if name in ("scale", "bias"):
+            return pl.BlockSpec((columns,), lambda i: (0,))
+        if x.ndim == 1:
+            return pl.BlockSpec((rows,), lambda i: (i,))
+        return pl.BlockSpec((1 if name in ("dscale", "dbias") else rows, columns), lambda i: (i, 0))
+
+    return pl.pallas_call(
+        kernel,
+        grid=(programs,),
+        in_specs=[{n: spec(n, x) for n, x in given.items()}],
+        out_specs={n: spec(n, x) for n, x in out_shape.items()},
+        out_shape=out_shape,
+        compiler_params=tile.params(),
+        name=name,
+    )(given)
+
+
+# Of the kernel that owns columns: rows and columns of a block, and how many programs share the rows.
+BLOCK, STRIPS = (4, 1024), 32
+
+
+def _means_and_columns(name, given: Arrays, biased, gate_last, tile: Tile) -> Arrays:
+    rows, d = given["x"].shape
+    chunk = tile.columns
+    centred = "mean" in given
+    means = ["mean_gn", "mean_g"] if centred else ["mean_gn"]
+
+    def means_kernel(refs, out):
+        rstd, mean = refs["rstd"][...][:, None], refs["mean"][...][:, None] if centred else None
+
+        def step(j, sums):
+            columns = pl.ds(j * chunk, chunk)
+            part = _Part(refs, (slice(None), columns), wide(refs["scale"][columns]), mean, rstd, gate_last)
+            terms = {"mean_gn": part.g * part.n, "mean_g": part.g}
+            return {name: sums[name] + terms[name] for name in means}
+
+        zeros = {name: jnp.zeros((tile.rows, chunk)) for name in means}
+        for name, total in jax.lax.fori_loop(0, pl.cdiv(d, chunk), step, zeros).items():
+            out[name][...] = jnp.sum(total, axis=1) / d
+
+    read = {n: x for n, x in given.items() if n != "dh"}
+    number = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    blocks = pl.cdiv(rows, tile.rows)
+    found = _call(means_kernel, read, dict.fromkeys(means, number), f"{name}_means", tile, blocks, tile.rows)
+    return _by_columns(name, given | found, biased, gate_last)
+
+
+def _by_columns(name, given: Arrays, biased, gate_last) -> Arrays:
+    (rows, d), (block, lanes) = given["x"].shape, BLOCK
+    block = min(block, pl.next_power_of_2(rows))
+    steps = pl.cdiv(pl.cdiv(rows, block), STRIPS)
+    strips = pl.cdiv(pl.cdiv(rows, block), steps)
+    names = ["dscale", "dbias"] if biased else ["dscale"]
+
+    def kernel(refs, out):
+        scale = wide(refs["scale"][...])
+
+        def step(i, sums):
+            strip = pl.ds(i * block, block)
+            number = {n: refs[n][strip][:, None] for n in ("mean", "rstd", "mean_gn", "mean_g") if n in refs}
+            part = _Part(refs, (strip, slice(None)), scale, number.get("mean"), number["rstd"], gate_last)
+            part.store(out, number["mean_gn"], number.get("mean_g"))
+            return part.added(sums)
+
+        zeros = {name: jnp.zeros(lanes) for name in names}
+        for name, total in jax.lax.fori_loop(0, steps, step, zeros).items():
+            out[name][...] = total[None]
+
+    out_shape = {"dx": given["x"], **dict.fromkeys(names, jax.ShapeDtypeStruct((strips, d), jnp.float32))}
+    if "gate" in given:
+        out_shape["dgate"] = given["gate"]
+
+    def spec(name, x):
+        if name in ("dscale", "dbias"):
+            return pl.BlockSpec((1, lanes), lambda j, i: (i, j))
+        if name == "scale":
+            return pl.BlockSpec((lanes,), lambda j, i: (j,))
+        if x.ndim == 1:
+            return pl.BlockSpec((steps * block,), lambda j, i: (i,))
+        return pl.BlockSpec((steps * block, lanes), lambda j, i: (i, j))
+
+    out = pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(d, lanes), strips),  # neighbouring programs read neighbouring columns
+        in_specs=[{n: spec(n, x) for n, x in given.items()}],
+        out_specs={n: spec(n, x) for n, x in out_shape.items()},
+        out_shape=out_shape,
+        compiler_params=CompilerParams(num_warps=4, num_stages=1),
+        name=name,
+    )(given)
+    return out | {name: jnp.sum(out[name], axis=0) for name in names}

@@ -1,0 +1,225 @@
+"""The bench without a GPU: its tables of cases and rivals, what it writes, and what it says of what is missing."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bench import __main__ as command
+from bench import cases, measure, report, results, rivals, timing, trace
+from bench.cases import BACKWARD, BOTH, CASES, FORWARD
+from jtile.tuning.timing import seconds
+
+SMALL = cases.rms_norm(16, 64)
+IDS = [f"{case.table} {case.name}" for case in CASES]
+
+
+# The tables
+
+
+def test_a_table_has_each_case_once():
+    assert len(IDS) == len(set(IDS))
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_work_is_what_operands_and_results_say(case):
+    """Forward: every operand is read once and every result written once. What there is little of may be left out."""
+    shapes = jax.eval_shape(lambda key: {n: make(key) for n, make in case.operands.items()}, jax.random.key(0))
+    function = rivals.entry("XLA", case.op).make(**case.options)
+    out = jax.eval_shape(lambda operands: function(**operands), shapes)
+    moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((shapes, out)))
+    if case.unit == "B":
+        assert case.work[FORWARD] == pytest.approx(moved, rel=0.02)
+    else:
+        assert case.work[FORWARD] > 100 * moved  # bound by products, as it says
+    if BOTH in case.work:
+        assert case.work[BOTH] == case.work[FORWARD] + case.work[BACKWARD]
+
+
+def test_every_entry_is_for_a_known_rival_and_case():
+    ops = {case.op for case in CASES}
+    assert all(name in (*rivals.RIVALS, rivals.REFERENCE) and op in ops for name, op in rivals.ENTRIES)
+    assert set(rivals.RIVALS) < set(report.COLORS)
+
+
+def test_what_is_not_installed_is_named():
+    absent = dataclasses.replace(rivals.RIVALS["tokamax Triton"], needs=("no_such_module",))
+    assert absent.missing() == "not installed: pip install tokamax"
+    assert rivals.RIVALS["XLA"].missing() is None and "jax" in rivals.RIVALS["XLA"].version()
+
+
+def test_attention_is_judged_by_a_reference_that_holds_one_head_at_a_time():
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 32, heads, 16)) for i, heads in enumerate((4, 2, 2)))
+    for is_causal in (False, True):
+        ours = rivals.entry(rivals.REFERENCE, "dot_product_attention").make(is_causal=is_causal)(
+            query=q, key=k, value=v
+        )
+        assert jnp.allclose(ours, jax.nn.dot_product_attention(q, k, v, is_causal=is_causal), atol=1e-5)
+
+
+# Measuring
+
+
+@pytest.fixture
+def on_cpu(monkeypatch, tmp_path):
+    """As if the CPU were the GPU: jtile's kernels do not run, and the profiler sees none."""
+    monkeypatch.setattr(command, "gpu", lambda: jax.devices()[0])
+    monkeypatch.setattr(timing, "kernel_seconds", lambda works, **options: seconds(works, rounds=1, settle=0, timed=0))
+    monkeypatch.setattr(cases, "CASES", [SMALL, cases.softmax_cross_entropy(8, 300)])
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(measure, "MOST_SETS", 2)
+    return tmp_path
+
+
+def test_a_run_writes_every_pass_and_names_the_gaps(on_cpu, capsys):
+    status = command.main(["run", "--rivals", "jtile", "XLA", "torch.compile", "--quick"])
+    assert status == 1  # jtile's kernels failed, and that is no success
+    [path] = on_cpu.glob("cpu/*.json")
+    found = results.read(path)
+    rows = {(row["case"], row["pass"], row["rival"]): row for row in found["rows"]}
+    assert len(rows) == (2 + 3) * 4
+    for (_, _, rival), row in rows.items():
+        if rival == "jtile":
+            assert "kernels run on NVIDIA GPUs" in row["gap"]
+        elif rival == "torch.compile":
+            assert row["gap"] == "not installed: pip install torch"
+        else:
+            assert row["seconds"] > 0 and row["right"] and row["share"] > 0
+    assert rows[SMALL.name, BACKWARD, "XLA"]["error"] < 1e-2
+    assert 16 * 64 * 2 <= rows[SMALL.name, FORWARD, "XLA"]["extra_bytes"] <= 16 * 64 * 8
+    assert found["runs"][0]["versions"]["jax"] == jax.__version__
+    printed = capsys.readouterr().out
+    assert "torch.compile is a gap in every table" in printed and "jtile, rms_norm 16×64, forward" in printed
+
+
+def test_a_second_run_replaces_its_own_rows_alone(on_cpu):
+    arguments = ["--rivals", "XLA", "--quick", "--output", str(on_cpu / "out.json")]
+    assert command.main(["run", *arguments]) == 0
+    assert command.main(["run", *arguments, "--filter", "rms_norm", "--passes", "forward"]) == 0
+    rows = results.read(on_cpu / "out.json")["rows"]
+    assert len(rows) == (2 + 3) * 2
+    assert {row["case"] for row in rows if row["run"] == 1} == {SMALL.name}
+
+
+def test_compiling_alone_measures_nothing(on_cpu, capsys):
+    assert command.main(["run", "--compile-only", "--rivals", "XLA", "torch.compile", "--filter", "rms_norm"]) == 0
+    printed = capsys.readouterr().out
+    assert "rms_norm 16×64, backward: copy 0.0 s, XLA" in printed and "torch.compile gap" in printed
+    assert not list(on_cpu.rglob("*.json"))
+
+
+def test_a_rival_that_is_wrong_is_found_out(monkeypatch):
+    monkeypatch.setitem(rivals.ENTRIES, ("cuDNN", "rms_norm"), rivals.Entry(lambda: lambda x, scale: 1.1 * x * scale))
+    monkeypatch.setattr(timing, "kernel_seconds", lambda works, **options: dict.fromkeys(works, 1.0))
+    [rows] = measure.measure(SMALL, measure.Options(rivals=["cuDNN"], passes=[FORWARD]))
+    assert rows[1]["error"] > 0.05 and not rows[1]["right"]
+    assert rows[0]["rival"] == "copy" and rows[0]["right"]
+
+
+def test_without_a_gpu_and_without_such_a_case_it_says_so():
+    with pytest.raises(SystemExit, match="JAX sees only cpu"):
+        command.main(["run"])
+    with pytest.raises(SystemExit, match="no case contains 'nothing'; there are: rms_norm"):
+        command.pick(CASES, "nothing")
+
+
+def test_kernels_that_the_profiler_misses_are_an_error():
+    f, x = jax.jit(jnp.negative), jnp.ones(8)
+    with pytest.raises(RuntimeError, match="0 kernels"):
+        timing.kernel_seconds({"f": (f, [(x,)])}, rounds=1, settle=0.0, timed=0.0)
+
+
+def test_a_trace_sums_the_kernels():
+    events = [trace.Event("a", 0, 1), trace.Event("b", 1, 5), trace.Event("a", 6, 2)]
+    found = trace.Trace(events, [trace.Event("turn 0/x", 0, 9)])
+    assert found.shares() == {"b": (5, 1), "a": (3, 2)} and len(found.annotations("turn ")) == 1
+
+
+def test_the_list_names_cases_rivals_and_gaps(capsys):
+    assert command.main(["list"]) == 0
+    printed = capsys.readouterr().out
+    assert "rms_norm 32768×8192" in printed and "FlexAttention" in printed and f"jax {jax.__version__}" in printed
+
+
+# Reporting
+
+
+def row(case, rival, seconds=None, direction=FORWARD, unit="B", table="core", at=0, **more):
+    about = {"case": case, "op": case.split()[0], "table": table, "at": at, "pass": direction, "rival": rival}
+    about |= {"work": 4 * 10**9, "unit": unit, "run": 0}
+    if seconds is None:
+        return about | more
+    measured = dict(seconds=seconds, rate=4e9 / seconds, share=1e-3 / seconds, error=1e-3, right=True)
+    return about | measured | dict(extra_bytes=2**30, first_call_seconds=0.5) | more
+
+
+STORED = [
+    row("norm 8×8", "copy", 1e-3),
+    row("norm 8×8", "jtile", 1.05e-3),
+    row("norm 8×8", "XLA", 2e-3),
+    row("norm 8×8", "torch.compile", gap="not installed: pip install torch"),
+    row("norm 8×8", "copy", 1e-3, BOTH),
+    row("norm 8×8", "jtile", 1.5e-3, BOTH),
+    row("norm 8×8", "XLA", 1.25e-3, BOTH),
+    row("norm 8×8", "torch.compile", gap="not installed: pip install torch", direction=BOTH),
+    row("attention 8", "jtile", 2e-3, unit="FLOP"),
+    row("attention 8", "cuDNN", 1e-3, unit="FLOP", right=False, error=0.5),
+    *(row(f"norm {n}×8", name, 1e-3 * n, table="sizes", at=n) for n in (1, 2, 4) for name in ("jtile", "XLA")),
+    *(row(f"norm {n}×8", "jtile", 1e-3 * n, BOTH, table="widths", at=n) for n in (1, 2, 4)),
+]
+
+
+@pytest.fixture
+def stored(tmp_path):
+    folder = tmp_path / "results" / "NVIDIA_H200"
+    folder.mkdir(parents=True)
+    run = {"date": "2026-11-24", "command": "python -m bench run", "versions": {"jax": "0.11.2"}}
+    content = {"chip": "NVIDIA H200", "runs": [run], "rows": STORED}
+    (folder / "2026-11-24.json").write_text(json.dumps(content))
+    (folder / "2026-11-23.json").write_text("{}")  # an older one
+    return tmp_path
+
+
+def test_the_report_shows_wins_losses_and_gaps(stored):
+    text = report.markdown(stored / "results")
+    assert "One NVIDIA H200, 2026-11-24, jax 0.11.2." in text
+    assert "| norm 8×8 | forward | **95% (3.81 TB/s)** | 50% | gap | 4.00 TB/s |" in text
+    assert "| norm 8×8 | value and gradient | 67% (2.67 TB/s) | **80%** | gap | 4.00 TB/s |" in text
+    assert "| attention 8 | forward | 50% (2 TFLOP/s) | wrong |" in text
+    assert "- torch.compile not installed: pip install torch: 2 passes" in text
+    assert "- cuDNN is wrong by 5.0e-01: attention 8 forward" in text
+    assert "| norm 8×8 | value and gradient | 1.00 GiB | 1.00 GiB |" in text
+    assert text.count("norm 4×8") == 0  # sweeps are plotted
+
+
+def test_writing_puts_it_between_the_marks_and_draws(stored):
+    readme, plots = stored / "README.md", report.PLOTS
+    readme.write_text(f"before\n{report.MARKS[0]}stale\n{report.MARKS[1]}after\n")
+    report.write(stored / "results", readme, stored / "plots")
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text and "**95%" in text
+    names = {path.stem for path in (stored / "plots").glob("*.svg")}
+    kinds = ("memory_forward", "memory_value_and_gradient", "products_forward", "sizes", "widths")
+    assert names == {f"NVIDIA_H200_{kind}" for kind in kinds}
+    assert all(f"({(plots / name).relative_to(report.README.parent)}.svg)" in text for name in names)
+    first = {path: path.read_bytes() for path in (stored / "plots").iterdir()}
+    report.write(stored / "results", readme, stored / "plots")
+    assert readme.read_text() == text and all(path.read_bytes() == old for path, old in first.items())
+    assert "| norm 4×8 | forward | jtile | 4.0000 ms |" in (stored / "results/NVIDIA_H200/2026-11-24.md").read_text()
+
+
+def test_a_readme_without_marks_is_refused(stored):
+    readme = stored / "README.md"
+    readme.write_text("nothing")
+    with pytest.raises(ValueError, match="lacks the line <!-- the bench"):
+        report.write(stored / "results", readme, stored / "plots")
+
+
+def test_the_terminal_shows_one_pass(capsys):
+    from rich.console import Console
+
+    Console(width=120).print(report.rows_table([r for r in STORED if r["case"] == "norm 8×8" and r["pass"] == FORWARD]))
+    printed = capsys.readouterr().out
+    assert "1.05 ms" in printed and "95.2%" in printed and "torch.compile: not installed: pip install torch" in printed

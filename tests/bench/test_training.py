@@ -1,0 +1,77 @@
+"""The end-to-end measurement without a GPU: its tables, and what it says of contenders that cannot run."""
+
+import json
+
+import pytest
+
+from bench import training
+
+KERNELS = {
+    "nvjet_tst_128x256_64x4_2x1_v_bz_TNN": (5e-3, 10),
+    "dot_product_attention_dkey_dvalue": (2e-3, 2),
+    "rms_norm_backward": (1e-3, 4),
+    "softmax_cross_entropy_backward": (1e-3, 1),
+    "loop_add_fusion_3": (0.5e-3, 8),
+    "MemcpyD2D": (0.5e-3, 8),
+}
+
+
+def row(name, seconds, gigabytes):
+    return {
+        "contender": name,
+        "chip": "NVIDIA H200",
+        "seconds": seconds,
+        "tokens_per_second": 1000 / seconds,
+        "peak_bytes": gigabytes * 2**30,
+        "first_step_seconds": 9.0,
+        "losses": [11.7, 11.6],
+        "busy_seconds": 0.9 * seconds,
+        "groups": {group: time / 10e-3 for group, time in training.grouped(KERNELS).items()},
+        "kernels": [],
+    }
+
+
+ROWS = [row("jtile", 0.1, 30), row("XLA and cuDNN", 0.15, 60), {"contender": "torch.compile", "gap": "fails: OOM"}]
+
+
+def test_kernels_are_grouped_by_what_they_are_for():
+    groups = training.grouped(KERNELS)
+    assert sum(groups.values()) == pytest.approx(sum(time for time, _ in KERNELS.values()))
+    assert groups["matrix products"] == 5e-3 and groups["attention"] == 2e-3 and groups["norms"] == 1e-3
+    assert groups["loss"] == 1e-3 and groups["copies"] == 0.5e-3
+    assert groups["other elementwise and reductions"] == 0.5e-3
+
+
+def test_the_tables_compare_with_jtile_and_name_gaps():
+    about = {"size": "1b", "batch": 12, "seq": 2048, "chip": "NVIDIA H200", "date": "2026-11-24"}
+    text = training.markdown(about | {"rows": ROWS})
+    assert "| XLA and cuDNN | 6,667 | 60.0 GiB | 1.50 times | 0.50 times |" in text
+    assert "| torch.compile | gap: fails: OOM |" in text
+    assert "| matrix products | 45.0 ms (50%) | 67.5 ms (50%) |" in text
+    assert "| between kernels | 10.0 ms | 15.0 ms |" in text
+
+
+def test_a_contender_that_fails_is_a_gap_with_its_reason(tmp_path, capsys):
+    command = [
+        "--size",
+        "tiny",
+        "--batch",
+        "1",
+        "--seq",
+        "16",
+        "--contenders",
+        "jtile",
+        "--output",
+        str(tmp_path / "x"),
+    ]
+    assert training.main(command) == 1
+    [only] = json.loads((tmp_path / "x").read_text())["rows"]
+    assert "kernels run on NVIDIA GPUs" in only["gap"]
+    assert "jtile: gap" in capsys.readouterr().out
+
+
+def test_time_that_is_up_is_a_gap(tmp_path):
+    command = ["--size", "tiny", "--limit", "0", "--output", str(tmp_path / "x")]
+    assert training.main(command) == 1
+    rows = json.loads((tmp_path / "x").read_text())["rows"]
+    assert len(rows) == 4 and all(row["gap"] == "no time was left of 0 s" for row in rows)

@@ -1,0 +1,180 @@
+"""Attention's schedule for Hopper: what it computes and how its warps work together, by NumPy; what it becomes,
+compiled for an H200; and on one, what it computes."""
+
+import functools
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import jax_triton
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jtile
+from jtile.compiler.target import Target
+from jtile.ops.attention import hopper
+from tests.ops import gluon_on_cpu
+
+BF16 = ml_dtypes.bfloat16
+
+
+def operands(batch, queries, keys, heads, key_heads, head_dim, value_dim=None):
+    """query, key, value and dout"""
+    normal = np.random.default_rng(queries + keys).standard_normal
+    value_dim = value_dim or head_dim
+    shapes = [(queries, heads, head_dim), (keys, key_heads, head_dim), (keys, key_heads, value_dim)]
+    return [normal((batch, *shape)).astype(BF16) for shape in (*shapes, (queries, heads, value_dim))]
+
+
+def expected(query, key, value, dout, origin, low, high):
+    """out, lse and the gradients, in float32; a query that sees no key has the output 0"""
+    group = query.shape[2] // key.shape[2]
+    query, key, value, dout = (np.moveaxis(x.astype(np.float32), 2, 1) for x in (query, key, value, dout))
+    key, value = (np.repeat(x, group, 1) for x in (key, value))
+    scale = query.shape[-1] ** -0.5
+    positions, cols = np.arange(query.shape[2])[:, None] + origin, np.arange(key.shape[2])
+    sees = (cols >= positions + (-np.inf if low is None else low)) & (
+        cols <= positions + (np.inf if high is None else high)
+    )
+    scores = np.where(sees, scale * query @ np.swapaxes(key, 2, 3), -np.inf)
+    lse = np.asarray(jax.nn.logsumexp(scores, axis=-1, keepdims=True))
+    weights = np.exp(scores - np.where(np.isinf(lse), 0, lse))
+    out = weights @ value
+    dscores = scale * weights * (dout @ np.swapaxes(value, 2, 3) - (out * dout).sum(-1, keepdims=True))
+    over_group = lambda x: x.reshape(x.shape[0], -1, group, *x.shape[2:]).sum(2)  # noqa: E731
+    dkey, dvalue = (over_group(np.swapaxes(a, 2, 3) @ b) for a, b in ((dscores, query), (weights, dout)))
+    return [np.moveaxis(x, 1, 2) for x in (out, lse[..., 0], dscores @ key, dkey, dvalue)]
+
+
+def by_numpy(*args, kernel, out_shape, grid, zeroed_outputs=(), **constants):
+    """In place of `triton_call`: runs the kernel by NumPy."""
+    leaves, tree = jax.tree.flatten(out_shape)
+    results = [np.full(x.shape, 0 if i in zeroed_outputs else np.nan, x.dtype) for i, x in enumerate(leaves)]
+    unclaimed = iter(results)
+
+    def argument(x):
+        if isinstance(x, jax_triton.TensorDescriptor):
+            base = next(unclaimed) if isinstance(x.base, jax.ShapeDtypeStruct) else np.array(x.base)
+            return gluon_on_cpu.Descriptor(base.reshape(-1), x.shape, x.strides, x.block_shape)
+        return x if x is None else gluon_on_cpu.Pointer(np.array(x).reshape(-1))
+
+    given = [argument(x) for x in args]
+    given += [gluon_on_cpu.Pointer(x.reshape(-1)) for x in unclaimed]
+    function = gluon_on_cpu.load(sys.modules[kernel.fn.__module__])[kernel.fn.__name__]
+    gluon_on_cpu.run(function, grid, *given, *constants.values())
+    return jax.tree.unflatten(tree, map(jnp.asarray, results))
+
+
+def close(got, wanted):
+    """To what 16 bits of weights and results tell."""
+    for a, b in zip(got, wanted, strict=True):
+        largest = np.abs(b[np.isfinite(b)]).max(initial=1)
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2e-2, atol=1e-2 * largest)
+
+
+# With the groups of a forward program, and the queries of a backward program's block.
+SHAPES = {
+    "grouped": ((1, 300, 300, 2, 1, 64), 3, 128),
+    "fewer keys": ((1, 200, 90, 1, 1, 64), 2, 64),
+    "one block": ((2, 17, 17, 1, 1, 64), 3, 128),
+    "padded": ((1, 150, 260, 1, 1, 80), 2, 64),
+}
+BANDS = {"full": (0, None, None), "causal": (0, None, 0), "offset": (-40, None, 0), "window": (7, -70, 30)}
+
+
+@pytest.mark.parametrize("band", BANDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_by_numpy(monkeypatch, shape, band):
+    monkeypatch.setattr(hopper, "triton_call", by_numpy)
+    sizes, groups, _ = SHAPES[shape]
+    query, key, value, dout = operands(*sizes)
+    origin, low, high = BANDS[band]
+    tile = hopper.ForwardTile(groups, block_k=64 if groups == 2 else 128, stages=2, together=1, programs=groups)
+    scale = query.shape[-1] ** -0.5
+    got = hopper.forward(query, key, value, np.int32(origin), tile=tile, scale=scale, low=low, high=high)
+    close(got, expected(query, key, value, dout, origin, low, high)[:2])
+
+
+@pytest.mark.parametrize("band", BANDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_backward_by_numpy(monkeypatch, shape, band):
+    sizes, _, block_q = SHAPES[shape]
+    query, key, value, dout = operands(*sizes)
+    monkeypatch.setattr(hopper, "triton_call", by_numpy)
+    origin, low, high = BANDS[band]
+    out, lse, *gradients = expected(query, key, value, dout, origin, low, high)
+    got = hopper.backward(
+        *(jnp.asarray(x) for x in (query, key, value, np.int32(origin), out.astype(BF16), lse, dout)),
+        None,
+        tile=hopper.BackwardTile(block_q, stages=2, together=1),
+        scale=query.shape[-1] ** -0.5,
+        low=low,
+        high=high,
+    )
+    close(got, gradients)
+
+
+def gradients(query, key, value, dout, **options):
+    out, vjp = jax.vjp(functools.partial(jtile.dot_product_attention, **options), query, key, value)
+    return out, *vjp(dout)
+
+
+def waits(kernel) -> list[int]:
+    """For how many products under way it waits, in the order of the assembly."""
+    return [int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", kernel.ptx)]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_compiled(head_dim, is_causal):
+    """Products are under way while weights are made: a step waits for all but the last of them first."""
+    query, key, value, dout = (jax.ShapeDtypeStruct((2, 4096, heads, head_dim), jnp.bfloat16) for heads in (8, 4, 4, 8))
+    forward, backward = jtile.inspect(functools.partial(gradients, is_causal=is_causal), query, key, value, dout)
+    assert (forward.name, backward.name) == ("attention", "attention_backward")
+    groups = 3 if head_dim == 64 else 2
+    loops = 2 if is_causal else 1  # over blocks where some queries do not see some keys, and over the others
+    assert waits(forward) == groups * [0, *loops * [1, 0], 0]
+    assert waits(backward) == 2 * [1, 1, 2, 0]
+    for kernel in forward, backward:
+        assert kernel.instructions["wgmma.mma_async"] == kernel.tensor_core_instructions > 0
+        assert kernel.shared_bytes <= Target.named("NVIDIA H200").shared_bytes_per_block
+        # Causal, a few addresses that are used once for each block have no register.
+        assert kernel.spill_bytes <= (32 if is_causal else 0)
+
+
+@pytest.mark.parametrize(
+    "target, dtype, head_dim, runs",
+    [
+        ("NVIDIA H200", jnp.bfloat16, 64, {"attention", "attention_backward"}),
+        ("NVIDIA H200", jnp.float16, 256, {"attention", "attention_dquery", "attention_dkey_dvalue"}),
+        ("NVIDIA A100", jnp.bfloat16, 64, {"attention", "attention_dquery", "attention_dkey_dvalue"}),
+        ("NVIDIA H200", jnp.float32, 64, {"attention", "attention_dquery", "attention_dkey_dvalue"}),
+    ],
+)
+def test_where_it_serves(target, dtype, head_dim, runs):
+    x = jax.ShapeDtypeStruct((1, 128, 1, head_dim), dtype)
+    kernels = jtile.inspect(gradients, x, x, x, x, target=target)
+    assert {kernel.name for kernel in kernels} == runs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 257, 257, 4, 2, 64),
+        (1, 1, 1, 2, 1, 128),
+        (1, 4092, 4092, 2, 2, 128),
+        (1, 1000, 300, 4, 1, 96),
+        (1, 300, 1000, 2, 2, 256),
+    ],
+)
+def test_on_a_gpu(shape, is_causal):
+    arrays = [jnp.asarray(x) for x in operands(*shape)]
+    run = jax.jit(functools.partial(gradients, is_causal=is_causal, implementation="triton"))
+    got = run(*arrays)
+    out, _, *gradients_ = expected(*map(np.asarray, arrays), 0, None, 0 if is_causal else None)
+    close(got, [out, *gradients_])
+    assert all(bool(jnp.all(a == b)) for a, b in zip(run(*arrays), got, strict=True))
