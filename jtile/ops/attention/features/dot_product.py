@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from jtile.op import Implementation, check_known
 from jtile.op.signature import Signature
+from jtile.ops.attention import plain
 from jtile.ops.attention.features import op
 from jtile.ops.attention.features.variant import Operand, Variant
 from jtile.ops.random_bits import BITS, key_words

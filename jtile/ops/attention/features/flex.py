@@ -152,8 +152,8 @@ def flex_attention(
     in the whole arrays, also where devices share them out. They are traced into the forward and the backward kernels,
     where JAX differentiates them. They may close over arrays, to be read element by element (`slopes[head]`,
     `table[query - key + n]`) at indices that are clipped to the array; what is computed of such arrays alone is
-    computed once, outside. Gradients of the arrays that `score_mod` closes over are summed in a pass of their own, in one order;
-    it takes as many steps a block as the elements that the block reads lie apart.
+    computed once, outside. Gradients of the arrays that `score_mod` closes over are summed in a pass of their own, in
+    one order; it takes as many steps a block as the elements that the block reads lie apart.
 
     Args:
         query: any leading shape, none included, then queries, heads and head dim. `batch` counts the leading shape.
