@@ -216,7 +216,7 @@ CASES = {
             options={"ignore_index": 3, "label_smoothing": 0.1, "z_loss": 1e-3, "logits_soft_cap": 20.0},
             integers={"labels": (0, "v")},
             split="b v",
-            exchanged={"v": 3},
+            exchanged={"v": 3 * 4 * 8},  # of each token of the one sum
             axis_names={"v": "axis_name"},
             typical={"b": 1, "s": 512, "d": 1024, "v": 128_256},
         ),

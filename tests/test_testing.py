@@ -196,7 +196,8 @@ def test_data_moved_needlessly():
         return x * w + jnp.sum(x)
 
     found = (
-        "the forward pass with `rows` split over 4 devices, Auto, exchanges 1 numbers by {'all-reduce': 1}, and needs 0"
+        "the forward and backward pass with `rows` split over 4 devices, Auto, exchanges 22 numbers by "
+        "{'all-reduce': 2}, and needs 20"
     )
     breaks("exchanges", function, re.escape(found))
 

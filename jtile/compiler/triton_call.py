@@ -130,11 +130,13 @@ def triton_call(
             result = unclaimed.popleft()
             arguments.append(Array(types[result].dtype, _bytes(types[result]) if result in zeroed_outputs else 0))
         elif _is_descriptor(value) and isinstance(value.base, jax.ShapeDtypeStruct):
-            result = unclaimed.popleft() if unclaimed else None
+            described = unclaimed.popleft() if unclaimed else None
             base = jax.ShapeDtypeStruct(value.base.shape, value.base.dtype)
-            if result is None or types[result] != base:
-                raise TypeError(f"{where} describes a result {base}; the next of out_shape is {_nth(types, result)}.")
-            if result in zeroed_outputs:
+            if described is None or types[described] != base:
+                raise TypeError(
+                    f"{where} describes a result {base}; the next of out_shape is {_nth(types, described)}."
+                )
+            if described in zeroed_outputs:
                 raise TypeError(f"{where} is a TensorDescriptor: its buffer cannot be zeroed at launch.")
             arguments.append(Descriptor.of(value, where))
         else:

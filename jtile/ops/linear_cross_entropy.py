@@ -281,12 +281,12 @@ def by_tokens(function: Callable, *of_token):
     """
     rows = len(of_token[0])
     count = pl.cdiv(rows, TOKENS)
-    size = rows if count == 1 else _whole(pl.cdiv(rows, count), 128)
+    size = rows if count == 1 else _whole(pl.cdiv(rows, count), 8)
     pad = lambda value: jnp.pad(value, [(0, count * size - rows), *[(0, 0)] * (value.ndim - 1)])  # noqa: E731
-    of_token = [value if count * size == rows else pad(value) for value in of_token]
+    values = [value if count * size == rows else pad(value) for value in of_token]
 
     def some(i, sums):
-        return function(sums, *(lax.dynamic_slice_in_dim(value, i * size, size) for value in of_token))
+        return function(sums, *(lax.dynamic_slice_in_dim(value, i * size, size) for value in values))
 
     def put(results, found, i):
         return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, i * size, axis=0), results, found)
@@ -358,6 +358,7 @@ def _sum_of_losses_jvp(options: Options, implementation: Implementation, primals
         implementation=implementation,
     )
     losses = options.loss(labels, vocabulary, *statistics)
+    dtype = losses.dtype
     losses, dx, dweight, dbias = (
         g if g is None else checkpoint_name(g, f"linear_cross_entropy_{name}")
         for name, g in {"losses": losses, "dx": dx, "dweight": dweight, "dbias": dbias}.items()
@@ -366,9 +367,7 @@ def _sum_of_losses_jvp(options: Options, implementation: Implementation, primals
 
     def along(*pairs):
         moving = [(g, t) for g, t in pairs if g is not None and not isinstance(t, SymbolicZero)]
-        return sum(
-            (jnp.sum(g.astype(losses.dtype) * t.astype(losses.dtype)) for g, t in moving), jnp.zeros((), losses.dtype)
-        )
+        return sum((jnp.sum(g.astype(dtype) * t.astype(dtype)) for g, t in moving), jnp.zeros((), dtype))
 
     shared = along((dweight, weight_dot), (dbias, bias_dot))
     if options.axis_name is not None:

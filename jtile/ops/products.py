@@ -1,8 +1,9 @@
 """Products of matrices whose tiles are finished while they are in registers."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ STAGES = 3
 GROUP = 16  # tiles below each other that are made at the same time, so that what they read stays in the cache
 
 
-class Part(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Part:
     """An operand, or the shape of a result, and the block of it that belongs to a tile.
 
     `index(row, column, part)` is the block's place, as a `BlockSpec` has it, for the tile in this row and column of the
@@ -83,8 +85,10 @@ def on_tiles(
 
         def add(i, total):
             at = pl.ds(i * step, step)
-            factors = (ref[:, at] if axis else ref[at, :] for ref, axis in zip((a_ref, b_ref), contract, strict=True))
-            return total + dot(*factors, [[axis] for axis in contract], jnp.float32)
+            a_step, b_step = (
+                ref[:, at] if axis else ref[at, :] for ref, axis in zip((a_ref, b_ref), contract, strict=True)
+            )
+            return total + dot(a_step, b_step, ([contract[0]], [contract[1]]), jnp.float32)
 
         total = lax.fori_loop(0, steps, add, jnp.zeros((block, lanes), jnp.float32))
         finish(total, place(pl.program_id(0), *part_ref), ins, outs)

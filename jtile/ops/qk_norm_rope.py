@@ -7,6 +7,7 @@ position. Its derivative turns the cotangent back, g = scale · Rᵀ dy, and is 
 """
 
 import math
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
@@ -227,8 +228,7 @@ def qk_norm_rope(
             f"{k.dtype} of shape {k.shape}"
         )
 
-    def one(x, scale):
-        options = dict(epsilon=float(epsilon), interleaved=bool(interleaved), implementation=implementation)
-        return forward(x, scale, *angles, **options)[0]
-
-    return one(q, q_scale), one(k, k_scale)
+    static: dict[str, Hashable] = dict(epsilon=float(epsilon), interleaved=bool(interleaved))
+    results = (forward(x, s, *angles, implementation=implementation, **static) for x, s in ((q, q_scale), (k, k_scale)))
+    (y, _), (z, _) = results
+    return y, z

@@ -93,13 +93,13 @@ def read_pairs(ref, at: tuple, f: int, interleaved: bool) -> list[jax.Array]:
 
 def write_pairs(ref, at: tuple, f: int, interleaved: bool, a, b, *rest) -> None:
     """Puts what `read_pairs` took apart together again."""
-    a, b, *rest = (part.astype(ref.dtype) for part in (a, b, *rest))
+    a, b, *others = (part.astype(ref.dtype) for part in (a, b, *rest))
     if interleaved:
         pairs = jnp.stack([a, b], axis=-1)
         ref[(*at, pl.ds(0, 2 * f))] = pairs.reshape(*pairs.shape[:-2], 2 * f)
     else:
         ref[(*at, pl.ds(0, f))], ref[(*at, pl.ds(f, f))] = a, b
-    for part in rest:
+    for part in others:
         ref[(*at, pl.ds(2 * f, part.shape[-1]))] = part
 
 

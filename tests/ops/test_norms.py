@@ -231,6 +231,19 @@ def _numbered(tree):
     return jax.tree.unflatten(structure, range(len(leaves)))
 
 
+@pytest.mark.parametrize("width", [8192, 16_384, 262_144])
+@pytest.mark.parametrize("name", WIDE)
+def test_no_registers_are_spilled(name, width):
+    """By any of the kernels, each of which serves one of these widths. The laws compile narrower rows, for any chip."""
+    x, scale = (
+        jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (((512, width), "bfloat16"), ((width,), "float32"))
+    )
+    call = functools.partial(WIDE[name], implementation="triton")
+    results = jax.eval_shape(call, x, x, scale, scale)
+    reports = jtile.inspect(lambda dy, *operands: jax.vjp(call, *operands)[1](dy), results, x, x, scale, scale)
+    assert reports and not any(report.spill_bytes for report in reports), reports
+
+
 def test_no_rows():
     scale = jnp.ones(6)
     for call in (

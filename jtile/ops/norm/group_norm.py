@@ -150,10 +150,10 @@ def _moments(x):
             return updated(moments, wide(refs["x"][places, :]), inside, turn + 1)
 
         zeros = jnp.zeros((grid.rows, grid.lanes), jnp.float32)
-        moments = grid.over_blocks(step, (zeros, zeros))
+        mean, squares = grid.over_blocks(step, (zeros, zeros))
         there = jnp.minimum(there, grid.turns * grid.rows)
         counts = ((there - 1 - lanes + grid.rows) // grid.rows).astype(jnp.float32)
-        out["mean"][...], out["squares"][...] = combined(counts, *moments, axis=0, size=there.astype(jnp.float32))
+        out["mean"][...], out["squares"][...] = combined(counts, mean, squares, axis=0, size=there.astype(jnp.float32))
 
     sums = jax.ShapeDtypeStruct((grid.batch, grid.parts, grid.channels), jnp.float32)
     out = grid.call(

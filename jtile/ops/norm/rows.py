@@ -64,7 +64,8 @@ def forward_tiles(given: Arrays, target: Target | None) -> Iterator[Tile]:
         best = []
     blocks = dict.fromkeys((*best, *((n, n // e // 32) for n in (2048, 4096, 8192, 16384) for e in (16, 32))))
     held = [Tile(_rows(rows, n // lanes, target), lanes, warps) for n, warps in blocks if lanes <= n and warps >= 4]
-    chunks = [Tile(n, columns, 16) for n, columns in ((1, 4096), (2, 4096), (1, 8192)) if columns < lanes]
+    chunk = 4096 if lanes <= 16384 else 8192
+    chunks = [Tile(n, columns, 16) for n, columns in ((1, chunk), (2, 4096), (1, 12288 - chunk)) if columns < lanes]
     yield from dict.fromkeys(held + chunks if best else chunks + held)
 
 
@@ -72,17 +73,17 @@ def backward_tiles(given: Arrays, target: Target | None) -> Iterator[Tile]:
     x, gated = given["x"], "gate" in given
     rows, d = x.shape
     lanes, sms = pl.next_power_of_2(d), target.sms if target else MULTIPROCESSORS
-    if lanes <= (WIDEST_ROW // 2 if gated else WIDEST_ROW):
+    share = 2 if gated else 1  # a gate takes as much again
+    if lanes <= WIDEST_ROW // share:
         best = [(4096, 8, 2), (8192, 16, 1), (2048, 4, 4)]  # elements of a block, warps, programs at once
         for elements, warps, at_once in best if lanes <= 2048 or gated else (best[1], best[0], best[2]):
             if lanes <= elements:
                 block = _rows(rows, elements // lanes, target)
                 yield Tile(block, lanes, warps, at_once * sms, _stages(given, block, at_once, target))
         return
-    if lanes <= WIDEST_SUM:
+    if lanes <= WIDEST_SUM // share:
         # Larger chunks spill registers on some chip: the sums of a row's width take half of them.
-        few = (gated or "mean" in given) and lanes > WIDEST_ROW
-        columns = (2048 if few else 4096) // x.dtype.itemsize
+        columns = (2048 if "mean" in given or "dh" in given else 4096) // x.dtype.itemsize
         yield from (Tile(1, n, 16, sms) for n in (columns, 2 * columns, columns // 2))
     yield Tile(1, 8192, 16)
 

@@ -215,20 +215,30 @@ def _tensor(x, shape, strides, block, layout=None):
     return jax_triton.TensorDescriptor(x, shape, strides, block, layout)
 
 
-def _sizes(query, key, value):
+def _sizes(query, key, value) -> dict[str, int]:
     (batch, queries, heads, key_dim), (keys, key_heads) = query.shape, key.shape[1:3]
-    return batch, queries, keys, heads, key_heads, _width(key_dim), _width(value.shape[-1])
+    widths = dict(key_width=_width(key_dim), value_width=_width(value.shape[-1]))
+    return dict(batch=batch, queries=queries, keys=keys, heads=heads, key_heads=key_heads, **widths)
 
 
 def forward(query, key, value, origin, *, tile: ForwardTile, scale: float, low: int | None, high: int | None):
     """The output, and the logarithm of the sum of exponentials of scores. `origin` is None or an int32 scalar."""
     from jtile.ops.attention.hopper.forward_kernel import attention
 
-    sizes = _sizes(query, key, value)
-    blocks = -(-query.shape[1] // (64 * tile.groups)) * query.shape[0] * query.shape[2]
+    block_q = 64 * tile.groups
+    blocks = -(-query.shape[1] // block_q) * query.shape[0] * query.shape[2]
     programs = min(tile.programs or blocks, blocks)
-    widths = 64 * tile.groups, tile.block_k, tile.stages, tile.together
-    call = Forward(*sizes, low, high, scale, *widths, loops=programs < blocks)
+    call = Forward(
+        **_sizes(query, key, value),
+        low=low,
+        high=high,
+        scale=scale,
+        block_q=block_q,
+        block_k=tile.block_k,
+        stages=tile.stages,
+        together=tile.together,
+        loops=programs < blocks,
+    )
     out = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), query.dtype)
     return triton_call(
         _descriptor(query, 64),
@@ -249,7 +259,16 @@ def backward(query, key, value, origin, out, lse, dout, dlse, *, tile: BackwardT
 
     from jtile.ops.attention.hopper.backward_kernel import attention_backward
 
-    call = Backward(*_sizes(query, key, value), low, high, scale, tile.block_q, 128, tile.stages, tile.together)
+    call = Backward(
+        **_sizes(query, key, value),
+        low=low,
+        high=high,
+        scale=scale,
+        block_q=tile.block_q,
+        block_k=128,
+        stages=tile.stages,
+        together=tile.together,
+    )
     batch, queries, heads, head_dim = query.shape
     # What the kernel subtracts from scores, in powers of two, and from the weights' gradients. A query that sees no key
     # has the weights 2^-inf.
@@ -259,9 +278,9 @@ def backward(query, key, value, origin, out, lse, dout, dlse, *, tile: BackwardT
     statistics = jnp.pad(statistics, [(0, 0)] * 3 + [(0, padded - queries)])
     plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
     strides = (batch * heads * padded, heads * padded, padded, 1)
-    dquery = jax.ShapeDtypeStruct((batch, heads, queries, head_dim), jnp.float32)
-    dquery_strides = (heads * queries * head_dim, queries * head_dim, head_dim, 1)
-    dkey, dvalue = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value))
+    sums = jax.ShapeDtypeStruct((batch, heads, queries, head_dim), jnp.float32)
+    sums_strides = (heads * queries * head_dim, queries * head_dim, head_dim, 1)
+    like_key_and_value = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)]
     turns = jax.ShapeDtypeStruct((batch * heads * call.query_blocks,), jnp.int32)
     dquery, dkey, dvalue, _ = triton_call(
         _descriptor(query, call.block_q),
@@ -270,11 +289,10 @@ def backward(query, key, value, origin, out, lse, dout, dlse, *, tile: BackwardT
         _descriptor(dout, call.block_q),
         _tensor(statistics, statistics.shape, strides, (2, 1, 1, call.block_q), plain),
         origin,
-        _tensor(dquery, dquery.shape, dquery_strides, (1, 1, 64, call.dq_width)),
-        _descriptor(dkey, 64),
-        _descriptor(dvalue, 64),
+        _tensor(sums, sums.shape, sums_strides, (1, 1, 64, call.dq_width)),
+        *(_descriptor(x, 64) for x in like_key_and_value),
         kernel=attention_backward,
-        out_shape=(dquery, dkey, dvalue, turns),
+        out_shape=(sums, *like_key_and_value, turns),
         zeroed_outputs=(3,),
         grid=call.key_blocks * call.key_heads * batch,
         S=call,

@@ -83,4 +83,4 @@ def ring(descriptor, slots: gl.constexpr, readers: gl.constexpr):
     for i in gl.static_range(slots):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=4 * readers)
-    return Ring(blocks, full, empty, slots)
+    return Ring(blocks, full, empty, slots)  # type: ignore[call-arg]  # a dataclass of Triton's
