@@ -25,7 +25,7 @@ from jtile.compiler.primitives import (
 from jtile.compiler.triton_call import triton_call
 from jtile.debugger import debug
 from jtile.op import TileOp
-from jtile.ops.attention import dot_product_attention
+from jtile.ops.attention import BlockMask, create_block_mask, dot_product_attention, flex_attention
 from jtile.ops.dropout import dropout
 from jtile.ops.gated_activation import gated_activation
 from jtile.ops.linear_cross_entropy import linear_cross_entropy
@@ -39,6 +39,7 @@ from jtile.tuning.search import autotune
 
 __all__ = [
     "EXPORT_CHECKS",
+    "BlockMask",
     "CompilerParams",
     "TileOp",
     "approx_tanh",
@@ -51,6 +52,7 @@ __all__ = [
     "atomic_xchg",
     "atomic_xor",
     "autotune",
+    "create_block_mask",
     "debug",
     "debug_barrier",
     "dot",
@@ -58,6 +60,7 @@ __all__ = [
     "dropout",
     "elementwise_inline_asm",
     "explain",
+    "flex_attention",
     "gated_activation",
     "gated_rms_norm",
     "group_norm",

@@ -61,6 +61,8 @@ class Config:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
+    sliding_window: int | None = None  # how many tokens each one sees, itself included
+    attn_logit_softcapping: float | None = None  # Gemma 2's cap on attention's scores
 
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -177,8 +179,8 @@ class Attention(nnx.Module):
         self.out = linear(queries, config.hidden_size, config, rngs, gain=1 / math.sqrt(2 * config.num_hidden_layers))
         self.config = config
 
-    def __call__(self, x, positions, cache=None):
-        implementation = self.config.op_implementation
+    def __call__(self, x, positions, cache=None, segment_ids=None):
+        implementation, window = self.config.op_implementation, self.config.sliding_window
         heads = (*x.shape[:-1], -1, self.config.head_dim)
         rotate = functools.partial(
             jtile.rope, positions=positions, frequencies=rope_frequencies(self.config), implementation=implementation
@@ -191,13 +193,24 @@ class Attention(nnx.Module):
             cache = tuple(
                 jax.lax.dynamic_update_slice(old, new, start) for old, new in zip(cache, (key, value), strict=True)
             )
+        attend = functools.partial(
+            jtile.dot_product_attention,
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, None),
+            logits_soft_cap=self.config.attn_logit_softcapping,
+            implementation=implementation,
+        )
         if self.config.implementation == "cudnn" and cache is None:
+            if segment_ids is not None or window or self.config.attn_logit_softcapping:
+                raise ValueError("llama: implementation='cudnn' has no segments, windows or soft caps; leave it None")
             out = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
         elif cache is None or x.shape[1] > 1:
-            out = jtile.dot_product_attention(query, key, value, is_causal=True, implementation=implementation)
+            out = attend(query, key, value, query_segment_ids=segment_ids)
+        elif window or self.config.attn_logit_softcapping:
+            out = attend(query, *cache, query_offset=jnp.broadcast_to(positions, x.shape[:1]))
         else:
-            # One query against the part of the cache that is filled. The product of a matrix with a vector, which
-            # jtile's attention neither speeds up nor, with no length to stop at, can mask.
+            # One query against the part of the cache that is filled: the product of a matrix with a vector, which
+            # jtile's attention does not speed up.
             filled = jnp.broadcast_to(positions + 1, x.shape[:1])
             out = jax.nn.dot_product_attention(query, *cache, key_value_seq_lengths=filled)
         return self.out(out.reshape(*x.shape[:-1], -1)), cache
@@ -222,10 +235,10 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x, residual, positions, cache=None):
+    def __call__(self, x, residual, positions, cache=None, segment_ids=None):
         """`x` is what the last layer adds to the residual stream; each norm does that addition in its own pass."""
         x, residual = self.attention_norm(x, residual)
-        x, cache = self.attention(x, positions, cache)
+        x, cache = self.attention(x, positions, cache, segment_ids)
         x, residual = self.mlp_norm(x, residual)
         return self.mlp(x), residual, cache
 
@@ -245,11 +258,17 @@ class Llama(nnx.Module):
         self.head = None if config.tie_word_embeddings else linear(config.hidden_size, config.vocab_size, config, rngs)
         self.config = config
 
-    def __call__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq vocab"]:
-        """The logits of the token after each one, in `config.dtype`."""
-        return self.logits(self.hidden(tokens, jnp.arange(tokens.shape[1]))[0])
+    def __call__(
+        self, tokens: Int[Array, "batch seq"], segment_ids: Int[Array, "batch seq"] | None = None
+    ) -> Float[Array, "batch seq vocab"]:
+        """The logits of the token after each one, in `config.dtype`.
 
-    def hidden(self, tokens, positions, cache=None):
+        With `segment_ids`, several documents are packed in each row, and each sees itself alone. Positions need not
+        begin anew with them, since rotary ones tell how far apart two tokens are and nothing else.
+        """
+        return self.logits(self.hidden(tokens, jnp.arange(tokens.shape[1]), segment_ids=segment_ids)[0])
+
+    def hidden(self, tokens, positions, cache=None, segment_ids=None):
         """The normalised last hidden states, and the cache with these tokens in it.
 
         `positions`, (seq,), are those of the tokens in every row. With a cache, `tokens` is either a whole prompt or
@@ -258,7 +277,9 @@ class Llama(nnx.Module):
         call = nnx.remat(Block.__call__) if self.config.remat else Block.__call__
         x, residual, filled = self.embed(tokens), None, []
         for i, block in enumerate(self.blocks):
-            x, residual, block_cache = call(block, x, residual, positions, None if cache is None else cache[i])
+            x, residual, block_cache = call(
+                block, x, residual, positions, None if cache is None else cache[i], segment_ids
+            )
             filled.append(block_cache)
         return self.norm(x, residual)[0], filled
 
@@ -266,12 +287,24 @@ class Llama(nnx.Module):
         return self.embed.attend(hidden) if self.head is None else self.head(hidden)
 
 
-def loss(model: Llama, tokens: Int[Array, "batch seq"]) -> Float[Array, ""]:
-    """The mean cross-entropy in nats of each token but the first, given those before it."""
+IGNORED = -1  # a label that does not count
+
+
+def loss(
+    model: Llama, tokens: Int[Array, "batch seq"], segment_ids: Int[Array, "batch seq"] | None = None
+) -> Float[Array, ""]:
+    """The mean cross-entropy in nats of each token but the first of a document, given those of it before.
+
+    Each row is a document, or with `segment_ids` several and padding of id 0, which does not count.
+    """
+    labels = tokens[:, 1:]
+    if segment_ids is not None:
+        ids, segment_ids = segment_ids, segment_ids[:, :-1]
+        labels = jnp.where((ids[:, 1:] == segment_ids) & (segment_ids != 0), labels, IGNORED)
     losses = jtile.softmax_cross_entropy(
-        model(tokens[:, :-1]), tokens[:, 1:], implementation=model.config.op_implementation
+        model(tokens[:, :-1], segment_ids), labels, ignore_index=IGNORED, implementation=model.config.op_implementation
     )
-    return losses.mean()
+    return losses.sum() / jnp.maximum(1, jnp.sum(labels != IGNORED))
 
 
 def example(size: str, batch: int, sequence: int) -> tuple[Callable, tuple[Any, Any]]:

@@ -244,6 +244,19 @@ CASES = {
             typical={"b": 2, "s": 1024, "t": 1024, "k": 8, "g": 4, "d": 80, "e": 80},
         ),
     ),
+    "attention_with_features": (
+        jtile.dot_product_attention,
+        Case(
+            "query: b s (k g) d, key: b t k d, value: b t k e, bias: (k g) s t, sinks: (k g), key_value_seq_lengths: b "
+            "-> out: b s (k g) e",
+            {"b": 2, "s": 24, "t": 40, "k": 2, "g": 2, "d": 16, "e": 16},
+            options={"is_causal": True, "logits_soft_cap": 4.0, "local_window_size": (30, None)},
+            integers={"key_value_seq_lengths": (1, "t")},
+            split="b k",
+            fixed="d e",
+            typical={"b": 2, "s": 1024, "t": 1024, "k": 8, "g": 4, "d": 64, "e": 64},
+        ),
+    ),
 }
 
 
@@ -257,6 +270,7 @@ ARITHMETIC = ("kernel", "gradient", "forward_mode", "second_order", "dtypes", "s
 SHARDING = ("auto_sharding", "explicit_sharding", "shard_map")
 SOME = dict.fromkeys(("layer_norm_of_sum", "rms_norm_gated", "group_norm_with_bias"), ARITHMETIC)
 SOME |= {"causal_attention": ARITHMETIC + SHARDING}
+SOME |= {"attention_with_features": ("gradient", "second_order", "x64", "exchanges", *SHARDING)}
 # Its gradients are formed, and exchanged, in the forward pass.
 SOME |= {
     "weighted_linear_cross_entropy": (

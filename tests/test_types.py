@@ -40,6 +40,14 @@ jtile.losses.kto(hidden, weight, tokens, jnp.ones(2), jnp.ones(2, bool), referen
 jtile.losses.grpo(hidden, weight, tokens, jnp.ones(2), mask=tokens == 0)
 jtile.dot_product_attention(x, x, x, is_causal=True)
 jtile.dot_product_attention(x, x, x, return_lse=True)
+lengths, ids = jnp.ones(2, jnp.int32), jnp.zeros(3, jnp.int32)
+jtile.dot_product_attention(
+    x, x, x, jnp.ones((4, 3, 1)), jnp.ones((3, 3), bool), query_seq_lengths=lengths, query_segment_ids=ids,
+    query_offset=lengths, local_window_size=(1, None), logits_soft_cap=3.0, sinks=jnp.ones(4),
+    dropout_rate=0.1, dropout_key=jax.random.key(0),
+)
+blocks = jtile.create_block_mask(lambda b, h, q, k: q >= k, None, None, 3, 3, block_size=16)
+jtile.flex_attention(x, x, x, score_mod=lambda s, b, h, q, k: s * scale[q], block_mask=blocks)
 llama.loss(llama.Llama(llama.SIZES["tiny"], rngs=nnx.Rngs(0)), tokens)
 
 for wrong in (lambda: jtile.rms_norm(x, scale[:3]), lambda: jtile.gated_activation(x, x[0])):

@@ -77,8 +77,8 @@ def _obstacle(op: TileOp, shapes: Sequence, call: Call) -> str | None:
         return "the op has no kernel"
     terms = [t for t, p in zip(op.signature.operands, call.present, strict=True) if p]
     for term, s in zip(terms, shapes, strict=True):
-        if jnp.issubdtype(s.dtype, jnp.inexact) and s.dtype.name not in KERNEL_DTYPES:
-            return f"`{term.name}` is {s.dtype.name}, and kernels take {', '.join(KERNEL_DTYPES)}"
+        if jnp.issubdtype(s.dtype, jnp.inexact) and s.dtype.name not in op.kernel_dtypes:
+            return f"`{term.name}` is {s.dtype.name}, and kernels take {', '.join(op.kernel_dtypes)}"
     if op.limits_function is not None:
         return op.limits_function(*_folded(op, shapes, call), **dict(call.static))
     return None

@@ -376,3 +376,32 @@ def test_save_overwrites_nothing(tmp_path):
     llama.save(make(), tmp_path)
     with pytest.raises(FileExistsError, match="holds a checkpoint already"):
         llama.save(make(), tmp_path)
+
+
+def test_packed_documents_have_the_loss_of_each_alone():
+    """Three documents and padding in one row: the mean over all tokens, each given its own document before it."""
+    config = dataclasses.replace(llama.SIZES["tiny"], num_hidden_layers=2)
+    model = llama.Llama(config, rngs=nnx.Rngs(0))
+    sizes, padding = (5, 9, 2), 4
+    tokens = jax.random.randint(jax.random.key(0), (1, sum(sizes) + padding), 0, config.vocab_size)
+    ids = jnp.asarray(np.repeat([1, 2, 3, 0], (*sizes, padding)))[None]
+    alone = [tokens[:, start : start + n] for start, n in zip(np.cumsum((0, *sizes)), sizes, strict=False)]
+    expected = sum(llama.loss(model, t) * (t.size - 1) for t in alone) / sum(n - 1 for n in sizes)
+    np.testing.assert_allclose(llama.loss(model, tokens, ids), expected, rtol=1e-5)
+
+
+def test_windows_and_soft_caps_in_training_and_generation():
+    """What a window leaves out changes nothing, and the cache gives what whole sequences do."""
+    config = dataclasses.replace(llama.SIZES["tiny"], num_hidden_layers=1, sliding_window=3, attn_logit_softcapping=0.5)
+    model = llama.Llama(config, rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(0), (1, 12), 0, config.vocab_size)
+    logits = model(tokens)
+    changed = model(tokens.at[0, 4].set((tokens[0, 4] + 1) % config.vocab_size))
+    same = np.isclose(logits, changed, atol=1e-5).all(axis=-1)[0]
+    np.testing.assert_array_equal(same, ~np.isin(np.arange(12), (4, 5, 6)))
+    plain = llama.Llama(dataclasses.replace(config, attn_logit_softcapping=None), rngs=nnx.Rngs(0))
+    assert not np.allclose(plain(tokens), logits, atol=1e-5)
+    more = llama.generate(model, tokens[:, :6], 4, temperature=0)
+    for i in range(4):
+        so_far = jnp.concatenate([tokens[:, :6], more[:, :i]], axis=1)
+        assert jnp.argmax(model(so_far)[0, -1]) == more[0, i]

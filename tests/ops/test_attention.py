@@ -264,7 +264,7 @@ def test_scales_that_are_refused():
     "head_dim, value_dim, scale, message",
     [
         (8, 16, 1.0, "head_dim is 8, and its kernels take 16 to 256"),
-        (16, 257, 1.0, "value_dim is 257, and its kernels take 16 to 256"),
+        (16, 577, 1.0, "value_dim is 577, and its kernels take 16 to 576"),
         (16, 16, 0.0, "scale is 0.0, and its kernels divide by it"),
     ],
 )

@@ -1,0 +1,11 @@
+"""Attention's features. A call is lowered to a `Variant`: an elementwise function of scores, a predicate of what is
+visible, and the blocks that are visited. One forward kernel and two backward kernels serve them all.
+
+The method is FlashAttention-2 (Dao, 2023, arXiv:2307.08691, section 3.1): its Algorithm 1 forward, its Algorithm 2
+backward. The backward pass walks over the scores twice, by blocks of keys for dkey and dvalue and by blocks of queries
+for dquery, so that each gradient is summed in one place and one order: no atomics, the same bits on every run.
+
+`variant.py` says what varies, `visits.py` which blocks are visited, `mods.py` how users' functions get into kernels;
+`reference.py` is the meaning, `kernels.py` and `gradients.py` the method, `tiles.py` the sizes of blocks; `op.py` makes
+tile ops of them, and `dot_product.py` and `flex.py` the public functions.
+"""

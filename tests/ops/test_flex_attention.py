@@ -1,0 +1,152 @@
+"""Attention with users' functions, against the same functions on the whole score matrix."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jtile
+from jtile.ops.attention.features.flex import create_block_mask, flex_attention
+from tests.ops.test_attention_features import HEADS, KEYS, QUERIES, assert_same, normal, operands, run
+
+SLOPES, TABLE = 2.0 ** -jnp.arange(1.0, HEADS + 1), normal(4, HEADS, QUERIES + KEYS)
+
+
+def alibi(slopes, score, batch, head, query, key):
+    return score - slopes[head] * jnp.abs(query - key)
+
+
+def relative(table, score, batch, head, query, key):
+    return jnp.tanh(score + table[head, query - key + KEYS]) * (1 + batch)
+
+
+def outside(slopes, score, batch, head, query, key):
+    """What is computed of the array alone, a `take`, a number of its own, and two reads."""
+    return score * jnp.exp(slopes)[head] + jnp.take(slopes, key // 30, mode="clip") + slopes.sum()
+
+
+def windowed(batch, head, query, key):
+    return (key <= query) & (query - key < 12 * (head + 1))
+
+
+def oracle(query, key, value, *, score_mod=None, mask_mod=None):
+    key, value = (jnp.repeat(x, query.shape[2] // key.shape[2], axis=2) for x in (key, value))
+    scores = jnp.einsum("bshd,bthd->bhst", query, key, precision="highest") * query.shape[-1] ** -0.5
+    places = jnp.meshgrid(*map(jnp.arange, scores.shape), indexing="ij")
+    for mod, base in ((score_mod, scores), (mask_mod, None)):
+        for _ in range(4 if mod else 0):
+            mod = jax.vmap(mod)
+        if mod is not None:
+            flat = [x.reshape(scores.shape) for x in places]
+            result = mod(*([] if base is None else [base]), *flat)
+            scores = jnp.where(result, scores, -jnp.inf) if base is None else result
+    lse = jax.nn.logsumexp(scores, axis=-1)
+    weights = jnp.where(
+        jnp.isfinite(lse)[..., None], jnp.exp(scores - jnp.where(jnp.isfinite(lse), lse, 0)[..., None]), 0
+    )
+    return jnp.einsum("bhst,bthe->bshe", weights, value, precision="highest"), jnp.swapaxes(lse, 1, 2)
+
+
+def check(function, array, mask_mod, block_mask, implementation="interpret", dtype="float32", tolerance=2e-5):
+    def call(query, key, value, array, **options):
+        score_mod = None if function is None else functools.partial(function, array)
+        return flex_attention(query, key, value, score_mod=score_mod, return_lse=True, **options)
+
+    def expected(query, key, value, array):
+        score_mod = None if function is None else functools.partial(function, array)
+        return oracle(query, key, value, score_mod=score_mod, mask_mod=mask_mod)
+
+    options = dict(arrays=dict(array=array))
+    given = options | dict(implementation=implementation, mask_mod=mask_mod, block_mask=block_mask)
+    assert_same(run(call, given, operands()), run(expected, options, operands()), tolerance)
+
+
+BLOCKS = functools.cache(lambda: create_block_mask(windowed, None, HEADS, QUERIES, KEYS, block_size=(32, 16)))
+CASES = {
+    "alibi in blocks": (alibi, SLOPES, windowed, True),
+    "relative positions": (relative, TABLE, None, False),
+    "computed outside": (outside, SLOPES, windowed, False),
+    "blocks": (None, SLOPES, windowed, True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_and_gradients(name):
+    function, array, mask_mod, in_blocks = CASES[name]
+    check(function, array, mask_mod, BLOCKS() if in_blocks else None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_and_gradients_on_gpu(name):
+    function, array, mask_mod, in_blocks = CASES[name]
+    check(function, array, mask_mod, BLOCKS() if in_blocks else None, "triton")
+
+
+def test_block_masks():
+    ids = jnp.repeat(jnp.arange(3), 40)
+    made = jax.jit(
+        lambda: create_block_mask(lambda b, h, q, k: (ids[q] == ids[k]) & (q >= k), 2, None, 120, 120, block_size=16)
+    )()
+    seen = np.asarray((ids[:, None] == ids) & np.tri(120, dtype=bool))
+    padded = np.zeros((128, 128), bool)
+    padded[:120, :120] = seen
+    blocks = padded.reshape(8, 16, 8, 16)
+    kinds = blocks.any(axis=(1, 3)).astype(int) + blocks.all(axis=(1, 3))
+    for batch in range(2):
+        np.testing.assert_array_equal(made.kinds[batch, 0], kinds)
+    for i in range(8):
+        whole, count = made.key_counts[0, 0, i]
+        assert made.key_blocks[0, 0, i, :whole].tolist() == np.flatnonzero(kinds[i] == 2).tolist()
+        assert made.key_blocks[0, 0, i, whole:count].tolist() == np.flatnonzero(kinds[i] == 1).tolist()
+        assert made.query_counts[0, 0, i, 1] == (kinds[:, i] > 0).sum()
+    np.testing.assert_allclose(made.sparsity, (kinds == 0).mean())
+
+
+def test_places_are_those_of_the_whole_under_vmap():
+    """A mapped call numbers batches as it does alone."""
+    inputs = operands()
+    mod = lambda score, batch, head, query, key: score * (1 + batch + head)  # noqa: E731
+    call = functools.partial(flex_attention, score_mod=mod)
+    stacked = {name: jnp.stack([x, 2 * x]) for name, x in inputs.items()}
+    mapped = jax.vmap(lambda x: call(**x))(stacked)
+    np.testing.assert_allclose(mapped[0], call(**inputs), rtol=0, atol=4e-6)
+
+
+def test_a_function_made_anew_is_traced_and_compiled_once():
+    inputs, traces = operands(), []
+
+    @jax.jit
+    def step(slopes):
+        traces.append(1)
+        return flex_attention(**inputs, score_mod=functools.partial(alibi, slopes))
+
+    first, second = step(SLOPES), step(2 * SLOPES)
+    assert len(traces) == 1 and not np.allclose(first, second)
+
+    def program():
+        return str(jax.make_jaxpr(lambda s: flex_attention(**inputs, score_mod=functools.partial(alibi, s)))(SLOPES))
+
+    assert program() == program()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(score_mod=lambda s, b, h, q, k: TABLE[h] + s), "`score_mod` must return one number"),
+        (dict(score_mod=lambda s, b, h, q, k: s + (TABLE * s).sum()), "read the arrays that it closes over element by"),
+        (dict(score_mod=lambda s, b, h, q, k: q), "`score_mod` must return a score, and returns int32"),
+        (dict(mask_mod=lambda b, h, q, k: q - k), "`mask_mod` must return a truth value, and returns int32"),
+        (
+            dict(block_mask=create_block_mask(windowed, None, None, 8, 8)),
+            "made for batch 1, 1 heads, 8 queries and 8",
+        ),
+    ],
+)
+def test_what_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        flex_attention(**operands(), **options)
+    with pytest.raises(ValueError, match="powers of two from 16, got 24"):
+        jtile.create_block_mask(windowed, None, None, 8, 8, block_size=24)
