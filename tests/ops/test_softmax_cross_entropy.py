@@ -243,6 +243,37 @@ def test_forward_makes_no_second_array_of_logits(tokens):
     assert sum(e.primitive.name == "get" and math.prod(e.outvars[0].aval.shape) > 1 for e in found) == 1
 
 
+@pytest.mark.parametrize("logits_are", ["donated", "dead", "dead after jit", "dead after checkpoint", "kept"])
+def test_gradient_takes_the_memory_of_logits(logits_are):
+    """Of those that the program computes or the caller gives away; what the caller keeps is copied first."""
+    tokens, width, v = 256, 16, 8192
+    sharding = NamedSharding(Target.named("NVIDIA H200").make_mesh((1,), ("x",), (AxisType.Auto,)), P())
+    shape = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # noqa: E731
+    x, weight, logits = shape(tokens, width), shape(width, v), shape(tokens, v)
+
+    def mean(logits, labels):
+        return jtile.softmax_cross_entropy(logits, labels).mean()
+
+    def of_product(weight, x, labels):
+        return (jax.jit(mean) if logits_are == "dead after jit" else mean)(x @ weight, labels)
+
+    if logits_are in ("donated", "kept"):
+        function, operands = mean, (logits,)
+    else:
+        function, operands = of_product, (weight, x)
+    function = jax.checkpoint(function) if logits_are == "dead after checkpoint" else function
+    given = [0] if logits_are == "donated" else []
+    program = jax.jit(jax.value_and_grad(function), donate_argnums=given).lower(
+        *operands, shape(tokens, dtype=jnp.int32)
+    )
+    compiled, size = program.compile(), tokens * v * 2
+    copies = sum(" copy(" in line and f"bf16[{tokens},{v}]" in line for line in compiled.as_text().splitlines())
+    memory = compiled.memory_analysis()
+    assert copies == (logits_are == "kept")
+    assert memory.temp_size_in_bytes < size * (1.1 if "dead" in logits_are else 0.1)
+    assert memory.alias_size_in_bytes == (size if logits_are == "donated" else 0)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_devices_that_share_the_vocabulary_exchange_two_numbers_a_token(smoothing):
     """Three with label smoothing, and none for the gradient, which needs no logit of another device."""
