@@ -114,7 +114,7 @@ class TileOp:
         self.reference_function: Callable[..., tuple] = self._no_reference
         self.kernel_function: Callable[..., tuple] | None = None
         self.limits_function: Callable[..., str | None] | None = None
-        self.kernel_dtypes = lowering.KERNEL_DTYPES  # of floating operands
+        self.kernel_dtypes: tuple[str, ...] = lowering.KERNEL_DTYPES  # of floating operands
         self.tiles_function: Callable[..., Iterable[Hashable]] | None = None
         self.transpose_function: Callable[..., tuple] | None = None
         self.parent: TileOp | None = None  # the op whose derivative this is: such an op has no kernel by design

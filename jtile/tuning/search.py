@@ -62,6 +62,16 @@ def autotune(fn: Callable, *args: Any, report: Callable[[str], None] | None = No
 
     Raises:
         RuntimeError: there is no NVIDIA GPU here.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import jtile
+        >>> try:
+        ...     with jtile.autotune(jtile.rms_norm, jnp.ones((4096, 1024), jnp.bfloat16), jnp.ones(1024)) as tuning:
+        ...         pass  # in here, kernels have the best tiles found
+        ... except RuntimeError as error:
+        ...     print(error)
+        tiles are measured on an NVIDIA GPU, and JAX finds none here
     """
 
     def measure() -> str:

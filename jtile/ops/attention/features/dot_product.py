@@ -203,6 +203,7 @@ def dot_product_attention(
         add("sinks", "h", jnp.asarray(sinks))
     threshold = _dropout(dropout_rate, dropout_key)
     if threshold:
+        assert dropout_key is not None  # or `_dropout` has refused it
         planes = jnp.arange(math.prod(lead) * heads, dtype=jnp.int32).reshape(*lead, heads)
         add("plane", "bh", planes)
         add("dropout_key", "", key_words(dropout_key), 1)

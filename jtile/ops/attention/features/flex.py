@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,13 @@ class BlockMask:
         queries, keys: the lengths of the sequences.
         block_size: queries and keys of a block.
         mask_mod: the function it was made of.
+
+    Example:
+        >>> import jtile
+        >>> causal = jtile.create_block_mask(lambda b, h, q, k: k <= q, None, None, 256, 256)
+        >>> print(causal.kinds[0, 0])
+        [[1 0]
+         [2 1]]
     """
 
     key_blocks: Int[Array, "batch heads i j"]
@@ -129,6 +137,36 @@ def _traced_mask(name: str, mask_mod: MaskMod, number) -> tuple[Mod, list[jax.Ar
     if mod.dtype != jnp.bool_:
         raise ValueError(f"{name}: `mask_mod` must return a truth value, and returns {mod.dtype}; compare with 0")
     return mod, arrays
+
+
+@overload
+def flex_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    block_mask: BlockMask | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    implementation: Implementation = None,
+) -> Array: ...
+
+
+@overload
+def flex_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    block_mask: BlockMask | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    implementation: Implementation = None,
+) -> tuple[Array, Array]: ...
 
 
 def flex_attention(

@@ -6,6 +6,7 @@ lacks, within a program where a program can own what the sum goes to, and over p
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,10 +54,11 @@ class _Program:
 
     def place(self, *ids):
         """For each axis the block that a program has of an array, and its index."""
-        ids = dict(zip(self.grid_axes, ids[self.reads :], strict=True)) if ids else dict.fromkeys("bhqk", 0)
+        at: dict[str, Any] = dict.fromkeys("bhqk", 0)
+        at |= zip(self.grid_axes, ids[self.reads :], strict=True) if ids else ()
         whole = self.counts | self.padded
         block = {"b": None, "h": None, "q": self.sizes.block_q, "k": self.sizes.block_k}
-        return {a: (whole[a], 0) if a in self.looped else (block[a], ids[a]) for a in "bhqk"}
+        return {a: (whole[a], 0) if a in self.looped else (block[a], at[a]) for a in "bhqk"}
 
     def spec(self, axes: str, *rest: int) -> pl.BlockSpec:
         """Of an array with these axes; `g` are heads of keys."""

@@ -170,7 +170,8 @@ class Mod:
             outside=lambda function, *arrays: jax.eval_shape(function, *arrays),
             read=lambda outer, indices: read(next(order), indices),
         )
-        consts = [Outer(v.aval, jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)) for v in self.jaxpr.constvars]
+        avals: list[Any] = [v.aval for v in self.jaxpr.constvars]
+        consts = [Outer(a, jax.ShapeDtypeStruct(a.shape, a.dtype)) for a in avals]
         [result] = walk.run(self.jaxpr, consts, numbers)
         return walk.number(result)
 
