@@ -212,7 +212,9 @@ def softmax_cross_entropy(
         loss = (1 − ε) · (lse − x[label]) + ε · (lse − mean(x)) + z_loss · lse²
 
     Sums are taken in float32 (float64 for float64 logits). The forward pass reads the logits once and writes nothing of
-    their size; the gradient reads them once more and has their dtype.
+    their size; the gradient reads them once more, has their dtype, and takes their memory where nobody needs them
+    afterwards: where they are computed in the same program, or donated to it. Logits that the caller keeps XLA copies
+    first, which is one more pass.
 
     A logit of −inf is an entry masked out of the vocabulary. Its probability is 0, and so is its gradient but for the
     label's and smoothing's share, which stays finite; the loss is +inf where it is the label, where ε > 0 averages over
