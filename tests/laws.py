@@ -198,14 +198,14 @@ CASES = {
     "linear_cross_entropy": (
         jtile.linear_cross_entropy,
         Case(
-            "x: b s d, weight: d v, labels: b s -> loss: b s",
-            ROWS | {"d": 20, "v": 132},
+            "x: b d, weight: d v, labels: b -> loss: b",
+            {"b": 32, "d": 20, "v": 132},
             options={"ignore_index": 3, "label_smoothing": 0.1, "z_loss": 1e-3, "logits_soft_cap": 20.0},
             integers={"labels": (0, "v")},
             split="b v",
             exchanged={"v": 3},
             axis_names={"v": "axis_name"},
-            typical={"b": 1, "s": 512, "d": 1024, "v": 128_256},
+            typical={"b": 512, "d": 1024, "v": 128_256},
         ),
     ),
     "weighted_linear_cross_entropy": (

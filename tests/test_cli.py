@@ -398,7 +398,8 @@ def test_the_picture_of_tiles(written):
 def test_the_picture_has_the_dimensions_that_programs_share_out(tmp_path, capsys):
     path = tmp_path / "page.html"
     query = "bf16[2, 256, 4, 64]"
-    main(["inspect", "jtile:dot_product_attention", "--args", ", ".join([query] * 3), "--only", "--html", str(path)])
+    given = ["--args", ", ".join([query] * 3), "--target", "NVIDIA A100", "--only", "--html", str(path)]
+    main(["inspect", "jtile:dot_product_attention", *given])
     parser = Checked()
     parser.feed(path.read_text())
     places = [text.strip() for _, text in parser.find("small")]

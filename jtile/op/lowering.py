@@ -7,7 +7,7 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -154,7 +154,7 @@ def execute(
         assert op.kernel_function is not None
         target = find_target() if choice.runs == "kernel" and op.tiles_function else None
         tile = choose_tile(op, rules.ungrouped(operands, call), call, target)
-        function = _folding(op, functools.partial(op.kernel_function, tile=tile.tile) if tile else op.kernel_function)
+        function = _folding(op, functools.partial(op.kernel_function, **_given(op, call, tile)))
 
     def one_group(*given):
         results = function(*call.expand(given), **dict(call.static))
@@ -170,6 +170,15 @@ def execute(
             return mapped(*operands)
         with jax.enable_x64(False):  # kernels count in 32 bits whatever the user's mode
             return mapped(*operands)
+
+
+def _given(op: TileOp, call: Call, tile) -> dict[str, Any]:
+    """What a kernel gets beside operands and static arguments."""
+    given = {"tile": tile.tile} if tile else {}
+    if op.overwrites:
+        present = [t.name for t, p in zip(op.signature.operands, call.present, strict=True) if p]
+        given["overwrite"] = all(call.groups[present.index(op.overwrites)])  # or other groups read the operand, too
+    return given
 
 
 def _folding(op: TileOp, kernel: Callable) -> Callable:

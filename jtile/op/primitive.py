@@ -115,6 +115,7 @@ class TileOp:
         self.kernel_function: Callable[..., tuple] | None = None
         self.limits_function: Callable[..., str | None] | None = None
         self.kernel_dtypes: tuple[str, ...] = lowering.KERNEL_DTYPES  # of floating operands
+        self.overwrites: str | None = None  # the operand in whose memory the kernel may put its first result
         self.tiles_function: Callable[..., Iterable[Hashable]] | None = None
         self.transpose_function: Callable[..., tuple] | None = None
         self.parent: TileOp | None = None  # the op whose derivative this is: such an op has no kernel by design

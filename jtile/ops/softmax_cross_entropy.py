@@ -152,8 +152,11 @@ def forward_kernel(logits, labels, *, tile, logits_soft_cap, total):
     return lse, _picked(logits, labels, logits_soft_cap), jnp.sum(sums[0], axis=0) if total else None
 
 
+backward.overwrites = "logits"
+
+
 @backward.kernel
-def backward_kernel(logits, labels, lse, dlse, dpicked, dtotal, *, tile, logits_soft_cap):
+def backward_kernel(logits, labels, lse, dlse, dpicked, dtotal, *, tile, overwrite, logits_soft_cap):
     rows, v = logits.shape
     block, lanes, num_warps = tile
     of_token = [labels, lse, dlse, dpicked, dtotal]
@@ -174,7 +177,7 @@ def backward_kernel(logits, labels, lse, dlse, dpicked, dtotal, *, tile, logits_
         in_specs=[tile, *[row] * len(given)],
         out_specs=[tile],
         out_shape=[logits],
-        input_output_aliases={0: 0},  # XLA copies logits that are needed afterwards
+        input_output_aliases={0: 0} if overwrite else {},  # XLA copies logits that are needed afterwards
         compiler_params=CompilerParams(num_warps=num_warps, num_stages=1),
         name="softmax_cross_entropy_backward",
     )(logits, *given)
