@@ -156,7 +156,7 @@ backward.overwrites = "logits"
 
 
 @backward.kernel
-def backward_kernel(logits, labels, lse, dlse, dpicked, dtotal, *, tile, overwrite, logits_soft_cap):
+def backward_kernel(logits, labels, lse, dlse, dpicked, dtotal, *, tile, overwrite=False, logits_soft_cap):
     rows, v = logits.shape
     block, lanes, num_warps = tile
     of_token = [labels, lse, dlse, dpicked, dtotal]
