@@ -5,24 +5,26 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def _einsum(subscripts, a, b):
+def einsum(subscripts, a, b):
     """Operands of one dtype, summed in float32. Float32 operands are multiplied in float32, not in TF32."""
+    if a.dtype.itemsize == 1:
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=_statistics_dtype(a.dtype))
+    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=statistics_dtype(a.dtype))
 
 
-def _statistics_dtype(dtype):
+def statistics_dtype(dtype):
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _split_heads(x, key_heads):
+def split_heads(x, key_heads):
     """... s (k g) d -> ... s k g d"""
     return x.reshape(*x.shape[:-2], key_heads, x.shape[-2] // key_heads, x.shape[-1])
 
 
 def _scores(query, key, origin, scale):
     """Of query ... s k g d and key ... t k d: ... k g s t."""
-    scores = scale * _einsum("...skgd,...tkd->...kgst", query, key)
+    scores = scale * einsum("...skgd,...tkd->...kgst", query, key)
     if origin is not None:
         queries, keys = map(jnp.arange, scores.shape[-2:])
         scores = jnp.where(keys <= queries[:, None] - origin, scores, -jnp.inf)
@@ -30,10 +32,10 @@ def _scores(query, key, origin, scale):
 
 
 def forward(query, key, value, origin, *, scale):
-    scores = _scores(_split_heads(query, key.shape[-2]), key, origin, scale)
+    scores = _scores(split_heads(query, key.shape[-2]), key, origin, scale)
     lse = jax.nn.logsumexp(scores, axis=-1)
     weights = jnp.exp(scores - lse[..., None])
-    out = _einsum("...kgst,...tke->...skge", weights.astype(value.dtype), value)
+    out = einsum("...kgst,...tke->...skge", weights.astype(value.dtype), value)
     out = out.reshape(*query.shape[:-1], value.shape[-1]).astype(query.dtype)
     return out, jnp.moveaxis(lse, -1, -3).reshape(query.shape[:-1])
 
@@ -41,19 +43,19 @@ def forward(query, key, value, origin, *, scale):
 def backward(query, key, value, origin, out, lse, dout, dlse, *, scale):
     delta = row_sums(out, dout, dlse)
     query_shape, key_heads = query.shape, key.shape[-2]
-    query, dout, lse, delta = (_split_heads(x, key_heads) for x in (query, dout, lse[..., None], delta[..., None]))
+    query, dout, lse, delta = (split_heads(x, key_heads) for x in (query, dout, lse[..., None], delta[..., None]))
     lse, delta = (jnp.moveaxis(x, -4, -2) for x in (lse, delta))  # ... k g s 1
     weights = jnp.exp(_scores(query, key, origin, scale) - lse)
-    dweights = _einsum("...skge,...tke->...kgst", dout, value)
+    dweights = einsum("...skge,...tke->...kgst", dout, value)
     dscores = (scale * weights * (dweights - delta)).astype(query.dtype)
-    dquery = _einsum("...kgst,...tkd->...skgd", dscores, key).reshape(query_shape)
-    dkey = _einsum("...kgst,...skgd->...tkd", dscores, query)
-    dvalue = _einsum("...kgst,...skge->...tke", weights.astype(dout.dtype), dout)
+    dquery = einsum("...kgst,...tkd->...skgd", dscores, key).reshape(query_shape)
+    dkey = einsum("...kgst,...skgd->...tkd", dscores, query)
+    dvalue = einsum("...kgst,...skge->...tke", weights.astype(dout.dtype), dout)
     return dquery.astype(query.dtype), dkey.astype(key.dtype), dvalue.astype(value.dtype)
 
 
 def row_sums(out, dout, dlse):
     """delta in the derivative of softmax: for weights P, dS = P · (dP − delta), with delta = Σ out · dout − dlse."""
-    dtype = _statistics_dtype(out.dtype)
+    dtype = statistics_dtype(out.dtype)
     delta = jnp.sum(out.astype(dtype) * dout.astype(dtype), axis=-1)
     return delta if dlse is None else delta - dlse

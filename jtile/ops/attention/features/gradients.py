@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jtile.ops.attention.features import kernels, tiles, visits
-from jtile.ops.attention.features.reference import row_sums
 from jtile.ops.attention.features.variant import LOG2_E, Operand, Variant
+from jtile.ops.attention.reference import row_sums
 
 CHUNK = 1024  # elements of an array that are set to 0 at once
 PARTS = 8  # of the queries of one head, for an array that all of them read

@@ -18,8 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jtile.ops.attention.features import tiles, visits
-from jtile.ops.attention.features.reference import row_sums
 from jtile.ops.attention.features.variant import FLOOR, LOG2_E, Place, Variant, both, over, with_slope
+from jtile.ops.attention.reference import row_sums
 
 
 class Sizes(NamedTuple):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jtile.op import TileOp
 from jtile.ops.attention.features import gradients, kernels, reference
 from jtile.ops.attention.features.variant import Operand, Variant
+from jtile.ops.attention.reference import row_sums
 
 # Spec. Query heads come in k groups of g, one group for each key head.
 
@@ -103,7 +104,7 @@ def _transpose(ops: Ops, operands: tuple[Operand, ...], inputs, results, cotange
 
 def _dsinks(sinks, out, lse, dout, dlse):
     """A sink is a key whose value is 0: its weight P has the derivative P · (0 − delta)."""
-    delta = reference.row_sums(out, dout, dlse)
+    delta = row_sums(out, dout, dlse)
     weights = jnp.exp(sinks.astype(lse.dtype) - lse)
     return -jnp.sum(weights * delta, axis=range(lse.ndim - 1)).astype(sinks.dtype)
 

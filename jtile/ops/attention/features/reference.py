@@ -8,24 +8,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jtile.ops.attention.features.variant import FLOOR, LOG2_E, Place, Variant, over, with_slope
+from jtile.ops.attention.reference import einsum, row_sums, split_heads
 from jtile.ops.random_bits import COLUMNS
-
-
-def _einsum(subscripts, a, b):
-    """Operands of one dtype, summed in float32. Float32 operands are multiplied in float32, not in TF32."""
-    if a.dtype.itemsize == 1:
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=_statistics_dtype(a.dtype))
-
-
-def _statistics_dtype(dtype):
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def _split_heads(x, key_heads):
-    """b s (k g) d -> b s k g d"""
-    return x.reshape(*x.shape[:-2], key_heads, x.shape[-2] // key_heads, x.shape[-1])
 
 
 def _folded(variant: Variant, query, key, value, arrays):
@@ -38,7 +22,7 @@ def _folded(variant: Variant, query, key, value, arrays):
 
 def _products(query, key):
     """Of query b s h d and key b t k d: b h s t."""
-    products = _einsum("bskgd,btkd->bkgst", _split_heads(query, key.shape[-2]), key)
+    products = einsum("bskgd,btkd->bkgst", split_heads(query, key.shape[-2]), key)
     return products.reshape(query.shape[0], query.shape[2], query.shape[1], key.shape[1])
 
 
@@ -129,7 +113,7 @@ def forward(query, key, value, *arrays, variant: Variant):
         weights = jnp.where(elements.kept(), variant.kept_factor * weights, 0.0)
     weights = weights.reshape(batch, key.shape[2], heads // key.shape[2], *weights.shape[2:])
     narrow = jnp.bfloat16 if value.dtype.itemsize == 1 else value.dtype
-    out = _einsum("bkgst,btke->bskge", weights.astype(narrow), value.astype(narrow))
+    out = einsum("bkgst,btke->bskge", weights.astype(narrow), value.astype(narrow))
     out_dtype = jnp.bfloat16 if query.dtype.itemsize == 1 else query.dtype
     return out.reshape(out_shape).astype(out_dtype), jnp.swapaxes(lse, 1, 2).reshape(shape)
 
@@ -172,18 +156,11 @@ def backward(query, key, value, *rest, variant: Variant):
     heads = query.shape[2] // key_heads
     group = lambda x, dtype: x.reshape(x.shape[0], key_heads, heads, *x.shape[2:]).astype(dtype)  # noqa: E731
     (clean_query, _), (clean_key, _) = (_clean(x, guarded=guarded) for x in (query, key))
-    dquery = _einsum("bkgst,btkd->bskgd", group(dscores, key.dtype), clean_key)
-    dkey = _einsum("bkgst,bskgd->btkd", group(dscores, query.dtype), _split_heads(clean_query, key_heads))
-    dvalue = _einsum("bkgst,bskge->btke", group(weights, dout.dtype), _split_heads(dout, key_heads))
+    dquery = einsum("bkgst,btkd->bskgd", group(dscores, key.dtype), clean_key)
+    dkey = einsum("bkgst,bskgd->btkd", group(dscores, query.dtype), split_heads(clean_query, key_heads))
+    dvalue = einsum("bkgst,bskge->btke", group(weights, dout.dtype), split_heads(dout, key_heads))
     gradients = zip((dquery, dkey, dvalue), (query, key, value), shapes, strict=True)
     return tuple(d.reshape(shape).astype(x.dtype) for d, x, shape in gradients)
-
-
-def row_sums(out, dout, dlse):
-    """delta in the derivative of softmax: for weights P, dS = P · (dP − delta), with delta = Σ out · dout − dlse."""
-    dtype = _statistics_dtype(out.dtype)
-    delta = jnp.sum(out.astype(dtype) * dout.astype(dtype), axis=-1)
-    return delta if dlse is None else delta - dlse
 
 
 def operand_gradient(query, key, value, *rest, variant: Variant, operand: str):
