@@ -175,11 +175,13 @@ def test_bias_gradients_of_broadcast_shapes(axes):
 
 
 @pytest.mark.parametrize("implementation", ["interpret", "xla"])
-@pytest.mark.parametrize("what", ["lengths", "mask", "segments"])
+@pytest.mark.parametrize("what", ["causal", "window", "lengths", "mask", "segments"])
 def test_masked_keys_may_hold_anything(what, implementation):
     """NaN and infinity in masked keys and values reach no result and no gradient, also of queries in the same block."""
     seen = 19
     options = {
+        "causal": dict(is_causal=True, query_offset=seen - QUERIES),
+        "window": dict(local_window_size=(30, 2), query_offset=seen - QUERIES - 2),
         "lengths": dict(key_value_seq_lengths=jnp.array([seen, seen])),
         "mask": dict(mask=jnp.arange(KEYS)[None, None, None] < seen),
         "segments": dict(
@@ -195,15 +197,20 @@ def test_masked_keys_may_hold_anything(what, implementation):
     expected, actual = run(call, options, clean), run(call, options, dirty)
     for name in expected:
         np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
+    assert not expected["key"][:, seen:].any() and not expected["value"][:, seen:].any()
 
 
-def test_a_masked_value_is_not_a_number_to_those_that_see_it():
-    inputs = operands()
-    inputs["value"] = inputs["value"].at[:, 30].set(jnp.nan)
-    mask = (jnp.arange(QUERIES)[:, None] < 20) | (jnp.arange(KEYS) != 30)
-    for implementation in "interpret", "xla":
-        out = dot_product_attention(**inputs, mask=~mask | (jnp.arange(KEYS) == 1), implementation=implementation)
-        assert jnp.isfinite(out[:, :20]).all() and jnp.isnan(out[:, 20:]).all()
+@pytest.mark.parametrize("implementation", ["interpret", "xla"])
+def test_what_is_not_a_number_is_so_to_those_that_see_it(implementation):
+    """In one block of queries and keys."""
+    inputs, call = operands(), functools.partial(dot_product_attention, implementation=implementation)
+    for name in "key", "value":
+        dirty = inputs | {name: inputs[name].at[:, 30].set(jnp.nan)}
+        mask = (jnp.arange(QUERIES)[:, None] >= 20) | (jnp.arange(KEYS) != 30)
+        for first, options in (20, dict(mask=mask)), (30, dict(is_causal=True)):
+            out = call(**dirty, **options)
+            np.testing.assert_array_equal(out[:, :first], call(**inputs, **options)[:, :first])
+            assert jnp.isnan(out[:, first:]).all()
 
 
 @pytest.mark.parametrize("implementation", ["interpret", "xla"])

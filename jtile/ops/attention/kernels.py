@@ -383,7 +383,9 @@ def _dkey_dvalue_kernel(
             dscores = weights * (minus_delta_ref[head, block][None, :] + _inner(value, dout))
         dvalue = _add(dvalue, counted, dout)
         if masked and variant.masks:
-            dscores, query = jnp.where(visible, dscores, 0.0), _finite(query)[0]
+            dscores = jnp.where(visible, dscores, 0.0)
+        if masked and variant.masks_by_data:  # queries that are padding may be anything, too
+            query, _ = _finite(query)
         if variant.modifies:
             dscores = dscores * factor
         return _add(dkey, dscores, query), dvalue
