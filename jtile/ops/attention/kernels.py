@@ -99,7 +99,8 @@ class Elements:
     """
 
     def __init__(self, variant: Variant, refs, axes: str, sizes: Sizes, looped: str, *, whole_rows: bool = False):
-        self.rows_count = variant.modifies and (axes == "kq" or whole_rows)  # those of queries past the end, too
+        # Whether rows of queries past the end would count: they see keys that no other query does.
+        self.rows_count = (variant.modifies or variant.masks) and (axes == "kq" or whole_rows)
         self.variant, self.refs, self.axes, self.sizes, self.looped = variant, refs, axes, sizes, looped
         self.first = first_query(refs)
         self.operands = [o for o in variant.operands if o.elementwise]
@@ -190,7 +191,7 @@ class Elements:
                     ends.append(place.query < self.of.first + sizes.queries)
                 return both(*ends, variant.visible(place, x))
 
-            if not variant.masks and not (self.of.axes == "qk" or variant.modifies):
+            if not variant.masks and not (self.of.axes == "qk" or self.of.rows_count):
                 return True
             return self.map(test)
 
@@ -392,7 +393,7 @@ def _dkey_dvalue_kernel(
 
     # One loop over blocks and heads, not a loop in a loop: products accumulate across it without leaving registers.
     def found():
-        size = sizes.queries if variant.modifies else _round_up(sizes.queries, block_q)
+        size = sizes.queries if elements.rows_count else _round_up(sizes.queries, block_q)
         return visits.static_range(variant, elements.first, key_start, size, block_k, block_q, of_keys=False)
 
     carry = _zeros(block_k, dkey_ref.shape[-1]), _zeros(block_k, dvalue_ref.shape[-1])
