@@ -17,8 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jtile.ops.attention import hopper
 from jtile.ops.attention.features import tiles, visits
 from jtile.ops.attention.features.variant import FLOOR, LOG2_E, Place, Variant, both, over, with_slope
+from jtile.ops.attention.hopper import features as on_hopper
 from jtile.ops.attention.reference import row_sums
 
 
@@ -495,9 +497,17 @@ def _sizes(variant: Variant, table, query, value) -> tuple[Sizes, tiles.Tile]:
     return Sizes(query.shape[1], value.shape[1], tile.block_q, tile.block_k), tile
 
 
-def forward(query, key, value, *arrays, variant: Variant):
+def forward_tiles(query, key, value, *arrays, variant: Variant, target):
+    if on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target) is None:
+        yield from on_hopper.forward_tiles(query, key, value, *arrays, variant=variant, target=target)
+    yield tiles.choose(tiles.FORWARD, query, value, variant.block_size)
+
+
+def forward(query, key, value, *arrays, tile: tiles.Tile | hopper.ForwardTile, variant: Variant):
+    if isinstance(tile, hopper.ForwardTile):
+        return on_hopper.forward(query, key, value, *arrays, tile=tile, variant=variant)
     head_dim, value_dim = query.shape[-1], value.shape[-1]
-    sizes, tile = _sizes(variant, tiles.FORWARD, query, value)
+    sizes = Sizes(query.shape[1], value.shape[1], tile.block_q, tile.block_k)
     refs = _with_range(variant, _refs(variant, arrays, *OF_QUERIES), sizes, of_keys=True)
     grid, some_queries, all_keys, named = _by_queries(query, key, refs, sizes, variant)
     out_dtype = jnp.bfloat16 if query.dtype.itemsize == 1 else query.dtype

@@ -50,6 +50,7 @@ def ops(operands: tuple[Operand, ...], differentiable: tuple[str, ...] = ()) -> 
         whole=whole,
     )
     forward.reference(reference.forward)
+    forward.tiles(kernels.forward_tiles)
     forward.kernel(kernels.forward)
     forward.limits(_limits)
     forward.kernel_dtypes = KERNEL_DTYPES

@@ -10,7 +10,7 @@ import functools
 import importlib.metadata
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,9 @@ import jax.numpy as jnp
 from jtile.compiler.target import Target
 from jtile.compiler.triton_call import triton_call
 from jtile.ops.attention.reference import row_sums
+
+if TYPE_CHECKING:
+    from jtile.ops.attention.hopper.functions import Functions
 
 CACHE = 50 << 20  # bytes, of the chips that this is for
 
@@ -90,13 +93,44 @@ class _Call:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lists:
+    """Where a block of queries finds its list: rows from one batch and one head to the next, blocks of queries that
+    share a list, blocks of keys to one in a list, and the length of a list."""
+
+    batch: int
+    head: int
+    rows: int
+    columns: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Forward(_Call):
     """
     Attributes:
         loops: whether there are fewer programs than blocks.
+        functions: what modifies scores, and masks them beyond the band.
+        masks_anywhere: whether these may mask a key in any block.
+        ranges: where an array tells the blocks to visit, how many there are from one batch to the next.
+        lists: where lists tell them.
+        sinks: the number of the array of sinks.
     """
 
     loops: bool
+    functions: "Functions | None" = None
+    masks_anywhere: bool = False
+    ranges: int | None = None
+    lists: Lists | None = None
+    sinks: int | None = None
+
+    @property
+    def slope(self) -> float:
+        return super().slope if self.functions is None else self.functions.slope
+
+    @property
+    def masks_first(self) -> bool:
+        """Whether some query may not see a key of the first blocks that it visits, which are the last to be visited."""
+        return self.low is not None or self.ranges is not None
 
     @property
     def groups(self) -> int:
@@ -163,7 +197,7 @@ def obstacle(query, key, value, scale: float, target: Target | None, *, widest: 
     return None
 
 
-def forward_tiles(query, key, value, *, low, high, target: Target) -> Iterator[ForwardTile]:
+def forward_tiles(query, key, value, *, low: int | None, high: int | None, target: Target) -> Iterator[ForwardTile]:
     wide = max(_width(query.shape[-1]), _width(value.shape[-1]))
     (batch, keys, key_heads, _), heads = key.shape, query.shape[2]
     head_bytes = keys * (key.shape[-1] + value.shape[-1]) * key.dtype.itemsize
@@ -221,13 +255,19 @@ def _sizes(query, key, value) -> dict[str, int]:
     return dict(batch=batch, queries=queries, keys=keys, heads=heads, key_heads=key_heads, **widths)
 
 
-def forward(query, key, value, origin, *, tile: ForwardTile, scale: float, low: int | None, high: int | None):
+ARRAYS = 8  # of operands that the kernels have room for
+
+
+def forward(
+    query, key, value, origin, *, tile: ForwardTile, scale: float, low: int | None, high: int | None, features=None
+):
     """The output, and the logarithm of the sum of exponentials of scores. `origin` is None or an int32 scalar."""
     from jtile.ops.attention.hopper.forward_kernel import attention
 
     block_q = 64 * tile.groups
     blocks = -(-query.shape[1] // block_q) * query.shape[0] * query.shape[2]
     programs = min(tile.programs or blocks, blocks)
+    visits, lists, arrays, options = (None, None, (), {}) if features is None else features
     call = Forward(
         **_sizes(query, key, value),
         low=low,
@@ -238,6 +278,7 @@ def forward(query, key, value, origin, *, tile: ForwardTile, scale: float, low: 
         stages=tile.stages,
         together=tile.together,
         loops=programs < blocks,
+        **options,
     )
     out = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), query.dtype)
     return triton_call(
@@ -245,6 +286,10 @@ def forward(query, key, value, origin, *, tile: ForwardTile, scale: float, low: 
         _descriptor(key, call.block_k),
         _descriptor(value, call.block_k),
         origin,
+        visits,
+        lists,
+        *arrays,
+        *[None] * (ARRAYS - len(arrays)),
         _descriptor(out, 64),
         kernel=attention,
         out_shape=(out, jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)),

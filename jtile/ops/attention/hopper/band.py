@@ -42,7 +42,40 @@ def key_blocks(i, origin, S: gl.constexpr):
     if S.high is not None:
         stop = gl.minimum(stop, gl.maximum(position + S.block_q + S.high + S.block_k - 1, 0) // S.block_k)
         whole_stop = gl.minimum(whole_stop, gl.maximum(position + S.high + 1, 0) // S.block_k)
+    if S.masks_anywhere:
+        whole_stop = whole_start
     return start, whole_start, whole_stop, gl.maximum(stop, start + 1)
+
+
+@gluon.jit
+def listed(i, b, h, visits, S: gl.constexpr):
+    """Of a block of queries the row of lists, how many blocks in it all queries see whole, and how many it has."""
+    row = b * S.lists.batch + h * S.lists.head + i // S.lists.rows
+    return row, gl.load(visits[0] + row * 2) * S.lists.columns, gl.load(visits[0] + row * 2 + 1) * S.lists.columns
+
+
+@gluon.jit
+def visited(i, b, h, origin, visits, S: gl.constexpr):
+    """As `key_blocks`, of one batch and head; where operands tell, it is read. And the list, if there is one, which has
+    the blocks that all queries see whole first."""
+    if S.lists is not None:
+        row, whole_stop, stop = listed(i, b, h, visits, S)
+        return 0, 0, whole_stop, gl.maximum(stop, 1), visits[1] + row * S.lists.length
+    elif S.ranges is not None:
+        at = visits[0] + (b * S.ranges + i) * 4
+        start = gl.minimum(gl.load(at), S.key_blocks - 1)
+        return start, gl.load(at + 1), gl.load(at + 2), gl.maximum(gl.load(at + 3), start + 1), None
+    else:
+        start, whole_start, whole_stop, stop = key_blocks(i, origin, S)
+        return start, whole_start, whole_stop, stop, None
+
+
+@gluon.jit
+def key_block(n, blocks, S: gl.constexpr):
+    """The number of the n-th block of keys that is visited."""
+    if S.lists is not None:
+        n = gl.load(blocks + n // S.lists.columns) * S.lists.columns + n % S.lists.columns
+    return n
 
 
 @gluon.jit
