@@ -150,7 +150,9 @@ def _compute_block(
     peak = gl.full([64], -1e38, gl.float32, row_layout)
     total = gl.zeros([64], gl.float32, row_layout)
     if S.sinks is not None:  # a key more, of this score and of no value
-        peak = gl.full([64], gl.load(arrays[S.sinks] + h).to(gl.float32) * 1.4426950408889634, gl.float32, row_layout)
+        peak = gl.full(
+            [64], gl.cast(gl.load(arrays[S.sinks] + h), gl.float32) * 1.4426950408889634, gl.float32, row_layout
+        )
         total += 1.0
     p, peak, total, _ = _softmax(s, peak, total, S)
     p = gl.convert_layout(p.to(dtype), p_layout)
@@ -201,9 +203,7 @@ def _compute(
     number = gl.program_id(0)
     if S.loops:
         while number < S.blocks:
-            step = _compute_block(
-                number, n, step, o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, group, S
-            )
+            step = _compute_block(number, n, step, o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, group, S)
             n += 1
             number += gl.num_programs(0)
     else:

@@ -241,7 +241,7 @@ def write(jaxpr, slope: float, sizes: Sizes) -> Functions:
         return f"({', '.join(map(writer.tensor, found))},)"
 
     def part(name, parameters, invars, outvars, equations, given, results):
-        inner = jaxpr.replace(invars=invars, outvars=outvars, eqns=equations, debug_info=None)
+        inner = jaxpr.replace(invars=invars, outvars=outvars, eqns=equations, debug_info=jaxpr.debug_info)
         return _write(name, parameters, inner, given, results)
 
     integer = np.dtype(np.int32)
@@ -259,9 +259,7 @@ def write(jaxpr, slope: float, sizes: Sizes) -> Functions:
             return text if axes == "qk" else f"tl.broadcast({text}, product)[0]"
 
         given = [_Given("product", "qk", np.dtype(np.float32)), *keys]
-        texts.append(
-            part("score", "product, key, rows, arrays", [product, key, *held], [score], late, given, whole)
-        )
+        texts.append(part("score", "product, key, rows, arrays", [product, key, *held], [score], late, given, whole))
     if masks := not isinstance(visible, Literal):
         spread = lambda writer, found: writer.spread_over(writer.tensor(found[0]), "qk")[0]  # noqa: E731
         texts.append(part("visible", "key, rows, arrays", [key, *held], [visible], late, keys, spread))
