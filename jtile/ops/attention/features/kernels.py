@@ -504,25 +504,43 @@ def forward_tiles(query, key, value, *arrays, variant: Variant, target):
 
 
 def forward(query, key, value, *arrays, tile: tiles.Tile | hopper.ForwardTile, variant: Variant):
-    if isinstance(tile, hopper.ForwardTile):
-        return on_hopper.forward(query, key, value, *arrays, tile=tile, variant=variant)
+    if not isinstance(tile, hopper.ForwardTile):
+        return _forward(query, key, value, arrays, tile, variant)
+    out, lse = on_hopper.forward(query, key, value, *arrays, tile=tile, variant=variant)
+    if not variant.masks_by_data:
+        return out, lse
+    # That schedule lets NaN in a masked value leak: where it tells so, this kernel computes all once more. Its blocks are
+    # as large, so that XLA finds the same blocks to visit for both.
+    tile = tiles.Tile(64 * tile.groups, tile.block_k, 8, 1)
+    batch = jnp.where(jnp.any(jnp.isnan(lse)), query.shape[0], 0)
+    return _forward(query, key, value, arrays, tile, variant, onto=(out, lse), batch=batch)
+
+
+def _forward(query, key, value, arrays, tile: tiles.Tile, variant: Variant, *, onto=(), batch=None):
+    """The results, or those of a batch's first elements written `onto` others."""
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     sizes = Sizes(query.shape[1], value.shape[1], tile.block_q, tile.block_k)
     refs = _with_range(variant, _refs(variant, arrays, *OF_QUERIES), sizes, of_keys=True)
     grid, some_queries, all_keys, named = _by_queries(query, key, refs, sizes, variant)
     out_dtype = jnp.bfloat16 if query.dtype.itemsize == 1 else query.dtype
+    out_specs = [some_queries(value_dim), some_queries()]
+
+    def kernel(query_ref, key_ref, value_ref, *rest):
+        _forward_kernel(query_ref, key_ref, value_ref, *rest[len(onto) :], variant=variant, sizes=sizes)
+
     return _call(
-        functools.partial(_forward_kernel, variant=variant, sizes=sizes),
-        [query, key, value],
+        kernel,
+        [query, key, value, *onto],
         refs,
-        [some_queries(head_dim), all_keys(head_dim), all_keys(value_dim)],
+        [some_queries(head_dim), all_keys(head_dim), all_keys(value_dim), *out_specs[: len(onto)]],
         named,
-        grid=grid,
-        out_specs=[some_queries(value_dim), some_queries()],
+        grid=grid if batch is None else (*grid[:-1], batch),
+        out_specs=out_specs,
         out_shape=[
             jax.ShapeDtypeStruct((*query.shape[:-1], value_dim), out_dtype),
             jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32),
         ],
+        input_output_aliases={3 + i: i for i in range(len(onto))},
         compiler_params=tile.compiler_params,
         name="attention",
     )

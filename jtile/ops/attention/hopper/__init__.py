@@ -114,6 +114,7 @@ class Forward(_Call):
         ranges: where an array tells the blocks to visit, how many there are from one batch to the next.
         lists: where lists tell them.
         sinks: the number of the array of sinks.
+        tells_nan: whether the log-sum-exp is NaN where the output is.
     """
 
     loops: bool
@@ -122,6 +123,7 @@ class Forward(_Call):
     ranges: int | None = None
     lists: Lists | None = None
     sinks: int | None = None
+    tells_nan: bool = False
 
     @property
     def slope(self) -> float:

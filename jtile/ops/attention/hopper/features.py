@@ -54,6 +54,8 @@ def obstacle(query, key, value, *arrays, variant: Variant, target: Target | None
         return found
     if variant.dropout:
         return "it has no dropout"
+    if variant.block_size and (variant.block_size[0] % 128 or variant.block_size[1] % 128):
+        return f"its blocks are 128 by 128, and those in lists are {variant.block_size}"
     if whole := [o.name for o in variant.operands if set("qk") <= set(o.axes)]:
         return f"`{whole[0]}` has an element for every score"
     if len(_slots(variant)) > hopper.ARRAYS:
@@ -65,20 +67,24 @@ def obstacle(query, key, value, *arrays, variant: Variant, target: Target | None
 def forward_tiles(query, key, value, *arrays, variant: Variant, target: Target) -> Iterator[hopper.ForwardTile]:
     sides = variant.block_size or (0, 0)
     for tile in hopper.forward_tiles(query, key, value, **band(variant), target=target):
-        # Functions of scores need the registers that three groups do not have.
-        for groups in (3, 2) if tile.groups == 3 and not variant.modifies else (2,):
-            tile = tile._replace(groups=groups, stages=3 if groups == 2 and tile.groups == 3 else tile.stages)
-            if not (sides[0] % (64 * groups) or sides[1] % tile.block_k):
-                yield tile
+        if tile.groups == 3 and (variant.modifies or variant.masks_by_data):
+            tile = tile._replace(groups=2, stages=3)  # functions of scores need the registers that three do not have
+        if not (sides[0] % (64 * tile.groups) or sides[1] % tile.block_k):
+            yield tile
 
 
 def forward(query, key, value, *arrays, tile: hopper.ForwardTile, variant: Variant):
+    """The output and the log-sum-exp. Where operands mask keys, NaN in a value that is masked may reach the output of
+    queries in its block, and their log-sum-exp then."""
     arrays = [jnp.atleast_1d(x) for x in arrays]
     named: dict[str, Any] = variant.named(arrays)
     jaxpr, slope, sizes = _trace(query, key, arrays, variant)
     slots = _slots(variant)
     options: dict[str, Any] = dict(
-        functions=functions.write(jaxpr, slope, sizes), masks_anywhere=variant.masks_anywhere, sinks=slots.get("sinks")
+        functions=functions.write(jaxpr, slope, sizes),
+        masks_anywhere=variant.masks_anywhere,
+        sinks=slots.get("sinks"),
+        tells_nan=variant.masks_by_data,
     )
     at = at_lists = None
     if variant.has(*visits.TELLING):

@@ -181,6 +181,9 @@ def _compute_block(
     o = warpgroup_mma(p, v.block(step - 1), o)
     v.release(step - 1)
     lse = gl.where(total == 0.0, -float("inf"), 0.6931471805599453 * (peak + gl.log2(total)))
+    if S.tells_nan:
+        nan = gl.max(gl.where(o == o, 0.0, 1.0), 1) > 0.0
+        lse = gl.where(gl.convert_layout(nan, row_layout), float("nan"), lse)
     gl.store(lse_ptr + (b * S.queries + queries) * S.heads + h, lse, queries < S.queries)
     over_total = gl.where(total == 0.0, 0.0, 1.0 / total)
     o = o * gl.convert_layout(over_total, gl.SliceLayout(1, o_layout))[:, None]

@@ -84,7 +84,7 @@ def _element(e: Emitter, eqn, *indices: Value) -> Value:
 
 
 class _Writer(Emitter):
-    """Writes functions of numbers whose arguments are blocks. `axes` has for each name those that it has, of q and k."""
+    """Writes functions of numbers whose arguments are blocks. `axes` has for each name those of q and k that it has."""
 
     def __init__(self, jaxpr):
         kernel = Kernel("attention", (), (), (), (), 0, 0, (), jaxpr, (), "a function of attention's scores")
