@@ -262,8 +262,8 @@ def test_means_what_jax_nn_does():
 
 def test_blocks_that_nothing_sees_are_not_visited():
     """The ranges of blocks of eight documents, of a window, and of both passes."""
-    from jtile.ops.attention.features import kernels, visits
-    from jtile.ops.attention.features.variant import Operand, Variant
+    from jtile.ops.attention import kernels, visits
+    from jtile.ops.attention.variant import Operand, Variant
 
     sizes = kernels.Sizes(512, 512, 64, 64)
     ids = jnp.repeat(jnp.array([3, 4, 7, 0]), 128)[None]
@@ -275,7 +275,7 @@ def test_blocks_that_nothing_sees_are_not_visited():
     assert of_keys[:, 2].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]  # all but the last is visible as a whole
     of_queries = visits.ranges(variant, x, 512, 512, sizes, of_keys=False)[0]
     assert of_queries[:, 3].tolist() == [2, 2, 4, 4, 6, 6, 8, 8]
-    windowed = visits.static_range(Variant(1.0, window=(100, 0)), 256, 512, 64, 64, of_keys=True)
+    windowed = visits.static_range(Variant(1.0, window=(100, 0)), 0, 256, 512, 64, 64, of_keys=True)
     assert [int(n) for n in windowed] == [2, 4, 4, 5]
 
 

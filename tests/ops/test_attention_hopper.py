@@ -4,6 +4,7 @@ compiled for an H200; and on one, what it computes."""
 import functools
 import re
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,7 @@ import pytest
 
 import jtile
 from jtile.compiler.target import Target
-from jtile.ops.attention import hopper
-from jtile.ops.attention.features import op, reference
+from jtile.ops.attention import hopper, op, reference
 from jtile.ops.attention.hopper import features as on_hopper
 from jtile.ops.attention.hopper import functions
 from tests.ops import gluon_on_cpu
@@ -171,17 +171,16 @@ FEATURES = {
 def on_cpu(monkeypatch):
     """Calls of attention give what the schedule computes, and what its meaning is."""
 
-    def call(query, key, value, named, variant, implementation):
-        arrays = [array for _, array in named.values()]
+    def forward(query, key, value, *arrays, variant, **_):
         target = Target.named("NVIDIA H200")
         assert on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target) is None
-        tile = next(iter(on_hopper.forward_tiles(query, key, value, *arrays, variant=variant, target=target)))
+        tile = next(iter(on_hopper.forward_tiles(query, key, value, variant=variant, target=target)))
         got = on_hopper.forward(query, key, value, *arrays, tile=tile._replace(programs=3), variant=variant)
         return got, reference.forward(query, key, value, *arrays, variant=variant)
 
     monkeypatch.setattr(hopper, "triton_call", by_numpy)
     monkeypatch.setattr(functions, "_load", gluon_on_cpu.written)
-    monkeypatch.setattr(op, "call", call)
+    monkeypatch.setattr(op, "ops", lambda *_: types.SimpleNamespace(forward=forward))
 
 
 @pytest.mark.parametrize("feature", FEATURES)

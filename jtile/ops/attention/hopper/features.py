@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jtile.compiler.target import Target
-from jtile.ops.attention import hopper
-from jtile.ops.attention.features import visits
-from jtile.ops.attention.features.variant import Variant
+from jtile.ops.attention import hopper, visits
 from jtile.ops.attention.hopper import functions
+from jtile.ops.attention.variant import Variant, first_query
 
 
 class _Blocks(NamedTuple):
@@ -22,10 +21,7 @@ class _Blocks(NamedTuple):
 
 def band(variant: Variant) -> dict[str, int | None]:
     """The bounds of the band of keys that queries see, where these are the same for all sequences."""
-    if variant.has("query_offset"):
-        return dict(low=None, high=None)
-    left, right = variant.window
-    low, high = (None if left is None else variant.offset - left), (None if right is None else variant.offset + right)
+    low, high = (None, None) if variant.has("query_offset") else variant.bounds
     return dict(low=low, high=high)
 
 
@@ -64,7 +60,7 @@ def obstacle(query, key, value, *arrays, variant: Variant, target: Target | None
     return functions.obstacle(jaxpr)
 
 
-def forward_tiles(query, key, value, *arrays, variant: Variant, target: Target) -> Iterator[hopper.ForwardTile]:
+def forward_tiles(query, key, value, *, variant: Variant, target: Target) -> Iterator[hopper.ForwardTile]:
     sides = variant.block_size or (0, 0)
     for tile in hopper.forward_tiles(query, key, value, **band(variant), target=target):
         if tile.groups == 3 and (variant.modifies or variant.masks_by_data):
@@ -76,12 +72,11 @@ def forward_tiles(query, key, value, *arrays, variant: Variant, target: Target) 
 def forward(query, key, value, *arrays, tile: hopper.ForwardTile, variant: Variant):
     """The output and the log-sum-exp. Where operands mask keys, NaN in a value that is masked may reach the output of
     queries in its block, and their log-sum-exp then."""
-    arrays = [jnp.atleast_1d(x) for x in arrays]
     named: dict[str, Any] = variant.named(arrays)
     jaxpr, slope, sizes = _trace(query, key, arrays, variant)
     slots = _slots(variant)
     options: dict[str, Any] = dict(
-        functions=functions.write(jaxpr, slope, sizes),
+        functions=None if variant.is_band else functions.write(jaxpr, slope, sizes),
         masks_anywhere=variant.masks_anywhere,
         sinks=slots.get("sinks"),
         tells_nan=variant.masks_by_data,
@@ -90,6 +85,7 @@ def forward(query, key, value, *arrays, tile: hopper.ForwardTile, variant: Varia
     if variant.has(*visits.TELLING):
         axes = {o.name: o.axes for o in variant.operands}
         x = {n: a if axes[n].startswith("b") else a[None] for n, a in named.items() if n in visits.TELLING}
+        x |= {"origin": named["origin"]} if "origin" in named else {}
         blocks = _Blocks(64 * tile.groups, tile.block_k)
         at = visits.ranges(variant, x, query.shape[1], key.shape[1], blocks, of_keys=True)
         options |= dict(ranges=at.shape[1] if at.shape[0] > 1 else 0)
@@ -110,9 +106,9 @@ def forward(query, key, value, *arrays, tile: hopper.ForwardTile, variant: Varia
         query,
         key,
         value,
-        None,
+        first_query(named) if "origin" in named else None,
         tile=tile,
         scale=variant.scale,
         **band(variant),
-        features=(at, at_lists, [named[name] for name in slots], options),
+        features=(at, at_lists, [jnp.atleast_1d(named[name]) for name in slots], options),
     )

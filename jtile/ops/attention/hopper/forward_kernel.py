@@ -130,7 +130,7 @@ def _compute_block(
     positions = queries + origin
     rows = None
     if S.functions is not None:
-        rows = S.functions.rows(b, h, queries, arrays)
+        rows = S.functions.rows(b, h, queries, positions, arrays)
 
     # The last block, which has no other's products to run beside.
     q_ring.wait(n * S.groups + group)

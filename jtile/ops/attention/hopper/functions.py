@@ -25,7 +25,7 @@ from jtile.compiler.params import CompilerParams
 from jtile.compiler.primitives import approx_tanh
 from jtile.compiler.rules import RULES, arithmetic, rule
 from jtile.compiler.value import Interval, Value, triton_type
-from jtile.ops.attention.features.variant import LOG2_E, Place, Variant
+from jtile.ops.attention.variant import LOG2_E, Place, Variant
 
 HEAD = """import triton.language as tl
 from triton.experimental import gluon
@@ -38,7 +38,7 @@ class Functions:
     """
     Attributes:
         text: a module with the functions that the schedule calls:
-            `rows(batch, head, query, arrays)`, what depends on these alone;
+            `rows(batch, head, row, query, arrays)`, what depends on these alone, the query's row and its number;
             `score(product, key, rows, arrays)`, if scores are more than products of query and key;
             `visible(key, rows, arrays)`, if operands or functions mask keys.
         slope: what scores are multiplied by to be exponents of 2.
@@ -161,7 +161,7 @@ ELEMENTWISE = {
 }
 
 
-def _operands(variant: Variant, shapes: Mapping[str, Any], slots: Mapping[str, int], place: Place, ends) -> dict:
+def _operands(variant: Variant, shapes: Mapping[str, Any], slots: Mapping[str, int], row, place: Place, ends) -> dict:
     """What the variant's functions get: for each operand a number, or a function of indices."""
 
     def read(name, *indices):
@@ -169,7 +169,7 @@ def _operands(variant: Variant, shapes: Mapping[str, Any], slots: Mapping[str, i
         return element_p.bind(*map(jnp.int32, indices), **params)
 
     def at(name: str, axes: str):
-        index = {"b": place.batch, "h": place.head, "q": place.query, "k": place.key}
+        index = {"b": place.batch, "h": place.head, "q": row, "k": place.key}
         return read(name, *(jnp.minimum(index[a], ends[a]) if a in ends else index[a] for a in axes) or (0,))
 
     found: dict[str, Any] = {}
@@ -190,16 +190,16 @@ class Sizes:
 
 
 def trace(variant: Variant, shapes: Mapping[str, Any], slots: Mapping[str, int], sizes: Sizes):
-    """The jaxpr of (product, batch, head, query, key) -> score, visible; and the slope of scores."""
+    """The jaxpr of (product, batch, head, row, query, key) -> score, visible; and the slope of scores."""
     ends = {"q": sizes.queries - 1, "k": sizes.keys - 1}
     capped = variant.soft_cap is not None and not (variant.score_mod or variant.has("bias"))
     # A window beside positions that all share is the schedule's own business.
     masks = variant if variant.has("query_offset") else dataclasses.replace(variant, window=(None, None))
 
-    def both(product, *place):
-        place = Place(*place)
-        x = _operands(variant, shapes, slots, place, ends)
-        place = place._replace(batch=x.pop("batch_index", place.batch), head=x.pop("head_index", place.head))
+    def both(product, batch, head, row, query, key):
+        place = Place(batch, head, query, key)
+        x = _operands(variant, shapes, slots, row, place, ends)
+        place = Place(x.pop("batch_index", batch), x.pop("head_index", head), query, key)
         score = product
         if capped:
             score = approx_tanh((variant.scale / variant.soft_cap) * product)
@@ -207,8 +207,8 @@ def trace(variant: Variant, shapes: Mapping[str, Any], slots: Mapping[str, int],
             score = variant.score(variant.scale * product, place, x)
         return score, masks.visible(place, x)
 
-    traced = jax.make_jaxpr(both)(SCORE, *[NUMBER] * 4)
-    traced = jax.make_jaxpr(lambda *x: _inlined(traced.jaxpr, traced.consts, x))(SCORE, *[NUMBER] * 4)
+    traced = jax.make_jaxpr(both)(SCORE, *[NUMBER] * 5)
+    traced = jax.make_jaxpr(lambda *x: _inlined(traced.jaxpr, traced.consts, x))(SCORE, *[NUMBER] * 5)
     slope = variant.soft_cap if capped else 1.0 if variant.modifies else variant.scale
     return traced.jaxpr, slope * LOG2_E
 
@@ -221,9 +221,9 @@ def obstacle(jaxpr) -> str | None:
 
 def write(jaxpr, slope: float, sizes: Sizes) -> Functions:
     """The functions of a traced variant."""
-    product, batch, head, query, key = jaxpr.invars
+    product, batch, head, row, query, key = jaxpr.invars
     score, visible = jaxpr.outvars
-    of_rows = {batch, head, query}
+    of_rows = {batch, head, row, query}
     early, late = [], []
     for eqn in jaxpr.eqns:
         if of_rows.issuperset(v for v in eqn.invars if not isinstance(v, Literal)):
@@ -248,9 +248,12 @@ def write(jaxpr, slope: float, sizes: Sizes) -> Functions:
     place = [
         _Given("batch", "", integer, (0, sizes.batch - 1)),
         _Given("head", "", integer, (0, sizes.heads - 1)),
-        _Given("query", "q", integer, (0, sizes.queries + MOST_ROWS)),
+        _Given("row", "q", integer, (0, sizes.queries + MOST_ROWS)),
+        _Given("query", "q", integer),
     ]
-    texts = [part("rows", "batch, head, query, arrays", [batch, head, query], held, early, place, of_rows_alone)]
+    texts = [
+        part("rows", "batch, head, row, query, arrays", [batch, head, row, query], held, early, place, of_rows_alone)
+    ]
     keys = [_Given("key", "k", integer, (0, sizes.keys + MOST_ROWS)), *rows]
     if modifies := score is not product:
 

@@ -9,9 +9,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from jtile.op import Implementation, check_known
 from jtile.op.signature import Signature
-from jtile.ops.attention import plain
-from jtile.ops.attention.features import op
-from jtile.ops.attention.features.variant import Operand, Variant
+from jtile.ops.attention import op
+from jtile.ops.attention.variant import Operand, Variant
 from jtile.ops.random_bits import BITS, key_words
 
 NAME = "dot_product_attention"
@@ -187,7 +186,7 @@ def dot_product_attention(
     for name, given in ("query_lengths", query_seq_lengths), ("key_lengths", key_value_seq_lengths):
         if given is not None:
             add(name, "b", _integers(name.replace("key", "key_value").replace("_l", "_seq_l"), given, lead))
-    offset = 0
+    window, offset = _window(local_window_size, bool(is_causal)), 0
     if isinstance(query_offset, int):
         offset = query_offset
     else:
@@ -209,27 +208,14 @@ def dot_product_attention(
         add("dropout_key", "", key_words(dropout_key), 1)
     if logits_soft_cap is not None and not 0 < logits_soft_cap < math.inf:
         raise ValueError(f"{NAME}: `logits_soft_cap` must be positive and finite, or None, got {logits_soft_cap}")
-    window = _window(local_window_size, bool(is_causal))
-    wide = max(query.shape[-1], value.shape[-1]) > plain.WIDEST or query.dtype.itemsize == 1
-    if not (operands or offset or logits_soft_cap or wide) and window in ((None, None), (None, 0)):
-        out, lse = plain.attention(
-            query, key, value, scale=scale, is_causal=window[1] == 0, axis_name=axis_name, implementation=implementation
-        )
-        return (out, lse) if return_lse else out
-    if axis_name is not None:
-        raise NotImplementedError(
-            f"{NAME}: `axis_name` splits queries of attention with a scale and a causal mask alone; gather them by "
-            "jax.lax.all_gather, or leave the split to jit"
-        )
     variant = Variant(
         scale=scale,
-        operands=tuple(operand for operand, _ in operands.values()),
         window=window,
-        offset=offset,
+        offset=offset if window != (None, None) else 0,
         soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
         dropout=threshold,
     )
-    out, lse = op.call(query, key, value, operands, variant, implementation)
+    out, lse = op.call(query, key, value, operands, variant, axis_name, implementation)
     return (out, lse) if return_lse else out
 
 
