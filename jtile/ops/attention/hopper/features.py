@@ -32,15 +32,22 @@ def _slots(variant: Variant) -> dict[str, int]:
 
 
 @functools.lru_cache(maxsize=256)
-def _traced(variant: Variant, types: tuple, sizes: functions.Sizes):
+def _traced(variant: Variant, types: tuple, sizes: functions.Sizes, *, with_derivative: bool):
     shapes = {o.name: jax.ShapeDtypeStruct(*x) for o, x in zip(variant.operands, types, strict=True)}
-    return functions.trace(variant, shapes, _slots(variant), sizes)
+    return functions.trace(variant, shapes, _slots(variant), sizes, with_derivative=with_derivative)
 
 
-def _trace(query, key, arrays, variant: Variant):
+def _functions(query, key, arrays, variant: Variant, order: str) -> functions.Functions | None:
+    """Those of blocks with these axes, or None where there is no more than a scale and a band."""
+    if variant.is_band:
+        return None
+    return functions.write(*_trace(query, key, arrays, variant, with_derivative=order == "kq"), variant, order)
+
+
+def _trace(query, key, arrays, variant: Variant, *, with_derivative: bool):
     types = tuple((x.shape if x.ndim else (1,), x.dtype) for x in arrays)
     sizes = functions.Sizes(query.shape[0], query.shape[2], query.shape[1], key.shape[1])
-    return *_traced(variant, types, sizes), sizes
+    return *_traced(variant, types, sizes, with_derivative=with_derivative), sizes
 
 
 def obstacle(query, key, value, *arrays, variant: Variant, target: Target | None) -> str | None:
@@ -56,7 +63,7 @@ def obstacle(query, key, value, *arrays, variant: Variant, target: Target | None
         return f"`{whole[0]}` has an element for every score"
     if len(_slots(variant)) > hopper.ARRAYS:
         return f"it reads up to {hopper.ARRAYS} arrays"
-    jaxpr, _, _ = _trace(query, key, arrays, variant)
+    jaxpr, _, _ = _trace(query, key, arrays, variant, with_derivative=True)
     return functions.obstacle(jaxpr)
 
 
@@ -73,10 +80,9 @@ def forward(query, key, value, *arrays, tile: hopper.ForwardTile, variant: Varia
     """The output and the log-sum-exp. Where operands mask keys, NaN in a value that is masked may reach the output of
     queries in its block, and their log-sum-exp then."""
     named: dict[str, Any] = variant.named(arrays)
-    jaxpr, slope, sizes = _trace(query, key, arrays, variant)
     slots = _slots(variant)
     options: dict[str, Any] = dict(
-        functions=None if variant.is_band else functions.write(jaxpr, slope, sizes),
+        functions=_functions(query, key, arrays, variant, "qk"),
         masks_anywhere=variant.masks_anywhere,
         sinks=slots.get("sinks"),
         tells_nan=variant.masks_by_data,

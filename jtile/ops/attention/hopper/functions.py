@@ -25,7 +25,7 @@ from jtile.compiler.params import CompilerParams
 from jtile.compiler.primitives import approx_tanh
 from jtile.compiler.rules import RULES, arithmetic, rule
 from jtile.compiler.value import Interval, Value, triton_type
-from jtile.ops.attention.variant import LOG2_E, Place, Variant
+from jtile.ops.attention.variant import LOG2_E, Place, Variant, with_slope
 
 HEAD = """import triton.language as tl
 from triton.experimental import gluon
@@ -37,10 +37,12 @@ from triton.language.extra import libdevice
 class Functions:
     """
     Attributes:
-        text: a module with the functions that the schedule calls:
-            `rows(batch, head, row, query, arrays)`, what depends on these alone, the query's row and its number;
+        text: a module with the functions that a schedule calls. Forward, where a block's rows are queries,
+            `rows(batch, head, row, query, arrays)`, what depends on these alone;
             `score(product, key, rows, arrays)`, if scores are more than products of query and key;
             `visible(key, rows, arrays)`, if operands or functions mask keys.
+            Backward, where they are keys, `key` changes places with `head, row, query`, and `score` gives the
+            derivative by the scaled product, too.
         slope: what scores are multiplied by to be exponents of 2.
         modifies, masks: whether there is a `score`, and a `visible`.
     """
@@ -84,11 +86,12 @@ def _element(e: Emitter, eqn, *indices: Value) -> Value:
 
 
 class _Writer(Emitter):
-    """Writes functions of numbers whose arguments are blocks. `axes` has for each name those of q and k that it has."""
+    """Writes functions of numbers whose arguments are blocks, with the axes `order`; `axes` has each name's own."""
 
-    def __init__(self, jaxpr):
+    def __init__(self, jaxpr, order: str):
         kernel = Kernel("attention", (), (), (), (), 0, 0, (), jaxpr, (), "a function of attention's scores")
         super().__init__(kernel, CompilerParams(), set())
+        self.order_of_axes = order
         self.axes: dict[str, str] = {}
 
     def line(self, text: str) -> None:
@@ -100,11 +103,13 @@ class _Writer(Emitter):
 
     def spread_over(self, text: str, axes: str = "") -> tuple[str, str]:
         """An expression with names that have fewer axes than others, or than `axes`, spread over all of them."""
-        axes = "".join(a for a in "qk" if any(a in self.axes.get(n, "") for n in re.findall(r"\w+", text)) or a in axes)
+        order = self.order_of_axes
+        found = axes + "".join(self.axes.get(name, "") for name in re.findall(r"\w+", text))
+        axes = "".join(a for a in order if a in found)
 
         def spread(match: re.Match) -> str:
             own = self.axes.get(match[0], axes)
-            return match[0] if own in ("", axes) else match[0] + ("[:, None]" if own == "q" else "[None, :]")
+            return match[0] if own in ("", axes) else match[0] + ("[:, None]" if own == order[0] else "[None, :]")
 
         return re.sub(r"\w+", spread, text), axes
 
@@ -121,15 +126,16 @@ class _Given(NamedTuple):
     bounds: Interval | None = None
 
 
-def _write(name: str, parameters: str, jaxpr, given: Sequence[_Given], results: Callable) -> str:
+def _write(name: str, parameters: Sequence[str], jaxpr, given: Sequence[_Given], order: str, results: Callable) -> str:
     """A function of the jaxpr's arguments; `results` writes what it returns."""
-    writer = _Writer(jaxpr)
+    writer = _Writer(jaxpr, order)
     operands = []
     for x in given:
         operands.append(writer.let(x.text, (), x.dtype, "x", bounds=x.bounds))
         writer.axes[operands[-1].text] = x.axes
-    found = writer.run(jaxpr, operands)
-    return "\n".join([f"@gluon.jit\ndef {name}({parameters}):", *writer.lines, f"    return {results(writer, found)}"])
+    returned = results(writer, writer.run(jaxpr, operands))
+    head = f"@gluon.jit\ndef {name}({', '.join(parameters)}, arrays):"
+    return "\n".join([head, *writer.lines, f"    return {returned}"])
 
 
 # Tracing
@@ -189,23 +195,27 @@ class Sizes:
     keys: int
 
 
-def trace(variant: Variant, shapes: Mapping[str, Any], slots: Mapping[str, int], sizes: Sizes):
-    """The jaxpr of (product, batch, head, row, query, key) -> score, visible; and the slope of scores."""
+def trace(
+    variant: Variant, shapes: Mapping[str, Any], slots: Mapping[str, int], sizes: Sizes, *, with_derivative: bool
+):
+    """The jaxpr of (product, batch, head, row, query, key) -> score, its derivative, visible; and the scores' slope."""
     ends = {"q": sizes.queries - 1, "k": sizes.keys - 1}
     capped = variant.soft_cap is not None and not (variant.score_mod or variant.has("bias"))
     # A window beside positions that all share is the schedule's own business.
     masks = variant if variant.has("query_offset") else dataclasses.replace(variant, window=(None, None))
 
     def both(product, batch, head, row, query, key):
-        place = Place(batch, head, query, key)
-        x = _operands(variant, shapes, slots, row, place, ends)
+        x = _operands(variant, shapes, slots, row, Place(batch, head, query, key), ends)
         place = Place(x.pop("batch_index", batch), x.pop("head_index", head), query, key)
-        score = product
+        scores: tuple = (product,)
         if capped:
             score = approx_tanh((variant.scale / variant.soft_cap) * product)
+            scores = (score, 1 - score * score) if with_derivative else (score,)
+        elif variant.modifies and with_derivative:
+            scores = with_slope(variant.score)(variant.scale * product, place, x)
         elif variant.modifies:
-            score = variant.score(variant.scale * product, place, x)
-        return score, masks.visible(place, x)
+            scores = (variant.score(variant.scale * product, place, x),)
+        return *scores, masks.visible(place, x)
 
     traced = jax.make_jaxpr(both)(SCORE, *[NUMBER] * 5)
     traced = jax.make_jaxpr(lambda *x: _inlined(traced.jaxpr, traced.consts, x))(SCORE, *[NUMBER] * 5)
@@ -219,11 +229,24 @@ def obstacle(jaxpr) -> str | None:
     return f"a function of its scores has `{strange[0]}`, which is not elementwise" if strange else None
 
 
-def write(jaxpr, slope: float, sizes: Sizes) -> Functions:
-    """The functions of a traced variant."""
-    product, batch, head, row, query, key = jaxpr.invars
-    score, visible = jaxpr.outvars
-    of_rows = {batch, head, row, query}
+def write(jaxpr, slope: float, sizes: Sizes, variant: Variant, order: str) -> Functions:
+    """The functions of a traced variant, of blocks with these axes: what is known of their rows is computed once."""
+    integer = np.dtype(np.int32)
+    given = dict(
+        product=_Given("product", order, np.dtype(np.float32)),
+        batch=_Given("batch", "", integer, (0, sizes.batch - 1)),
+        head=_Given("head", "", integer, (0, sizes.heads - 1)),
+        row=_Given("row", "q", integer, (0, sizes.queries + MOST_ROWS)),
+        query=_Given("query", "q", integer),
+        key=_Given("key", "k", integer, (0, sizes.keys + MOST_ROWS)),
+    )
+    variables = dict(zip(given, jaxpr.invars, strict=True))
+    *scores, visible = jaxpr.outvars
+    once, each = ["batch", "head", "row", "query"], ["key"]
+    if order == "kq":
+        once, each = ["batch", "key"], ["head", "row", "query"]
+
+    of_rows = {variables[name] for name in once}
     early, late = [], []
     for eqn in jaxpr.eqns:
         if of_rows.issuperset(v for v in eqn.invars if not isinstance(v, Literal)):
@@ -231,39 +254,37 @@ def write(jaxpr, slope: float, sizes: Sizes) -> Functions:
             of_rows.update(eqn.outvars)
         else:
             late.append(eqn)
-    used = [v for eqn in late for v in eqn.invars] + [score, visible]
-    held = list(dict.fromkeys(v for v in used if not isinstance(v, Literal) and v in of_rows)) or [batch]
+    used = [v for eqn in late for v in eqn.invars] + [*scores, visible]
+    held = list(dict.fromkeys(v for v in used if not isinstance(v, Literal) and v in of_rows))
+    held = held or [variables["batch"]]
     rows: list[_Given] = []
 
-    def of_rows_alone(writer, found):
-        for i, x in enumerate(found):
-            rows.append(_Given(f"rows[{i}]", writer.axes.get(x.text, ""), x.dtype, x.bounds))
+    def part(name, names, given_rows, invars, outvars, equations, results):
+        inner = jaxpr.replace(
+            invars=[*(variables[n] for n in names), *invars],
+            outvars=outvars,
+            eqns=equations,
+            debug_info=jaxpr.debug_info,
+        )
+        parameters = names if name == "rows" else [*names, "rows"]
+        return _write(name, parameters, inner, [*(given[n] for n in names), *given_rows], order, results)
+
+    def kept(writer, found):
+        rows.extend(_Given(f"rows[{i}]", writer.axes.get(x.text, ""), x.dtype, x.bounds) for i, x in enumerate(found))
         return f"({', '.join(map(writer.tensor, found))},)"
 
-    def part(name, parameters, invars, outvars, equations, given, results):
-        inner = jaxpr.replace(invars=invars, outvars=outvars, eqns=equations, debug_info=jaxpr.debug_info)
-        return _write(name, parameters, inner, given, results)
+    def block(writer, found):
+        text, axes = writer.spread_over(writer.tensor(found[0]))
+        texts = [text if axes == order else f"tl.broadcast({text}, product)[0]"]
+        texts += [writer.spread_over(writer.tensor(x), order)[0] for x in found[1:]]
+        return ", ".join(texts)
 
-    integer = np.dtype(np.int32)
-    place = [
-        _Given("batch", "", integer, (0, sizes.batch - 1)),
-        _Given("head", "", integer, (0, sizes.heads - 1)),
-        _Given("row", "q", integer, (0, sizes.queries + MOST_ROWS)),
-        _Given("query", "q", integer),
-    ]
-    texts = [
-        part("rows", "batch, head, row, query, arrays", [batch, head, row, query], held, early, place, of_rows_alone)
-    ]
-    keys = [_Given("key", "k", integer, (0, sizes.keys + MOST_ROWS)), *rows]
-    if modifies := score is not product:
+    def spread(writer, found):
+        return writer.spread_over(writer.tensor(found[0]), order)[0]
 
-        def whole(writer, found):
-            text, axes = writer.spread_over(writer.tensor(found[0]))
-            return text if axes == "qk" else f"tl.broadcast({text}, product)[0]"
-
-        given = [_Given("product", "qk", np.dtype(np.float32)), *keys]
-        texts.append(part("score", "product, key, rows, arrays", [product, key, *held], [score], late, given, whole))
+    texts = [part("rows", once, [], [], held, early, kept)]
+    if variant.modifies:
+        texts.append(part("score", ["product", *each], rows, held, scores, late, block))
     if masks := not isinstance(visible, Literal):
-        spread = lambda writer, found: writer.spread_over(writer.tensor(found[0]), "qk")[0]  # noqa: E731
-        texts.append(part("visible", "key, rows, arrays", [key, *held], [visible], late, keys, spread))
-    return Functions("\n\n\n".join([HEAD, *texts]) + "\n", slope, modifies, masks)
+        texts.append(part("visible", each, rows, held, [visible], late, spread))
+    return Functions("\n\n\n".join([HEAD, *texts]) + "\n", slope, variant.modifies, masks)
