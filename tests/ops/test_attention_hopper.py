@@ -109,8 +109,9 @@ def test_backward_by_numpy(monkeypatch, shape, band):
     origin, low, high = BANDS[band]
     out, lse, *gradients = expected(query, key, value, dout, origin, low, high)
     got = hopper.backward(
-        *(jnp.asarray(x) for x in (query, key, value, np.int32(origin), out.astype(BF16), lse, dout)),
+        *(jnp.asarray(x) for x in (query, key, value, out.astype(BF16), lse, dout)),
         None,
+        origin=jnp.int32(origin),
         tile=hopper.BackwardTile(block_q, stages=2, together=1),
         scale=query.shape[-1] ** -0.5,
         low=low,
@@ -171,12 +172,19 @@ FEATURES = {
 def on_cpu(monkeypatch):
     """Calls of attention give what the schedule computes, and what its meaning is."""
 
+    target = Target.named("NVIDIA H200")
+
     def forward(query, key, value, *arrays, variant, **_):
-        target = Target.named("NVIDIA H200")
         assert on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target) is None
         tile = next(iter(on_hopper.forward_tiles(query, key, value, variant=variant, target=target)))
         got = on_hopper.forward(query, key, value, *arrays, tile=tile._replace(programs=3), variant=variant)
-        return got, reference.forward(query, key, value, *arrays, variant=variant)
+        wanted = reference.forward(query, key, value, *arrays, variant=variant)
+        out, lse = wanted
+        dout, dlse = jnp.flip(query, 1), jnp.where(jnp.isfinite(lse), jnp.sin(lse), 0.0)
+        tile = next(iter(on_hopper.backward_tiles(query, key, value, variant=variant)))
+        results = dict(out=out, lse=lse, dout=dout, dlse=dlse)
+        got += on_hopper.backward(query, key, value, *arrays, **results, tile=tile, variant=variant)
+        return got, wanted + reference.backward(query, key, value, *arrays, out, lse, dout, dlse, variant=variant)
 
     monkeypatch.setattr(hopper, "triton_call", by_numpy)
     monkeypatch.setattr(functions, "_load", gluon_on_cpu.written)
@@ -185,6 +193,7 @@ def on_cpu(monkeypatch):
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features_by_numpy(on_cpu, feature):
+    """The output, the log-sum-exp, and the gradients of query, key and value."""
     query, key, value, _ = map(jnp.asarray, operands(1, 300, 300, 2, 1, 64))
     got, wanted = FEATURES[feature](query, key, value, return_lse=True)
     close(got, [np.asarray(x, np.float32) for x in wanted])

@@ -499,13 +499,6 @@ def _sizes(tile: Tile, query, value) -> Sizes:
     return Sizes(query.shape[1], value.shape[1], tile.block_q, tile.block_k)
 
 
-def _band(variant: Variant, arrays) -> dict[str, Any]:
-    """What the schedule for Hopper is told: where the first query stands, and between which bounds it sees keys."""
-    low, high = variant.bounds
-    origin = first_query(variant.named(arrays)) if variant.has("origin") else None
-    return dict(origin=origin, scale=variant.scale, low=low, high=high)
-
-
 def forward(query, key, value, *arrays, tile: Tile | hopper.ForwardTile, variant: Variant):
     if not isinstance(tile, hopper.ForwardTile):
         return _forward(query, key, value, arrays, tile, variant)
@@ -552,8 +545,8 @@ def _forward(query, key, value, arrays, tile: Tile, variant: Variant, *, onto=()
 def backward(query, key, value, *rest, tile, variant: Variant):
     *arrays, out, lse, dout, dlse = rest
     if isinstance(tile, hopper.BackwardTile):
-        band = _band(variant, arrays)
-        return hopper.backward(query, key, value, out=out, lse=lse, dout=dout, dlse=dlse, tile=tile, **band)
+        results = dict(out=out, lse=lse, dout=dout, dlse=dlse)
+        return on_hopper.backward(query, key, value, *arrays, **results, tile=tile, variant=variant)
     delta = row_sums(out, dout, dlse)
     dquery = _dquery(query, key, value, lse, delta, dout, arrays, tile.dquery, variant)
     return dquery, *_dkey_dvalue(query, key, value, lse, delta, dout, arrays, tile.dkey_dvalue, variant)

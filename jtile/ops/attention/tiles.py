@@ -95,9 +95,9 @@ def forward(query, key, value, *rest, target, variant: Variant) -> Iterator[Tile
 
 def backward(query, key, value, *rest, target, variant: Variant) -> Iterator[BackwardTiles | hopper.BackwardTile]:
     """One kernel's tile at a time differs from the untuned one; the tuner puts the best of both together."""
-    if variant.is_band and hopper.obstacle(query, key, value, variant.scale, target, widest=128) is None:
-        low, high = variant.bounds
-        yield from hopper.backward_tiles(query, key, value, low=low, high=high)
+    arrays = rest[: len(variant.operands)]
+    if on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target, widest=128) is None:
+        yield from on_hopper.backward_tiles(query, key, value, variant=variant)
     untuned = BackwardTiles(_fitting(DQUERY, query, value, variant), _fitting(DKEY_DVALUE, query, value, variant))
     yield untuned
     dquery, dkey_dvalue = (

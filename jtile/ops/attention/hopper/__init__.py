@@ -9,8 +9,9 @@ import dataclasses
 import functools
 import importlib.metadata
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jtile.ops.attention.reference import row_sums
 if TYPE_CHECKING:
     from jtile.ops.attention.hopper.functions import Functions
 
+WIDEST = 256  # head dim
 CACHE = 50 << 20  # bytes, of the chips that this is for
 
 
@@ -150,10 +152,28 @@ class Forward(_Call):
 
 @dataclasses.dataclass(frozen=True)
 class Backward(_Call):
+    """
+    Attributes:
+        functions, masks_anywhere, ranges, lists: as of `Forward`, seen from blocks of keys.
+        numbers: where operands tell which blocks of queries to visit, an array tells as the how-manieth each comes to
+            them: how many of its matrices there are from one batch and from one key head to the next.
+    """
+
+    functions: "Functions | None" = None
+    masks_anywhere: bool = False
+    ranges: int | None = None
+    lists: Lists | None = None
+    numbers: tuple[int, int] | None = None
+
+    @property
+    def slope(self) -> float:
+        return super().slope if self.functions is None else self.functions.slope
+
     @property
     def masked(self) -> bool:
         """Whether some query does not see all keys of some block that it visits."""
-        return (self.low, self.high) != (None, None) or self.keys % self.block_k > 0
+        masks = self.functions is not None and self.functions.masks
+        return masks or (self.low, self.high) != (None, None) or self.keys % self.block_k > 0
 
     # Each group makes half of a block of dquery: half of its rows, or half of its columns.
 
@@ -181,7 +201,7 @@ def _has_gluon() -> bool:
     return (int(version[0]), int(version[1])) >= (3, 9)
 
 
-def obstacle(query, key, value, scale: float, target: Target | None, *, widest: int = 256) -> str | None:
+def obstacle(query, key, value, scale: float, target: Target | None, *, widest: int = WIDEST) -> str | None:
     """Why this schedule does not serve a call, as a clause, or None."""
     if target is None or target.compute_capability != 90:
         return "the chip is no Hopper"
@@ -260,8 +280,23 @@ def _sizes(query, key, value) -> dict[str, int]:
 ARRAYS = 8  # of operands that the kernels have room for
 
 
+def _optional(arrays: Sequence, most: int) -> tuple:
+    return (*arrays, *[None] * (most - len(arrays)))
+
+
 def forward(
-    query, key, value, origin, *, tile: ForwardTile, scale: float, low: int | None, high: int | None, features=None
+    query,
+    key,
+    value,
+    origin,
+    *,
+    tile: ForwardTile,
+    scale: float,
+    low: int | None,
+    high: int | None,
+    visits: Sequence = (),
+    arrays: Sequence = (),
+    options: Mapping[str, Any] = MappingProxyType({}),
 ):
     """The output, and the logarithm of the sum of exponentials of scores. `origin` is None or an int32 scalar."""
     from jtile.ops.attention.hopper.forward_kernel import attention
@@ -269,7 +304,6 @@ def forward(
     block_q = 64 * tile.groups
     blocks = -(-query.shape[1] // block_q) * query.shape[0] * query.shape[2]
     programs = min(tile.programs or blocks, blocks)
-    visits, lists, arrays, options = (None, None, (), {}) if features is None else features
     call = Forward(
         **_sizes(query, key, value),
         low=low,
@@ -288,10 +322,8 @@ def forward(
         _descriptor(key, call.block_k),
         _descriptor(value, call.block_k),
         origin,
-        visits,
-        lists,
-        *arrays,
-        *[None] * (ARRAYS - len(arrays)),
+        *_optional(visits, 2),
+        *_optional(arrays, ARRAYS),
         _descriptor(out, 64),
         kernel=attention,
         out_shape=(out, jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)),
@@ -300,7 +332,27 @@ def forward(
     )
 
 
-def backward(query, key, value, origin, out, lse, dout, dlse, *, tile: BackwardTile, scale: float, low, high):
+BACKWARD_BLOCK_K = 128
+
+
+def backward(
+    query,
+    key,
+    value,
+    out,
+    lse,
+    dout,
+    dlse,
+    *,
+    origin,
+    tile: BackwardTile,
+    scale: float,
+    low: int | None,
+    high: int | None,
+    visits: Sequence = (),
+    arrays: Sequence = (),
+    options: Mapping[str, Any] = MappingProxyType({}),
+):
     """The gradients of query, key and value."""
     from triton.experimental.gluon import language as gl
 
@@ -312,17 +364,19 @@ def backward(query, key, value, origin, out, lse, dout, dlse, *, tile: BackwardT
         high=high,
         scale=scale,
         block_q=tile.block_q,
-        block_k=128,
+        block_k=BACKWARD_BLOCK_K,
         stages=tile.stages,
         together=tile.together,
+        **options,
     )
     batch, queries, heads, head_dim = query.shape
     # What the kernel subtracts from scores, in powers of two, and from the weights' gradients. A query that sees no key
     # has the weights 2^-inf.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, math.log2(math.e) * lse)
-    statistics = jnp.stack([lse, row_sums(out, dout, dlse)]).transpose(0, 1, 3, 2)
     padded = call.query_blocks * call.block_q
-    statistics = jnp.pad(statistics, [(0, 0)] * 3 + [(0, padded - queries)])
+    ends = [(0, 0), (0, padded - queries), (0, 0)]
+    lse = jnp.pad(lse, ends, constant_values=jnp.inf)  # nor has one past the end
+    statistics = jnp.stack([lse, jnp.pad(row_sums(out, dout, dlse), ends)]).transpose(0, 1, 3, 2)
     plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
     strides = (batch * heads * padded, heads * padded, padded, 1)
     sums = jax.ShapeDtypeStruct((batch, heads, queries, head_dim), jnp.float32)
@@ -336,6 +390,8 @@ def backward(query, key, value, origin, out, lse, dout, dlse, *, tile: BackwardT
         _descriptor(dout, call.block_q),
         _tensor(statistics, statistics.shape, strides, (2, 1, 1, call.block_q), plain),
         origin,
+        *_optional(visits, 3),
+        *_optional(arrays, ARRAYS),
         _tensor(sums, sums.shape, sums_strides, (1, 1, 64, call.dq_width)),
         *(_descriptor(x, 64) for x in like_key_and_value),
         kernel=attention_backward,

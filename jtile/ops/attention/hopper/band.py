@@ -94,4 +94,41 @@ def query_blocks(j, origin, S: gl.constexpr):
         stop = gl.minimum(stop, gl.maximum(col + S.block_k - 1 - S.low + S.block_q, 0) // S.block_q)
         whole_stop = gl.maximum(col - S.low + 1, 0) // S.block_q
     whole_stop = gl.where((j + 1) * S.block_k > S.keys, 0, whole_stop)
+    if S.masks_anywhere:
+        whole_stop = 0
     return start, whole_start, whole_stop, gl.maximum(stop, start)
+
+
+@gluon.jit
+def visiting(j, b, kh, origin, visits, S: gl.constexpr):
+    """As `query_blocks`, of one batch and key head; where operands tell, it is read. And the list, if there is one."""
+    if S.lists is not None:
+        row = b * S.lists.batch + kh * S.lists.head + j // S.lists.columns
+        return 0, 0, 0, gl.load(visits[0] + row) * S.lists.rows, visits[1] + row * S.lists.length
+    elif S.ranges is not None:
+        at = visits[0] + (b * S.ranges + j) * 4
+        start = gl.load(at)
+        return start, gl.load(at + 1), gl.load(at + 2), gl.maximum(gl.load(at + 3), start), None
+    else:
+        start, whole_start, whole_stop, stop = query_blocks(j, origin, S)
+        return start, whole_start, whole_stop, stop, None
+
+
+@gluon.jit
+def query_block(n, whole_start, whole_stop, blocks, S: gl.constexpr):
+    """The number of the n-th block of queries that visits, and whether some query does not see some key."""
+    if S.lists is not None:
+        entry = gl.load(blocks + n // S.lists.rows)
+        return entry // 2 * S.lists.rows + n % S.lists.rows, entry % 2 == 1
+    else:
+        return n, (n < whole_start) | (n >= whole_stop)
+
+
+@gluon.jit
+def turn(i, j, b, kh, origin, numbers, S: gl.constexpr):
+    """How many blocks of keys before block j block i of queries visits."""
+    if S.numbers is None:
+        return j - first_key_block(i, origin, S)
+    else:
+        at = (b * S.numbers[0] + kh * S.numbers[1]) * S.key_blocks + j
+        return gl.load(numbers + at * S.query_blocks + i)

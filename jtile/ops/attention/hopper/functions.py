@@ -273,18 +273,17 @@ def write(jaxpr, slope: float, sizes: Sizes, variant: Variant, order: str) -> Fu
         rows.extend(_Given(f"rows[{i}]", writer.axes.get(x.text, ""), x.dtype, x.bounds) for i, x in enumerate(found))
         return f"({', '.join(map(writer.tensor, found))},)"
 
-    def block(writer, found):
-        text, axes = writer.spread_over(writer.tensor(found[0]))
-        texts = [text if axes == order else f"tl.broadcast({text}, product)[0]"]
-        texts += [writer.spread_over(writer.tensor(x), order)[0] for x in found[1:]]
-        return ", ".join(texts)
+    def spread(writer, x):
+        return writer.spread_over(writer.tensor(x), order)[0]
 
-    def spread(writer, found):
-        return writer.spread_over(writer.tensor(found[0]), order)[0]
+    def block(writer, found):
+        whole = writer.axes.get(found[0].text, "") == order
+        texts = [spread(writer, x) for x in found]
+        return ", ".join([texts[0] if whole else f"tl.broadcast({texts[0]}, product)[0]", *texts[1:]])
 
     texts = [part("rows", once, [], [], held, early, kept)]
     if variant.modifies:
         texts.append(part("score", ["product", *each], rows, held, scores, late, block))
     if masks := not isinstance(visible, Literal):
-        texts.append(part("visible", each, rows, held, [visible], late, spread))
+        texts.append(part("visible", each, rows, held, [visible], late, lambda writer, found: spread(writer, *found)))
     return Functions("\n\n\n".join([HEAD, *texts]) + "\n", slope, variant.modifies, masks)
