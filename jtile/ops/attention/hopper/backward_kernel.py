@@ -147,13 +147,12 @@ def _step(
     p = gl.exp2(x)
     p_left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, dv.type.layout, 2))
     dv = warpgroup_mma(p_left, do, dv, is_async=True)
+    p = p * factor
     dp = warpgroup_mma_wait(1, deps=[dp])
     ds = p * (dp - stat.index(1).load(gl.SliceLayout(0, s_layout))[None, :])
     if S.functions is not None:
-        if S.functions.modifies:
-            ds = ds * factor
         if S.functions.masks:  # whatever is in a masked value
-            ds = gl.where(p > 0.0, ds, 0.0)
+            ds = gl.where(p == 0.0, 0.0, ds)
     ds = ds.to(dtype)
     ds_left = gl.convert_layout(ds, gl.DotOperandLayout(0, dk.type.layout, 2))
     dk = warpgroup_mma(ds_left, q, dk, is_async=True)
