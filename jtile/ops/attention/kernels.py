@@ -428,7 +428,7 @@ def _call(
     named: Callable,
     *,
     grid,
-    onto: _Onto | None,
+    onto: _Onto | None = None,
     **options,
 ):
     """`pallas_call` of a kernel whose last operand is a dictionary: those that it was given by name."""
