@@ -276,7 +276,8 @@ def _warp_specialize(partitions, warps, registers):
     def run(function, args, count):
         local.__dict__.update(parent, machine=machine, warps=count, products=[], stores=[], named=named)
         try:
-            function(*args)
+            with np.errstate(all="ignore"):
+                function(*args)
             assert not local.products and not local.stores, "a partition ends with work under way"
         except BaseException as error:
             machine.error = machine.error or error
@@ -427,7 +428,6 @@ def written(text, name):
 
 def run(kernel, programs, *args):
     """Runs a kernel's programs one after the other."""
-    with np.errstate(all="ignore"):
-        for program in range(programs):
-            local.program, local.programs = program, programs
-            kernel(*args)
+    for program in range(programs):
+        local.program, local.programs = program, programs
+        kernel(*args)

@@ -175,6 +175,9 @@ def on_cpu(monkeypatch):
     target = Target.named("NVIDIA H200")
 
     def forward(query, key, value, *arrays, variant, **_):
+        named = variant.named(arrays)
+        if "origin" in named:  # a device's part of the queries, from the twentieth on
+            arrays = [*(named | {"origin": jnp.int32(-20)}).values()]
         assert on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target) is None
         tile = next(iter(on_hopper.forward_tiles(query, key, value, variant=variant, target=target)))
         got = on_hopper.forward(query, key, value, *arrays, tile=tile._replace(programs=3), variant=variant)
@@ -280,3 +283,19 @@ def test_features_on_a_gpu(feature, head_dim):
     got = run(query, key, value, dout, "triton")
     close(got, [np.asarray(x, np.float32) for x in run(query, key, value, dout, "xla")])
     assert all(bool(jnp.all(a == b)) for a, b in zip(run(query, key, value, dout, "triton"), got, strict=True))
+
+
+@pytest.mark.gpu
+def test_nan_of_another_document_on_a_gpu():
+    """What is in one document reaches no result of another, though they share blocks."""
+    first, length = 100, 300
+    query, key, value, dout = (jnp.asarray(x) for x in operands(1, length, length, 2, 1, 64))
+    dirty = [x.at[:, first + 7].set(jnp.nan).at[:, first + 8].set(jnp.inf) for x in (query, key, value)]
+    run = jax.jit(
+        functools.partial(
+            gradients, is_causal=True, query_segment_ids=documents(first, length - first), implementation="triton"
+        )
+    )
+    for got, wanted in zip(run(*dirty, dout), run(query, key, value, dout), strict=True):
+        assert jnp.isnan(got[:, first:]).any()
+        close([got[:, :first]], [np.asarray(wanted[:, :first], np.float32)])
