@@ -7,7 +7,6 @@ Gluon has the inline assembly and the aggregates that the kernels are written wi
 
 import dataclasses
 import functools
-import importlib.metadata
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -197,8 +196,10 @@ def _width(head_dim: int) -> int:
 
 @functools.cache
 def _has_gluon() -> bool:
-    version = importlib.metadata.version("triton").split(".")
-    return (int(version[0]), int(version[1])) >= (3, 9)
+    import triton
+
+    major, minor, *_ = triton.__version__.split(".")
+    return (int(major), int(minor)) >= (3, 9)
 
 
 def obstacle(query, key, value, scale: float, target: Target | None, *, widest: int = WIDEST) -> str | None:
