@@ -18,8 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jtile.ops.attention import hopper, visits
+from jtile.ops.attention.hopper import features as on_hopper
 from jtile.ops.attention.reference import row_sums
-from jtile.ops.attention.tiles import Tile
+from jtile.ops.attention.tiles import BackwardTiles, Tile
 from jtile.ops.attention.variant import FLOOR, LOG2_E, Place, Variant, both, first_query, over, with_slope
 
 
@@ -419,10 +420,37 @@ def _padded(size: int, block: int, variant: Variant, side: int) -> int:
     return _round_up(size, max(block, variant.block_size[side] if variant.block_size else 0))
 
 
-def _call(kernel, operands: list, refs: Mapping[str, Any], specs: list, named: Callable, **options):
+class _Onto(NamedTuple):
+    """Results to write over, of so many elements of a batch."""
+
+    results: tuple[jax.Array, ...]
+    batch: jax.Array
+
+
+def _call(
+    kernel,
+    operands: list,
+    refs: Mapping[str, Any],
+    specs: list,
+    named: Callable,
+    *,
+    grid,
+    onto: _Onto | None = None,
+    **options,
+):
     """`pallas_call` of a kernel whose last operand is a dictionary: those that it was given by name."""
-    given = dict(refs)
-    return pl.pallas_call(kernel, in_specs=[*specs, {name: named(name) for name in given}], **options)(*operands, given)
+    given, count = dict(refs), len(operands)
+    if onto is not None:
+        kernel = functools.partial(_without, kernel, slice(count, count + len(onto.results)))
+        operands, specs = [*operands, *onto.results], [*specs, *jax.tree.leaves(options["out_specs"])]
+        options |= dict(input_output_aliases={count + i: i for i in range(len(onto.results))})
+        grid = (*grid[:-1], onto.batch)
+    in_specs = [*specs, {name: named(name) for name in given}]
+    return pl.pallas_call(kernel, grid=grid, in_specs=in_specs, **options)(*operands, given)
+
+
+def _without(kernel, some: slice, *refs):
+    kernel(*refs[: some.start], *refs[some.stop :])
 
 
 def _specs(variant: Variant, refs: Mapping[str, Any], place: Callable[..., dict[str, tuple]]) -> Callable:
@@ -505,16 +533,21 @@ def _sizes(tile: Tile, query, value) -> Sizes:
     return Sizes(query.shape[1], value.shape[1], tile.block_q, tile.block_k)
 
 
-def _band(variant: Variant, arrays) -> dict[str, Any]:
-    """What the schedule for Hopper is told: where the first query stands, and between which bounds it sees keys."""
-    low, high = variant.bounds
-    origin = first_query(variant.named(arrays)) if variant.has("origin") else None
-    return dict(origin=origin, scale=variant.scale, low=low, high=high)
+# The schedule for Hopper lets NaN in a key, value or query that operands mask leak to those in its block. Where results
+# tell so, all is computed once more, by blocks as large: XLA then finds the same ones to visit for both.
 
 
-def forward(query, key, value, *arrays, tile, variant: Variant):
-    if isinstance(tile, hopper.ForwardTile):
-        return hopper.forward(query, key, value, tile=tile, **_band(variant, arrays))
+def forward(query, key, value, *arrays, tile: Tile | hopper.ForwardTile, variant: Variant):
+    if not isinstance(tile, hopper.ForwardTile):
+        return _forward(query, key, value, arrays, tile, variant)
+    out, lse = on_hopper.forward(query, key, value, *arrays, tile=tile, variant=variant)
+    if not variant.masks_by_data:
+        return out, lse
+    onto = _Onto((out, lse), jnp.where(jnp.any(jnp.isnan(lse)), query.shape[0], 0))
+    return _forward(query, key, value, arrays, Tile(64 * tile.groups, tile.block_k, 8, 1), variant, onto)
+
+
+def _forward(query, key, value, arrays, tile: Tile, variant: Variant, onto: _Onto | None = None):
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     sizes = _sizes(tile, query, value)
     refs = _with_range(variant, _refs(variant, arrays, *OF_QUERIES), sizes, of_keys=True)
@@ -527,6 +560,7 @@ def forward(query, key, value, *arrays, tile, variant: Variant):
         [some_queries(head_dim), all_keys(head_dim), all_keys(value_dim)],
         named,
         grid=grid,
+        onto=onto,
         out_specs=[some_queries(value_dim), some_queries()],
         out_shape=[
             jax.ShapeDtypeStruct((*query.shape[:-1], value_dim), out_dtype),
@@ -537,17 +571,24 @@ def forward(query, key, value, *arrays, tile, variant: Variant):
     )
 
 
-def backward(query, key, value, *rest, tile, variant: Variant):
+def backward(query, key, value, *rest, tile: BackwardTiles | hopper.BackwardTile, variant: Variant):
     *arrays, out, lse, dout, dlse = rest
-    if isinstance(tile, hopper.BackwardTile):
-        band = _band(variant, arrays)
-        return hopper.backward(query, key, value, out=out, lse=lse, dout=dout, dlse=dlse, tile=tile, **band)
     delta = row_sums(out, dout, dlse)
-    dquery = _dquery(query, key, value, lse, delta, dout, arrays, tile.dquery, variant)
-    return dquery, *_dkey_dvalue(query, key, value, lse, delta, dout, arrays, tile.dkey_dvalue, variant)
+    given = query, key, value, lse, delta, dout, arrays
+    if isinstance(tile, BackwardTiles):
+        return _dquery(*given, tile.dquery, variant), *_dkey_dvalue(*given, tile.dkey_dvalue, variant)
+    results = dict(out=out, lse=lse, dout=dout, dlse=dlse)
+    dquery, dkey, dvalue = on_hopper.backward(query, key, value, *arrays, **results, tile=tile, variant=variant)
+    if not variant.masks_by_data:
+        return dquery, dkey, dvalue
+    leaked = jnp.any(jnp.isnan(dquery)) | jnp.any(jnp.isnan(dkey))
+    batch, block_k = jnp.where(leaked, query.shape[0], 0), hopper.BACKWARD_BLOCK_K
+    dquery = _dquery(*given, Tile(128, block_k, 8, 1), variant, _Onto((dquery,), batch))
+    of_keys = _Onto((dkey, dvalue), batch)
+    return dquery, *_dkey_dvalue(*given, Tile(tile.block_q, block_k, 8, 1), variant, of_keys)
 
 
-def _dquery(query, key, value, lse, delta, dout, arrays, tile: Tile, variant: Variant):
+def _dquery(query, key, value, lse, delta, dout, arrays, tile: Tile, variant: Variant, onto: _Onto | None = None):
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     sizes = _sizes(tile, query, value)
     refs = _with_range(variant, _refs(variant, arrays, *NOT_OF_SCORES, *OF_QUERIES), sizes, of_keys=True)
@@ -562,6 +603,7 @@ def _dquery(query, key, value, lse, delta, dout, arrays, tile: Tile, variant: Va
         ],
         named,
         grid=grid,
+        onto=onto,
         out_specs=some_queries(head_dim),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         compiler_params=tile.compiler_params,
@@ -569,7 +611,7 @@ def _dquery(query, key, value, lse, delta, dout, arrays, tile: Tile, variant: Va
     )
 
 
-def _dkey_dvalue(query, key, value, lse, delta, dout, arrays, tile: Tile, variant: Variant):
+def _dkey_dvalue(query, key, value, lse, delta, dout, arrays, tile: Tile, variant: Variant, onto: _Onto | None = None):
     (batch, keys, key_heads, head_dim), value_dim = key.shape, value.shape[-1]
     queries, group = query.shape[1], query.shape[2] // key_heads
     sizes = _sizes(tile, query, value)
@@ -603,6 +645,7 @@ def _dkey_dvalue(query, key, value, lse, delta, dout, arrays, tile: Tile, varian
         ],
         _specs(variant, refs, place),
         grid=(pl.cdiv(keys, sizes.block_k), key_heads, batch),
+        onto=onto,
         out_specs=[some_keys(head_dim), some_keys(value_dim)],
         out_shape=[jax.ShapeDtypeStruct(key.shape, key.dtype), jax.ShapeDtypeStruct(value.shape, value.dtype)],
         compiler_params=tile.compiler_params,
