@@ -99,9 +99,9 @@ def dot_product_attention(
 
     A score is scaled, has its bias added, is capped, and is masked, in this order. A query sees the keys that every
     argument lets it see. One that sees none has an output of 0, a log-sum-exp of -inf, and gradients of 0; a score
-    under about -7e37, such as with a bias of the least float32, counts as masked. What is in masked keys and values,
-    NaN included, reaches no result where lengths, segments or a mask say so; without these, NaN in a key reaches those
-    in its block before it too.
+    under about -7e37, such as with a bias of the least float32, counts as masked. What is in keys and values that a
+    query does not see, NaN and infinity included, reaches nothing of it (in `jax.nn`, 0 · NaN is NaN). Of a query that
+    sees a value that is not finite, the whole output may be NaN.
 
     Memory grows with the sequence, not with its square. Scores, softmax and all sums are float32. Float32 operands are
     multiplied in float32 (not TF32); with 16-bit operands the softmax's weights are rounded to their dtype before they
@@ -109,8 +109,7 @@ def dot_product_attention(
     of two or not. Operands may be float8, of either kind, without a gradient: the output is bfloat16.
 
     Blocks that a causal mask, a window, lengths or segment ids make invisible are not visited. Devices may share out
-    the queries of attention without other features than `is_causal`: they then gather keys and values, and sum the
-    gradients of these.
+    batches, heads and queries: for these they gather keys and values, and sum their gradients.
 
     Args:
         query: any leading shape, none included, then queries, heads and head dim.
@@ -138,11 +137,13 @@ def dot_product_attention(
         sinks: one number a head, the score of a key more whose value is 0 (Xiao et al., 2023, arXiv:2309.17453).
         dropout_rate: the probability that a weight is dropped; it counts as the nearest multiple of 2⁻¹⁶. The
             others are divided by what remains.
-        dropout_key: what is dropped depends on it and on a weight's place among those of all devices.
+        dropout_key: what is dropped depends on it and on a weight's place among those of all devices; of those in
+            `jax.shard_map` along `axis_name` alone. Where that splits batches or heads, fold `jax.lax.axis_index` in.
         return_lse: also return the logarithm of the sum over keys of exp(score), sinks included.
-        axis_name: inside `jax.shard_map`, the mesh axis or axes that split the queries: `query` is this device's part
-            of them, `key` and `value` are whole (`jax.lax.all_gather`). Elsewhere arrays know how they are split.
-            With other features than `is_causal` queries are not split; gather them.
+        axis_name: inside `jax.shard_map`, the mesh axis or axes that split the queries: `query`, and the rows of a
+            bias, of a mask and of `query_segment_ids`, are this device's part of them; `key` and `value` are whole
+            (`jax.lax.all_gather`), and lengths and positions count in the whole. Elsewhere arrays know how they are
+            split.
         implementation: `None`, `"triton"`, `"xla"` or `"interpret"`, see `jtile.TileOp`.
 
     Returns:

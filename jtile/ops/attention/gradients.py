@@ -90,7 +90,7 @@ class _Program:
             rows, columns = here("q", i, sizes.block_q), here("k", j, sizes.block_k)
             batch = (b,) if "b" in looped else ()
             head, key_head = ((h,), (lax.div(h, self.group),)) if "h" in looped else ((), ())
-            read = lambda ref, at, head: [ref[(*batch, at, *head, c)] for c in kernels._chunks(ref.shape[-1])]  # noqa: E731
+            read = lambda ref, at, head: [ref[(*batch, at, *head, c)] for c in kernels._chunks(ref)]  # noqa: E731
             products = kernels._inner(read(query_ref, rows, head), read(key_ref, columns, key_head))
             dweights = kernels._inner(read(dout_ref, rows, head), read(value_ref, columns, key_head))
             lse = LOG2_E * kernels._exponent(lse_ref[(*batch, rows, *head)], variant)

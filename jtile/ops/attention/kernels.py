@@ -41,13 +41,16 @@ def _dot(a, b, axes):
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _chunks(width: int) -> list[slice]:
-    """A wide head dim as parts whose sides are powers of two but for the last, which would else be padded to twice."""
+def _chunks(ref) -> list[slice]:
+    """The head dim of a block. A wide one in parts whose sides are powers of two but for the last, which would else be
+    padded to twice; of float32, small ones, since a thread holds all that it multiplies along them."""
+    width = ref.shape[-1]
     if width <= 256:
         return [slice(None)]
+    most = 128 if ref.dtype.itemsize == 4 else width
     parts, start = [], 0
     while start < width:
-        size = max(16, 2 ** int(math.log2(width - start)))
+        size = max(16, min(most, 2 ** int(math.log2(width - start))))
         parts.append(slice(start, min(width, start + size)))
         start += size
     return parts
@@ -55,7 +58,7 @@ def _chunks(width: int) -> list[slice]:
 
 def _read(ref, rows, *head) -> list:
     """Rows of a block, in the chunks of its width."""
-    return [ref[(rows, *head, chunk)] for chunk in _chunks(ref.shape[-1])]
+    return [ref[(rows, *head, chunk)] for chunk in _chunks(ref)]
 
 
 def _inner(a: list, b: list):
@@ -68,13 +71,14 @@ def _add(total: tuple, weights, rows: list) -> tuple:
     return tuple(acc + _dot(weights.astype(x.dtype), x, (1, 0)) for acc, x in zip(total, rows, strict=True))
 
 
-def _zeros(rows: int, width: int) -> tuple:
-    sizes = [width if c == slice(None) else c.stop - c.start for c in _chunks(width)]
-    return tuple(jnp.zeros((rows, size), jnp.float32) for size in sizes)
+def _zeros(ref) -> tuple:
+    """Sums for a block, in the chunks of its width."""
+    sizes = [ref.shape[-1] if c == slice(None) else c.stop - c.start for c in _chunks(ref)]
+    return tuple(jnp.zeros((ref.shape[0], size), jnp.float32) for size in sizes)
 
 
 def _write(ref, total: tuple, factor=1.0) -> None:
-    for acc, chunk in zip(total, _chunks(ref.shape[-1]), strict=True):
+    for acc, chunk in zip(total, _chunks(ref), strict=True):
         ref[:, chunk] = (factor * acc).astype(ref.dtype)
 
 
@@ -100,7 +104,8 @@ class Elements:
     """
 
     def __init__(self, variant: Variant, refs, axes: str, sizes: Sizes, looped: str, *, whole_rows: bool = False):
-        self.rows_count = variant.modifies and (axes == "kq" or whole_rows)  # those of queries past the end, too
+        # Whether rows of queries past the end would count: they see keys that no other query does.
+        self.rows_count = (variant.modifies or variant.masks) and (axes == "kq" or whole_rows)
         self.variant, self.refs, self.axes, self.sizes, self.looped = variant, refs, axes, sizes, looped
         self.first = first_query(refs)
         self.operands = [o for o in variant.operands if o.elementwise]
@@ -191,7 +196,7 @@ class Elements:
                     ends.append(place.query < self.of.first + sizes.queries)
                 return both(*ends, variant.visible(place, x))
 
-            if not variant.masks and not (self.of.axes == "qk" or variant.modifies):
+            if not variant.masks and not (self.of.axes == "qk" or self.of.rows_count):
                 return True
             return self.map(test)
 
@@ -289,7 +294,7 @@ def _forward_kernel(query_ref, key_ref, value_ref, refs, out_ref, lse_ref, *, va
     total = jnp.zeros(block_q, jnp.float32)
     if variant.has("sinks"):  # a key more, of this score and of no value
         peak, total = peak * 0 + LOG2_E * refs["sinks"][...].astype(jnp.float32), total + 1.0
-    carry = total, peak, _zeros(block_q, out_ref.shape[-1])
+    carry = total, peak, _zeros(out_ref)
     total, peak, acc = _over_keys(step, carry, elements, query_start)
     lse = math.log(2) * (peak + jnp.log2(total))
     if variant.empties_rows or variant.modifies:
@@ -344,7 +349,7 @@ def _dquery_kernel(
         dscores = dscores if slope is None else dscores * slope
         return _add(acc, dscores, _finite(key)[0] if masked and variant.masks else key)
 
-    acc = _over_keys(step, _zeros(block_q, dquery_ref.shape[-1]), elements, query_start)
+    acc = _over_keys(step, _zeros(dquery_ref), elements, query_start)
     _write(dquery_ref, acc, variant.scale)
 
 
@@ -384,17 +389,19 @@ def _dkey_dvalue_kernel(
             dscores = weights * (minus_delta_ref[head, block][None, :] + _inner(value, dout))
         dvalue = _add(dvalue, counted, dout)
         if masked and variant.masks:
-            dscores, query = jnp.where(visible, dscores, 0.0), _finite(query)[0]
+            dscores = jnp.where(visible, dscores, 0.0)
+        if masked and variant.masks_by_data:  # queries that are padding may be anything, too
+            query, _ = _finite(query)
         if variant.modifies:
             dscores = dscores * factor
         return _add(dkey, dscores, query), dvalue
 
     # One loop over blocks and heads, not a loop in a loop: products accumulate across it without leaving registers.
     def found():
-        size = sizes.queries if variant.modifies else _round_up(sizes.queries, block_q)
+        size = sizes.queries if elements.rows_count else _round_up(sizes.queries, block_q)
         return visits.static_range(variant, elements.first, key_start, size, block_k, block_q, of_keys=False)
 
-    carry = _zeros(block_k, dkey_ref.shape[-1]), _zeros(block_k, dvalue_ref.shape[-1])
+    carry = _zeros(dkey_ref), _zeros(dvalue_ref)
     side = variant.block_size[0] // block_q if variant.block_size else 1
     dkey, dvalue = _loop(step, carry, refs, "query", side, found, group)
     _write(dkey_ref, dkey, scale)

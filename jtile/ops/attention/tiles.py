@@ -1,12 +1,15 @@
-"""The size of blocks. Untuned it is the same for every chip: within the shared memory and the registers of all."""
+"""The size of blocks. Untuned it is the same for every chip, within the registers of all; how many of them there are at
+a time depends on its shared memory."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 from jax.experimental import pallas as pl
 
 from jtile.compiler.params import CompilerParams
+from jtile.compiler.target import Target
 from jtile.ops.attention import hopper
 from jtile.ops.attention.hopper import features as on_hopper
 from jtile.ops.attention.variant import Variant
@@ -17,13 +20,6 @@ class Tile(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
-
-    def fitted(self, query, value, variant: Variant) -> "Tile":
-        """No larger than the sequences, nor than blocks in lists; a product has at least 16 rows and columns."""
-        most_q, most_k = variant.block_size or (self.block_q, self.block_k)
-        fit = lambda block, most, size: min(block, most, max(16, pl.next_power_of_2(size)))  # noqa: E731
-        block_q, block_k = fit(self.block_q, most_q, query.shape[1]), fit(self.block_k, most_k, value.shape[1])
-        return self._replace(block_q=block_q, block_k=block_k)
 
     @property
     def compiler_params(self) -> CompilerParams:
@@ -62,18 +58,49 @@ DKEY_DVALUE = {
 }
 
 
-def _fitting(tiles: dict[tuple[int, int], Tile], query, value, variant: Variant) -> Tile:
-    """The tile of one of these tables for a call."""
-    size, width = max(2, query.dtype.itemsize), max(query.shape[-1], value.shape[-1])
-    tile = next(tile for (bytes_, widest), tile in tiles.items() if bytes_ == size and width <= widest)
-    return tile.fitted(query, value, variant)
+class Problem(NamedTuple):
+    """What a call's tiles depend on."""
 
+    query: jax.ShapeDtypeStruct
+    value: jax.ShapeDtypeStruct
+    arrays: Sequence[jax.ShapeDtypeStruct]
+    variant: Variant
+    target: Target | None
 
-def _others(query, value, variant: Variant, *blocks: tuple[int, int]) -> Iterator[Tile]:
-    """What else may be tried: blocks of queries and keys."""
-    for block_q, block_k in blocks:
-        for num_warps, num_stages in itertools.product((4, 8), (1, 2, 3, 4)):
-            yield Tile(block_q, block_k, num_warps, num_stages).fitted(query, value, variant)
+    def fitted(self, tile: Tile, kernel: str) -> Tile:
+        """A tile no larger than the sequences, nor than blocks in lists; a product has at least 16 rows and columns. A
+        kernel walks over blocks of keys, or of queries, and has as many at a time as shared memory has room for."""
+        most = self.variant.block_size or tile[:2]
+        sizes = self.query.shape[1], self.value.shape[1]
+        fit = lambda block, most, size: min(block, most, max(16, pl.next_power_of_2(size)))  # noqa: E731
+        block_q, block_k = map(fit, tile[:2], most, sizes)
+        by_keys = kernel == "dkey_dvalue"
+        other, own = (block_q, block_k) if by_keys else (block_k, block_q)
+        stages = tile.num_stages
+        if self.target is not None:
+            row = (self.query.shape[-1] + self.value.shape[-1]) * self.query.dtype.itemsize
+            own_row = self.query.shape[-1] * self.query.dtype.itemsize if kernel == "forward" else row
+            pairs = zip(self.variant.operands, self.arrays, strict=False)
+            pair = sum(x.dtype.itemsize for o, x in pairs if {"q", "k"} <= set(o.axes))
+            # Its own block, one without what is not finite, and weights on their way to a product; and each turn's.
+            always = lambda own: own * own_row + other * row // 2 + 2 * own * other  # noqa: E731
+            turn = lambda own: other * row + pair * own * other  # noqa: E731
+            while own > 16 and always(own) + turn(own) > self.target.shared_bytes_per_block:
+                own //= 2
+            stages = max(1, min(stages, (self.target.shared_bytes_per_block - always(own)) // turn(own)))
+        block_q, block_k = (other, own) if by_keys else (own, other)
+        return Tile(block_q, block_k, tile.num_warps, stages)
+
+    def of(self, tiles: dict[tuple[int, int], Tile], kernel: str) -> Tile:
+        """The tile of one of these tables."""
+        size, width = max(2, self.query.dtype.itemsize), max(self.query.shape[-1], self.value.shape[-1])
+        tile = next(tile for (bytes_, widest), tile in tiles.items() if bytes_ == size and width <= widest)
+        return self.fitted(tile, kernel)
+
+    def others(self, kernel: str, *blocks: tuple[int, int]) -> list[Tile]:
+        """What else may be tried: blocks of queries and keys."""
+        every = (Tile(*sides, *more) for sides in blocks for more in itertools.product((4, 8), (1, 2, 3, 4)))
+        return list(dict.fromkeys(self.fitted(tile, kernel) for tile in every))
 
 
 class BackwardTiles(NamedTuple):
@@ -86,27 +113,27 @@ DQUERY_BLOCKS = (32, 32), (64, 32), (64, 64), (128, 32), (128, 64)
 DKEY_DVALUE_BLOCKS = (16, 64), (32, 32), (32, 64), (64, 64), (64, 128)
 
 
-def forward(query, key, value, *rest, target, variant: Variant) -> Iterator[Tile | hopper.ForwardTile]:
-    if on_hopper.obstacle(query, key, value, *rest, variant=variant, target=target) is None:
+def forward(query, key, value, *arrays, target, variant: Variant) -> Iterator[Tile | hopper.ForwardTile]:
+    if on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target) is None:
         yield from on_hopper.forward_tiles(query, key, value, variant=variant, target=target)
-    yield _fitting(FORWARD, query, value, variant)
-    yield from _others(query, value, variant, *FORWARD_BLOCKS)
+    problem = Problem(query, value, arrays, variant, target)
+    yield problem.of(FORWARD, "forward")
+    yield from problem.others("forward", *FORWARD_BLOCKS)
 
 
-def backward(query, key, value, *rest, target, variant: Variant) -> Iterator[BackwardTiles | hopper.BackwardTile]:
+def backward(query, key, value, *arrays, target, variant: Variant) -> Iterator[BackwardTiles | hopper.BackwardTile]:
     """One kernel's tile at a time differs from the untuned one; the tuner puts the best of both together."""
-    arrays = rest[: len(variant.operands)]
-    if on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target, widest=128) is None:
+    own = arrays[: len(variant.operands)]
+    if on_hopper.obstacle(query, key, value, *own, variant=variant, target=target, widest=128) is None:
         yield from on_hopper.backward_tiles(query, key, value, variant=variant)
-    untuned = BackwardTiles(_fitting(DQUERY, query, value, variant), _fitting(DKEY_DVALUE, query, value, variant))
+    problem = Problem(query, value, arrays, variant, target)
+    untuned = BackwardTiles(problem.of(DQUERY, "dquery"), problem.of(DKEY_DVALUE, "dkey_dvalue"))
     yield untuned
-    dquery, dkey_dvalue = (
-        dict.fromkeys(_others(query, value, variant, *blocks)) for blocks in (DQUERY_BLOCKS, DKEY_DVALUE_BLOCKS)
-    )
-    yield from (untuned._replace(dquery=tile) for tile in dquery)
-    yield from (untuned._replace(dkey_dvalue=tile) for tile in dkey_dvalue)
+    yield from (untuned._replace(dquery=tile) for tile in problem.others("dquery", *DQUERY_BLOCKS))
+    yield from (untuned._replace(dkey_dvalue=tile) for tile in problem.others("dkey_dvalue", *DKEY_DVALUE_BLOCKS))
 
 
-def operand_gradient(query, key, value, *rest, target, variant: Variant, operand: str) -> Iterator[Tile]:
-    yield _fitting(DKEY_DVALUE, query, value, variant)
-    yield from _others(query, value, variant, *DKEY_DVALUE_BLOCKS)
+def operand_gradient(query, key, value, *arrays, target, variant: Variant, operand: str) -> Iterator[Tile]:
+    problem = Problem(query, value, arrays, variant, target)
+    yield problem.of(DKEY_DVALUE, "dkey_dvalue")
+    yield from problem.others("dkey_dvalue", *DKEY_DVALUE_BLOCKS)

@@ -223,19 +223,24 @@ def obstacle(query, key, value, scale: float, target: Target | None, *, widest: 
 def forward_tiles(query, key, value, *, low: int | None, high: int | None, target: Target) -> Iterator[ForwardTile]:
     wide = max(_width(query.shape[-1]), _width(value.shape[-1]))
     (batch, keys, key_heads, _), heads = key.shape, query.shape[2]
+    windowed = low is not None and high is not None
+    if windowed:  # the blocks at work together see no more of a head than this
+        keys = min(keys, high - low + 128 * target.sms)
     head_bytes = keys * (key.shape[-1] + value.shape[-1]) * key.dtype.itemsize
     together = _fitting(CACHE * 6 // 10 // head_bytes * (heads // key_heads), batch * heads)
     # Where blocks of queries differ in length, the hardware hands them out better.
-    programs = target.sms if low is None and high is None else 0
-    groups, block_k = {64: (3, 128), 128: (2, 128), 256: (2, 64)}[wide]
-    first = ForwardTile(groups, block_k, 2, together, programs)
+    programs = target.sms if windowed or (low is None and high is None) else 0
+    groups, block_k, stages = {64: (3, 128, 2), 128: (2, 128, 2), 256: (2, 64, 2)}[wide]
+    if wide == 64 and low is not None:  # a loop more takes registers that three groups do not have
+        groups, stages = 2, 3
+    first = ForwardTile(groups, block_k, stages, together, programs)
     yield first
     for other in {0, target.sms} - {programs}:
         yield first._replace(programs=other)
     for factor in (0.25, 0.5, 2, 4):
         yield first._replace(together=_fitting(int(factor * together), batch * heads))
     if wide == 64:
-        yield first._replace(groups=2, stages=3)
+        yield first._replace(groups=5 - groups, stages=5 - stages)
 
 
 def backward_tiles(query, key, value, *, low, high) -> Iterator[BackwardTile]:
