@@ -148,22 +148,24 @@ def _inlined(jaxpr, consts, operands, small):
     each by itself, not after, each element's.
     """
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *operands], strict=True))
-    value = lambda v: v.val if isinstance(v, Literal) else values[v]  # noqa: E731
     sums = {}
+
+    def value(v):
+        return v.val if isinstance(v, Literal) else values[v]
+
+    def is_small(v):
+        return isinstance(v, Literal) or any(values[v] is x for x in small)
+
     for eqn in jaxpr.eqns:
         given, name = list(map(value, eqn.invars)), eqn.primitive.name
-        if name in ("add", "sub") and all(
-            isinstance(v, Literal) or any(values[v] is x for x in small) for v in eqn.invars
-        ):
-            sums[eqn.outvars[0]] = eqn
+        if name in ("add", "sub") and all(map(is_small, eqn.invars)):
+            sums[eqn.outvars[0]] = eqn.primitive, given
         if name == "jit":
             inner = eqn.params["jaxpr"]
             found = _inlined(inner.jaxpr, inner.consts, given, small)
         elif name == "convert_element_type" and eqn.invars[0] in sums and eqn.params["new_dtype"] == jnp.float32:
-            before = sums[eqn.invars[0]]
-            found = [
-                before.primitive.bind(*(jax.lax.convert_element_type(value(v), jnp.float32) for v in before.invars))
-            ]
+            primitive, terms = sums[eqn.invars[0]]
+            found = [primitive.bind(*(jax.lax.convert_element_type(x, jnp.float32) for x in terms))]
         else:
             found = eqn.primitive.bind(*given, **eqn.primitive.get_bind_params(eqn.params))
             found = found if eqn.primitive.multiple_results else [found]
