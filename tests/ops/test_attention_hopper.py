@@ -280,6 +280,9 @@ def test_features_on_a_gpu(feature, head_dim):
         (out, lse), pull = jax.vjp(call, query, key, value)
         return out, lse, *pull((dout, jnp.where(jnp.isfinite(lse), 1.0, 0.0)))
 
+    if Target.current().compute_capability == 90:
+        tiles = [report.tile for report in jtile.explain(run, query, key, value, dout, "triton")]
+        assert [tile.partition("(")[0] for tile in tiles[:2]] == ["ForwardTile", "BackwardTile"]
     got = run(query, key, value, dout, "triton")
     close(got, [np.asarray(x, np.float32) for x in run(query, key, value, dout, "xla")])
     assert all(bool(jnp.all(a == b)) for a, b in zip(run(query, key, value, dout, "triton"), got, strict=True))
