@@ -50,6 +50,11 @@ class BackwardTile(NamedTuple):
     block_q: int
     stages: int
     together: int
+    late: bool = True
+    swap: bool = True
+    carry: bool = False
+    dq_slots: int = 1
+    ordered: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +119,12 @@ class Forward(_Call):
 
 @dataclasses.dataclass(frozen=True)
 class Backward(_Call):
+    late: bool = True
+    swap: bool = True
+    carry: bool = False
+    dq_slots: int = 1
+    ordered: bool = True
+
     @property
     def masked(self) -> bool:
         """Whether some query does not see all keys of some block that it visits."""
@@ -123,11 +134,15 @@ class Backward(_Call):
 
     @property
     def dq_rows(self) -> int:
-        return 64 if self.block_q == 128 else 0
+        return self.block_q // 2 if self.key_width == 64 or self.block_q == 128 else 0
 
     @property
     def dq_columns(self) -> int:
-        return 0 if self.block_q == 128 else self.key_width // 2
+        return 0 if self.dq_rows else self.key_width // 2
+
+    @property
+    def dq_height(self) -> int:
+        return self.dq_rows or self.block_q
 
     @property
     def dq_width(self) -> int:
@@ -199,11 +214,11 @@ def _fitting(number: int, most: int) -> int:
     return max(1, min(number, most))
 
 
-def _descriptor(x, rows: int):
+def _descriptor(x, rows: int, columns: int | None = None):
     """How the Tensor Memory Accelerator sees an array (batch, length, heads, width): blocks of rows of one head."""
     batch, length, heads, width = x.shape
     strides = (length * heads * width, width, heads * width, 1)
-    return _tensor(x, (batch, heads, length, width), strides, (1, 1, rows, _width(width)))
+    return _tensor(x, (batch, heads, length, width), strides, (1, 1, rows, columns or _width(width)))
 
 
 def _tensor(x, shape, strides, block, layout=None):
@@ -268,6 +283,7 @@ def backward(query, key, value, origin, out, lse, dout, dlse, *, tile: BackwardT
         block_k=128,
         stages=tile.stages,
         together=tile.together,
+        **dict(late=tile.late, swap=tile.swap, carry=tile.carry, dq_slots=tile.dq_slots, ordered=tile.ordered),
     )
     batch, queries, heads, head_dim = query.shape
     # What the kernel subtracts from scores, in powers of two, and from the weights' gradients. A query that sees no key
@@ -278,8 +294,7 @@ def backward(query, key, value, origin, out, lse, dout, dlse, *, tile: BackwardT
     statistics = jnp.pad(statistics, [(0, 0)] * 3 + [(0, padded - queries)])
     plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
     strides = (batch * heads * padded, heads * padded, padded, 1)
-    sums = jax.ShapeDtypeStruct((batch, heads, queries, head_dim), jnp.float32)
-    sums_strides = (heads * queries * head_dim, queries * head_dim, head_dim, 1)
+    sums = jax.ShapeDtypeStruct(query.shape, jnp.float32)
     like_key_and_value = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)]
     turns = jax.ShapeDtypeStruct((batch * heads * call.query_blocks,), jnp.int32)
     dquery, dkey, dvalue, _ = triton_call(
@@ -289,7 +304,7 @@ def backward(query, key, value, origin, out, lse, dout, dlse, *, tile: BackwardT
         _descriptor(dout, call.block_q),
         _tensor(statistics, statistics.shape, strides, (2, 1, 1, call.block_q), plain),
         origin,
-        _tensor(sums, sums.shape, sums_strides, (1, 1, 64, call.dq_width)),
+        _descriptor(sums, call.dq_height, call.dq_width),
         *(_descriptor(x, 64) for x in like_key_and_value),
         kernel=attention_backward,
         out_shape=(sums, *like_key_and_value, turns),
@@ -300,7 +315,7 @@ def backward(query, key, value, origin, out, lse, dout, dlse, *, tile: BackwardT
     # No program has written where queries see no key.
     position = jnp.arange(queries) + (0 if origin is None else origin)
     if high is not None:
-        dquery = jnp.where((position + high >= 0)[:, None], dquery, 0)
+        dquery = jnp.where((position + high >= 0)[:, None, None], dquery, 0)
     if low is not None:
-        dquery = jnp.where((position + low < call.keys)[:, None], dquery, 0)
-    return (scale * dquery).transpose(0, 2, 1, 3).astype(query.dtype), dkey, dvalue
+        dquery = jnp.where((position + low < call.keys)[:, None, None], dquery, 0)
+    return (scale * dquery).astype(query.dtype), dkey, dvalue

@@ -26,6 +26,9 @@ from jtile.ops.attention.hopper.band import first_key_block, query_blocks, visib
 from jtile.ops.attention.hopper.pipeline import arrive, matrix, ring, wait
 
 
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_init
+
+
 @gluon.jit
 def _meet():
     """Both groups come together, at a barrier of the hardware that Triton does not use."""
@@ -96,19 +99,22 @@ def _add_dquery(dq_desc, turns, dq, origin, S: gl.constexpr):
         for n in range(start, stop):
             i = start + stop - 1 - n
             turn = turns + (b * S.heads + h) * S.query_blocks + i
-            mbarrier.wait(dq.full.index(0), step % 2)
+            slot = step % S.dq_slots
+            mbarrier.wait(dq.full.index(slot), step // S.dq_slots % 2)
             number = j - first_key_block(i, origin, S)
-            _wait_turn(turn, number)
+            if S.ordered:
+                _wait_turn(turn, number)
             for part in gl.static_range(2):
                 row = i * S.block_q + part * S.dq_rows
                 if number == 0:
-                    tma.async_store(dq_desc, [b, h, row, part * S.dq_columns], dq.blocks.index(part))
+                    tma.async_store(dq_desc, [b, h, row, part * S.dq_columns], dq.blocks.index(slot * 2 + part))
                 else:
-                    tma.async_atomic_add(dq_desc, [b, h, row, part * S.dq_columns], dq.blocks.index(part))
+                    tma.async_atomic_add(dq_desc, [b, h, row, part * S.dq_columns], dq.blocks.index(slot * 2 + part))
             tma.store_wait(0)
-            arrive(dq.empty.index(0))
-            tma.store_wait(0, read_only=False)
-            _set_turn(turn, number + 1)
+            arrive(dq.empty.index(slot))
+            if S.ordered:
+                tma.store_wait(0, read_only=False)
+                _set_turn(turn, number + 1)
             step += 1
 
 
@@ -119,7 +125,10 @@ def _step(
 ):  # fmt: skip
     dtype: gl.constexpr = k.dtype
     s_layout: gl.constexpr = positions.type.layout.parent
-    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.dq_width, 16])
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [4, 1], [16, S.dq_height if S.swap else S.dq_width, 16]
+    )
+    dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.key_width, 16])
     q, do = q_ring.block(step), do_ring.block(step)
     stat = stat_shared.index(step % S.stages).reinterpret(
         gl.float32, [2, S.block_q], gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -129,7 +138,12 @@ def _step(
     s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
     do_ring.wait(step)
     dp = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(1, deps=[s])
+    if S.carry:
+        s, dk = warpgroup_mma_wait(1, deps=[s, dk])
+        if step > 0:
+            q_ring.release(step - 1)
+    else:
+        s = warpgroup_mma_wait(1, deps=[s])
     x = s * S.slope - stat.index(0).load(gl.SliceLayout(0, s_layout))[None, :]
     if S.masked:
         if masked:
@@ -139,29 +153,50 @@ def _step(
     dv = warpgroup_mma(p_left, do, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=[dp])
     ds = (p * (dp - stat.index(1).load(gl.SliceLayout(0, s_layout))[None, :])).to(dtype)
-    ds_left = gl.convert_layout(ds, gl.DotOperandLayout(0, dk.type.layout, 2))
-    dk = warpgroup_mma(ds_left, q, dk, is_async=True)
+    ds_left = gl.convert_layout(ds, gl.DotOperandLayout(0, dk_layout, 2))
+    if not S.late:
+        dk = warpgroup_mma(ds_left, q, dk, is_async=True)
 
     # Two buffers: the other group may still read what this one wrote in the step before.
     ds_shared.index(step % 2 * 2 + group).store(ds)
     fence_async_shared()
     _meet()
-    part = gl.zeros([64, S.dq_width], gl.float32, dq_layout)
+    if S.swap:
+        part = gl.zeros([S.dq_width, S.dq_height], gl.float32, dq_layout)
+    else:
+        part = gl.zeros([S.dq_height, S.dq_width], gl.float32, dq_layout)
     for half in gl.static_range(2):
         ds_half, k_half = ds_shared.index(step % 2 * 2 + half), matrix(k_shared.index(half))
         if S.dq_rows > 0:
-            ds_half = ds_half.slice(group * 64, 64, 1)
+            ds_half = ds_half.slice(group * S.dq_rows, S.dq_rows, 1)
         else:
             k_half = k_half.slice(group * S.dq_width, S.dq_width, 1)
-        part = warpgroup_mma(ds_half.permute((1, 0)), k_half, part, use_acc=half == 1, is_async=True)
-    dv, dk = warpgroup_mma_wait(2, deps=[dv, dk])
-    do_ring.release(step)
-    q_ring.release(step)
-    wait(dq.empty.index(0), step % 2 ^ 1)
-    part = warpgroup_mma_wait(0, deps=[part])
-    matrix(dq.blocks.index(group)).store(part)
+        if S.swap:
+            part = warpgroup_mma(k_half.permute((1, 0)), ds_half, part, use_acc=half == 1, is_async=True)
+        else:
+            part = warpgroup_mma(ds_half.permute((1, 0)), k_half, part, use_acc=half == 1, is_async=True)
+    if S.late:
+        dk = warpgroup_mma(ds_left, q, dk, is_async=True)
+        dv, part = warpgroup_mma_wait(1, deps=[dv, part])
+        do_ring.release(step)
+        slot = step % S.dq_slots
+        wait(dq.empty.index(slot), step // S.dq_slots % 2 ^ 1)
+    else:
+        dv, dk = warpgroup_mma_wait(2, deps=[dv, dk])
+        do_ring.release(step)
+        q_ring.release(step)
+        slot = step % S.dq_slots
+        wait(dq.empty.index(slot), step // S.dq_slots % 2 ^ 1)
+        part = warpgroup_mma_wait(0, deps=[part])
+    if S.swap:
+        matrix(dq.blocks.index(slot * 2 + group)).permute((1, 0)).store(part)
+    else:
+        matrix(dq.blocks.index(slot * 2 + group)).store(part)
     fence_async_shared()
-    arrive(dq.full.index(0))
+    arrive(dq.full.index(slot))
+    if S.late and not S.carry:
+        dk = warpgroup_mma_wait(0, deps=[dk])
+        q_ring.release(step)
     return dk, dv
 
 
@@ -182,6 +217,8 @@ def _compute(
     k, v = matrix(k_shared.index(group)), matrix(v_shared.index(group))
     dk = gl.zeros([64, S.key_width], gl.float32, dk_layout)
     dv = gl.zeros([64, S.value_width], gl.float32, dv_layout)
+    if S.carry:
+        dk = warpgroup_mma_init(dk)
     wait(kv_full, 0)
     i = stop
     for step in range(S.group * (stop - start)):
@@ -190,6 +227,8 @@ def _compute(
         dk, dv = _step(
             i, step, k, v, q, do, k_shared, stat_shared, ds_shared, dq, positions, cols, dk, dv, masked, group, S
         )
+    if S.carry:
+        dk = warpgroup_mma_wait(0, deps=[dk])
     _meet()  # the other group reads this group's keys, which make room for dkey
     k.store((dk * S.scale).to(dtype))
     v.store(dv.to(dtype))
@@ -210,7 +249,7 @@ def attention_backward(
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, S.block_q], dtype)
     q = ring(q_desc, S.stages, 2)
     do = ring(do_desc, S.stages, 2)
-    dq = ring(dq_desc, 2, 2)
+    dq = ring(dq_desc, 2 * S.dq_slots, 2)
     k_shared = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, S.key_width], k_desc.layout)
     v_shared = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, S.value_width], v_desc.layout)
     stat_shared = gl.allocate_shared_memory(gl.float32, [S.stages, 2, 1, 1, S.block_q], stat_desc.layout)
@@ -218,8 +257,10 @@ def attention_backward(
     kv_full = mbarrier.allocate_mbarrier()
     mbarrier.init(kv_full, count=1)
     # The groups fill both of its blocks, and one warp empties them.
-    mbarrier.init(dq.full.index(0), count=8)
-    mbarrier.init(dq.empty.index(0), count=1)
+    dq_slots: gl.constexpr = S.dq_slots
+    for slot in gl.static_range(dq_slots):
+        mbarrier.init(dq.full.index(slot), count=8)
+        mbarrier.init(dq.empty.index(slot), count=1)
     fence_async_shared()
     # fmt: off
     gl.warp_specialize(
