@@ -105,7 +105,7 @@ def measure(shape, causal, forwards, backwards, *, rivals=True, warm_only=False,
         functions |= {"mosaic f": (mosaic(causal), "f"), "mosaic fb": (of_vjp(mosaic(causal)), "fb")}
     functions |= {f"f {n}": (forward(t, causal, scale), "f") for n, t in forwards.items()}
     first = next(iter(forwards.values()), None)
-    if not backwards:
+    if shape[-1] == 256:
         function = functools.partial(jtile.dot_product_attention, is_causal=causal, implementation="triton")
         functions["jtile fb"] = of_vjp(function), "fb"
     for n, t in backwards.items():
@@ -199,12 +199,13 @@ def plan():
         "2 groups, 3 stages": F(2, 128, 3, t, ps[0]),
     }
     f256 = lambda t, ps: {f"t={t} p={p}": F(2, 64, 2, t, p) for p in ps}  # noqa: E731
+    b256 = lambda t: {f"t={n}": B(64, 2, n) for n in (t, t // 2, 2 * t)}  # noqa: E731
     yield (4, 4096, 16, 128), True, f128(15, (0,)), more(15), dict(profiled=("fb late swap", "cuDNN fb"))
     yield (4, 4096, 16, 128), False, f128(15, (132, 0)), more(7), {}
     yield (4, 4096, 32, 64), True, f64(30, (0,)), b64(30), {}
     yield (4, 4096, 32, 64), False, f64(30, (132, 0)), b64(15), {}
-    yield (2, 4096, 8, 256), True, f256(7, (0, 132)), {}, {}
-    yield (2, 4096, 8, 256), False, f256(7, (132, 0)), {}, {}
+    yield (2, 4096, 8, 256), True, f256(7, (0, 132)), b256(14), {}
+    yield (2, 4096, 8, 256), False, f256(7, (132, 0)), b256(7), {}
     some = lambda d: {n: d[n] for n in ("late swap", "base", "late swap unordered")}  # noqa: E731
     yield (16, 1024, 16, 128), True, f128(60, (0, 132)), some(b128(60)) | {"t=16": B(64, 2, 16)}, dict(
         profiled=("fb late swap", "cuDNN fb"))

@@ -146,6 +146,8 @@ class Backward(_Call):
 
     @property
     def dq_width(self) -> int:
+        if self.block_k == 64:
+            return 64
         return self.dq_columns or self.key_width
 
 
@@ -272,7 +274,10 @@ def backward(query, key, value, origin, out, lse, dout, dlse, *, tile: BackwardT
     """The gradients of query, key and value."""
     from triton.experimental.gluon import language as gl
 
-    from jtile.ops.attention.hopper.backward_kernel import attention_backward
+    if max(_width(query.shape[-1]), _width(value.shape[-1])) > 128:
+        from jtile.ops.attention.hopper.wide_backward_kernel import attention_backward
+    else:
+        from jtile.ops.attention.hopper.backward_kernel import attention_backward
 
     call = Backward(
         **_sizes(query, key, value),
@@ -280,7 +285,7 @@ def backward(query, key, value, origin, out, lse, dout, dlse, *, tile: BackwardT
         high=high,
         scale=scale,
         block_q=tile.block_q,
-        block_k=128,
+        block_k=64 if max(_width(query.shape[-1]), _width(value.shape[-1])) > 128 else 128,
         stages=tile.stages,
         together=tile.together,
         **dict(late=tile.late, swap=tile.swap, carry=tile.carry, dq_slots=tile.dq_slots, ordered=tile.ordered),

@@ -73,8 +73,9 @@ def _load(
     S: gl.constexpr,
 ):  # fmt: skip
     j, b, kh = _place(S)
-    mbarrier.expect(kv_full, 2 * (k_desc.nbytes_per_cta + v_desc.nbytes_per_cta))
-    for half in gl.static_range(2):
+    mbarrier.expect(kv_full, S.block_k // 64 * (k_desc.nbytes_per_cta + v_desc.nbytes_per_cta))
+    halves: gl.constexpr = S.block_k // 64
+    for half in gl.static_range(halves):
         place = [b, kh, j * S.block_k + half * 64, 0]
         tma.async_load(k_desc, place, kv_full, k_shared.index(half))
         tma.async_load(v_desc, place, kv_full, v_shared.index(half))
