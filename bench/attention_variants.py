@@ -166,30 +166,32 @@ def measure(shape, causal, forwards, backwards, *, rivals=True, warm_only=False,
 
 def plan():
     """What is measured, the most wanted first."""
-    old = dict(late=False, swap=False)
+    old = dict(late=False, swap=False, carry=False)
 
     def b128(t):
         return {
-            "late swap": B(64, 2, t),
+            "carry": B(64, 2, t),
             "base": B(64, 2, t, **old),
-            "late": B(64, 2, t, swap=False),
-            "late swap 2": B(64, 2, t, dq_slots=2),
-            "late swap unordered": B(64, 2, t, ordered=False),
+            "late": B(64, 2, t, swap=False, carry=False),
+            "late swap": B(64, 2, t, carry=False),
+            "carry 2": B(64, 2, t, dq_slots=2),
+            "carry unordered": B(64, 2, t, ordered=False),
         }
 
     def more(t):
-        return b128(t) | {f"late swap t={n}": B(64, 2, n) for n in (2, 4, 8, 16, 32) if n != t}
+        return b128(t) | {f"carry t={n}": B(64, 2, n) for n in (2, 4, 8, 16, 32) if n != t}
 
     def b64(t):
         return {
-            "late swap": B(128, 2, t),
+            "carry": B(128, 2, t),
             "base": B(128, 2, t, **old),
-            "late swap 2": B(128, 2, t, dq_slots=2),
-            "late swap unordered": B(128, 2, t, ordered=False),
-            "late swap bq=64": B(64, 2, t),
-            "late swap bq=64 3": B(64, 3, t, dq_slots=2),
-            f"late swap t={t // 2}": B(128, 2, t // 2),
-            f"late swap t={t * 2}": B(128, 2, t * 2),
+            "late swap": B(128, 2, t, carry=False),
+            "late swap 2": B(128, 2, t, dq_slots=2, carry=False),
+            "carry unordered": B(128, 2, t, ordered=False),
+            "carry bq=64": B(64, 2, t),
+            "carry bq=64 3": B(64, 3, t, dq_slots=2),
+            f"carry t={t // 2}": B(128, 2, t // 2),
+            f"carry t={t * 2}": B(128, 2, t * 2),
         }
 
     f128 = lambda t, ps: {f"t={t} p={p}": F(2, 128, 2, t, p) for p in ps}  # noqa: E731
@@ -200,15 +202,15 @@ def plan():
     }
     f256 = lambda t, ps: {f"t={t} p={p}": F(2, 64, 2, t, p) for p in ps}  # noqa: E731
     b256 = lambda t: {f"t={n}": B(64, 2, n) for n in (t, t // 2, 2 * t)}  # noqa: E731
-    yield (4, 4096, 16, 128), True, f128(15, (0,)), more(15), dict(profiled=("fb late swap", "cuDNN fb"))
+    yield (4, 4096, 16, 128), True, f128(15, (0,)), more(15), dict(profiled=("fb carry", "cuDNN fb"))
     yield (4, 4096, 16, 128), False, f128(15, (132, 0)), more(7), {}
     yield (4, 4096, 32, 64), True, f64(30, (0,)), b64(30), {}
     yield (4, 4096, 32, 64), False, f64(30, (132, 0)), b64(15), {}
     yield (2, 4096, 8, 256), True, f256(7, (0, 132)), b256(14), {}
     yield (2, 4096, 8, 256), False, f256(7, (132, 0)), b256(7), {}
-    some = lambda d: {n: d[n] for n in ("late swap", "base", "late swap unordered")}  # noqa: E731
+    some = lambda d: {n: d[n] for n in ("carry", "base", "carry unordered")}  # noqa: E731
     yield (16, 1024, 16, 128), True, f128(60, (0, 132)), some(b128(60)) | {"t=16": B(64, 2, 16)}, dict(
-        profiled=("fb late swap", "cuDNN fb"))
+        profiled=("fb carry", "cuDNN fb"))
     yield (1, 16384, 16, 128), True, f128(3, (0,)), some(b128(3)) | {"t=1": B(64, 2, 1)}, {}
     yield (1, 16384, 16, 128), False, f128(3, (132, 0)), some(b128(1)) | {"t=4": B(64, 2, 4)}, {}
     yield (1, 65536, 4, 128), True, f128(1, (0,)), some(b128(1)), {}

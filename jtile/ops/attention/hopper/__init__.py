@@ -52,7 +52,7 @@ class BackwardTile(NamedTuple):
     together: int
     late: bool = True
     swap: bool = True
-    carry: bool = False
+    carry: bool = True
     dq_slots: int = 1
     ordered: bool = True
 
@@ -121,7 +121,7 @@ class Forward(_Call):
 class Backward(_Call):
     late: bool = True
     swap: bool = True
-    carry: bool = False
+    carry: bool = True
     dq_slots: int = 1
     ordered: bool = True
 

@@ -177,7 +177,10 @@ def _step(
         else:
             part = warpgroup_mma(ds_half.permute((1, 0)), k_half, part, use_acc=half == 1, is_async=True)
     if S.late:
-        dk = warpgroup_mma(ds_left, q, dk, is_async=True)
+        if S.carry:
+            dk = warpgroup_mma(ds_shared.index(step % 2 * 2 + group), q, dk, is_async=True)
+        else:
+            dk = warpgroup_mma(ds_left, q, dk, is_async=True)
         dv, part = warpgroup_mma_wait(1, deps=[dv, part])
         do_ring.release(step)
         slot = step % S.dq_slots
@@ -218,18 +221,23 @@ def _compute(
     k, v = matrix(k_shared.index(group)), matrix(v_shared.index(group))
     dk = gl.zeros([64, S.key_width], gl.float32, dk_layout)
     dv = gl.zeros([64, S.value_width], gl.float32, dv_layout)
-    if S.carry:
-        dk = warpgroup_mma_init(dk)
     wait(kv_full, 0)
     i = stop
-    for step in range(S.group * (stop - start)):
-        i = gl.where(i == start, stop, i) - 1
-        masked = (i < whole_start) | (i >= whole_stop)
-        dk, dv = _step(
-            i, step, k, v, q, do, k_shared, stat_shared, ds_shared, dq, positions, cols, dk, dv, masked, group, S
-        )
-    if S.carry:
-        dk = warpgroup_mma_wait(0, deps=[dk])
+    steps = S.group * (stop - start)
+    if steps > 0:
+        dk_sum = dk
+        if S.carry:
+            dk_sum = warpgroup_mma_init(dk)
+        for step in range(steps):
+            i = gl.where(i == start, stop, i) - 1
+            masked = (i < whole_start) | (i >= whole_stop)
+            dk_sum, dv = _step(
+                i, step, k, v, q, do, k_shared, stat_shared, ds_shared, dq, positions, cols, dk_sum, dv, masked, group, S
+            )
+        if S.carry:
+            dk = warpgroup_mma_wait(0, deps=[dk_sum])
+        else:
+            dk = dk_sum
     _meet()  # the other group reads this group's keys, which make room for dkey
     k.store((dk * S.scale).to(dtype))
     v.store(dv.to(dtype))
