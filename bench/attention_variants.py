@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-import jtile
 from bench import trace
 from jtile.ops.attention import hopper
 from jtile.tuning import timing
@@ -105,12 +104,11 @@ def measure(shape, causal, forwards, backwards, *, rivals=True, warm_only=False,
         functions |= {"mosaic f": (mosaic(causal), "f"), "mosaic fb": (of_vjp(mosaic(causal)), "fb")}
     functions |= {f"f {n}": (forward(t, causal, scale), "f") for n, t in forwards.items()}
     first = next(iter(forwards.values()), None)
-    if shape[-1] == 256:
-        function = functools.partial(jtile.dot_product_attention, is_causal=causal, implementation="triton")
-        functions["jtile fb"] = of_vjp(function), "fb"
     for n, t in backwards.items():
         functions[f"b {n}"] = backward(t, causal, scale), "b"
     for n, t in backwards.items():
+        if not n.endswith("..."):
+            continue
         functions[f"fb {n}"] = both(first, t, causal, scale), "fb"
     wanted, works, notes = None, {}, {}
     residuals = None
@@ -165,55 +163,35 @@ def measure(shape, causal, forwards, backwards, *, rivals=True, warm_only=False,
 
 
 def plan():
-    """What is measured, the most wanted first."""
-    old = dict(late=False, swap=False, carry=False)
+    """What is measured, the most wanted first. Of the backward kernels named "..." both passes together too."""
+    one = dict(dq_slots=1, adders=1)
 
-    def b128(t):
+    def b(block_q, t, *others):
         return {
-            "carry": B(64, 2, t),
-            "base": B(64, 2, t, **old),
-            "late": B(64, 2, t, swap=False, carry=False),
-            "late swap": B(64, 2, t, carry=False),
-            "carry 2": B(64, 2, t, dq_slots=2),
-            "carry unordered": B(64, 2, t, ordered=False),
-        }
+            "new...": B(block_q, 2, t),
+            "no carry": B(block_q, 2, t, carry=False),
+            "1 slot": B(block_q, 2, t, **one),
+            "1 adder": B(block_q, 2, t, adders=1),
+            "unordered": B(block_q, 2, t, ordered=False),
+        } | {f"t={n}": B(block_q, 2, n) for n in others}
 
-    def more(t):
-        return b128(t) | {f"carry t={n}": B(64, 2, n) for n in (2, 4, 8, 16, 32) if n != t}
+    def f(groups, block_k, stages, ts, ps):
+        return {f"{groups} {stages} t={t} p={p}": F(groups, block_k, stages, t, p) for t in ts for p in ps}
 
-    def b64(t):
-        return {
-            "carry": B(128, 2, t),
-            "base": B(128, 2, t, **old),
-            "late swap": B(128, 2, t, carry=False),
-            "late swap 2": B(128, 2, t, dq_slots=2, carry=False),
-            "carry unordered": B(128, 2, t, ordered=False),
-            "carry bq=64": B(64, 2, t),
-            "carry bq=64 3": B(64, 3, t, dq_slots=2),
-            f"carry t={t // 2}": B(128, 2, t // 2),
-            f"carry t={t * 2}": B(128, 2, t * 2),
-        }
-
-    f128 = lambda t, ps: {f"t={t} p={p}": F(2, 128, 2, t, p) for p in ps}  # noqa: E731
-    f64 = lambda t, ps: {  # noqa: E731
-        **{f"3 t={t} p={p}": F(3, 128, 2, t, p) for p in ps},
-        "2 groups": F(2, 128, 2, t, ps[0]),
-        "2 groups, 3 stages": F(2, 128, 3, t, ps[0]),
-    }
-    f256 = lambda t, ps: {f"t={t} p={p}": F(2, 64, 2, t, p) for p in ps}  # noqa: E731
-    b256 = lambda t: {f"t={n}": B(64, 2, n) for n in (t, t // 2, 2 * t)}  # noqa: E731
-    yield (4, 4096, 16, 128), True, f128(15, (0,)), more(15), dict(profiled=("fb carry", "cuDNN fb"))
-    yield (4, 4096, 16, 128), False, f128(15, (132, 0)), more(7), {}
-    yield (4, 4096, 32, 64), True, f64(30, (0,)), b64(30), {}
-    yield (4, 4096, 32, 64), False, f64(30, (132, 0)), b64(15), {}
-    yield (2, 4096, 8, 256), True, f256(7, (0, 132)), b256(14), {}
-    yield (2, 4096, 8, 256), False, f256(7, (132, 0)), b256(7), {}
-    some = lambda d: {n: d[n] for n in ("carry", "base", "carry unordered")}  # noqa: E731
-    yield (16, 1024, 16, 128), True, f128(60, (0, 132)), some(b128(60)) | {"t=16": B(64, 2, 16)}, dict(
-        profiled=("fb carry", "cuDNN fb"))
-    yield (1, 16384, 16, 128), True, f128(3, (0,)), some(b128(3)) | {"t=1": B(64, 2, 1)}, {}
-    yield (1, 16384, 16, 128), False, f128(3, (132, 0)), some(b128(1)) | {"t=4": B(64, 2, 4)}, {}
-    yield (1, 65536, 4, 128), True, f128(1, (0,)), some(b128(1)), {}
+    few = lambda d: {n: d[n] for n in d if n in ("new...", "unordered") or n[0] == "t"}  # noqa: E731
+    quiet = dict(rivals=False)
+    seen = dict(profiled=("fb new...",), rivals=False)
+    yield (4, 4096, 16, 128), True, f(2, 128, 2, (15, 8, 4), (0,)), b(64, 15, 8), seen
+    yield (4, 4096, 16, 128), False, f(2, 128, 2, (15, 8, 4, 2), (132,)) | f(2, 128, 2, (4,), (0,)), b(64, 7, 14), quiet
+    yield (2, 4096, 8, 256), True, f(2, 64, 2, (7, 4), (132,)), {"new...": B(64, 2, 14), "t=7": B(64, 2, 7)}, seen
+    yield (2, 4096, 8, 256), False, f(2, 64, 2, (7, 4), (0,)), {"new...": B(64, 2, 7), "t=3": B(64, 2, 3)}, seen
+    hd64 = f(2, 128, 2, (30, 15), (0, 132)) | f(3, 128, 2, (15, 30), (132,))
+    yield (4, 4096, 32, 64), True, hd64, b(128, 30, 15), quiet
+    yield (4, 4096, 32, 64), False, f(3, 128, 2, (30, 15, 8), (0,)), b(128, 15, 8), quiet
+    yield (16, 1024, 16, 128), True, f(2, 128, 2, (60, 30), (0, 132)), few(b(64, 60, 30, 16)), seen
+    yield (1, 16384, 16, 128), True, f(2, 128, 2, (3, 2), (0,)), few(b(64, 3, 2, 1)), {}
+    yield (1, 16384, 16, 128), False, f(2, 128, 2, (3, 2), (132,)), few(b(64, 1, 2, 3)), {}
+    yield (1, 65536, 4, 128), True, f(2, 128, 2, (1,), (0,)), few(b(64, 1, 2)), {}
 
 
 if __name__ == "__main__":

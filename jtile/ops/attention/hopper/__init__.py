@@ -53,8 +53,9 @@ class BackwardTile(NamedTuple):
     late: bool = True
     swap: bool = True
     carry: bool = True
-    dq_slots: int = 1
+    dq_slots: int = 2
     ordered: bool = True
+    adders: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +123,9 @@ class Backward(_Call):
     late: bool = True
     swap: bool = True
     carry: bool = True
-    dq_slots: int = 1
+    dq_slots: int = 2
     ordered: bool = True
+    adders: int = 2
 
     @property
     def masked(self) -> bool:
@@ -288,20 +290,22 @@ def backward(query, key, value, origin, out, lse, dout, dlse, *, tile: BackwardT
         block_k=64 if max(_width(query.shape[-1]), _width(value.shape[-1])) > 128 else 128,
         stages=tile.stages,
         together=tile.together,
-        **dict(late=tile.late, swap=tile.swap, carry=tile.carry, dq_slots=tile.dq_slots, ordered=tile.ordered),
+        **dict(late=tile.late, swap=tile.swap, carry=tile.carry, dq_slots=tile.dq_slots, ordered=tile.ordered, adders=tile.adders),
     )
     batch, queries, heads, head_dim = query.shape
     # What the kernel subtracts from scores, in powers of two, and from the weights' gradients. A query that sees no key
     # has the weights 2^-inf.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, math.log2(math.e) * lse)
-    statistics = jnp.stack([lse, row_sums(out, dout, dlse)]).transpose(0, 1, 3, 2)
+    # XLA is not to make the sums of products while it puts the two together: that takes ten times as long.
+    delta = jax.lax.optimization_barrier(row_sums(out, dout, dlse))
+    statistics = jnp.stack([lse, delta]).transpose(0, 1, 3, 2)
     padded = call.query_blocks * call.block_q
     statistics = jnp.pad(statistics, [(0, 0)] * 3 + [(0, padded - queries)])
     plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
     strides = (batch * heads * padded, heads * padded, padded, 1)
     sums = jax.ShapeDtypeStruct(query.shape, jnp.float32)
     like_key_and_value = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)]
-    turns = jax.ShapeDtypeStruct((batch * heads * call.query_blocks,), jnp.int32)
+    turns = jax.ShapeDtypeStruct((batch * heads * call.query_blocks * (4 if call.block_k == 64 else 1),), jnp.int32)
     dquery, dkey, dvalue, _ = triton_call(
         _descriptor(query, call.block_q),
         _descriptor(key, 64),

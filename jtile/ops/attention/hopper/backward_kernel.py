@@ -92,31 +92,30 @@ def _load(
 
 
 @gluon.jit
-def _add_dquery(dq_desc, turns, dq, origin, S: gl.constexpr):
+def _add_dquery(dq_desc, turns, dq, origin, first: gl.constexpr, S: gl.constexpr):
+    """One of the warps that add parts of dquery, which take turns too: while a sum is on its way, the next begins."""
     j, b, kh = _place(S)
     start, _, _, stop = query_blocks(j, origin, S)
-    step = 0
-    for h in range(kh * S.group, (kh + 1) * S.group):
-        for n in range(start, stop):
-            i = start + stop - 1 - n
-            turn = turns + (b * S.heads + h) * S.query_blocks + i
-            slot = step % S.dq_slots
-            mbarrier.wait(dq.full.index(slot), step // S.dq_slots % 2)
-            number = j - first_key_block(i, origin, S)
-            if S.ordered:
-                _wait_turn(turn, number)
-            for part in gl.static_range(2):
-                row = i * S.block_q + part * S.dq_rows
-                if number == 0:
-                    tma.async_store(dq_desc, [b, h, row, part * S.dq_columns], dq.blocks.index(slot * 2 + part))
-                else:
-                    tma.async_atomic_add(dq_desc, [b, h, row, part * S.dq_columns], dq.blocks.index(slot * 2 + part))
-            tma.store_wait(0)
-            arrive(dq.empty.index(slot))
-            if S.ordered:
-                tma.store_wait(0, read_only=False)
-                _set_turn(turn, number + 1)
-            step += 1
+    for step in range(first, S.group * (stop - start), S.adders):
+        h = kh * S.group + step // (stop - start)
+        i = stop - 1 - step % (stop - start)
+        turn = turns + (b * S.heads + h) * S.query_blocks + i
+        slot = step % S.dq_slots
+        mbarrier.wait(dq.full.index(slot), step // S.dq_slots % 2)
+        number = j - first_key_block(i, origin, S)
+        if S.ordered:
+            _wait_turn(turn, number)
+        for part in gl.static_range(2):
+            row = i * S.block_q + part * S.dq_rows
+            if number == 0:
+                tma.async_store(dq_desc, [b, h, row, part * S.dq_columns], dq.blocks.index(slot * 2 + part))
+            else:
+                tma.async_atomic_add(dq_desc, [b, h, row, part * S.dq_columns], dq.blocks.index(slot * 2 + part))
+        tma.store_wait(0)
+        arrive(dq.empty.index(slot))
+        if S.ordered:
+            tma.store_wait(0, read_only=False)
+            _set_turn(turn, number + 1)
 
 
 @gluon.jit
@@ -272,19 +271,40 @@ def attention_backward(
         mbarrier.init(dq.empty.index(slot), count=1)
     fence_async_shared()
     # fmt: off
-    gl.warp_specialize(
-        [
-            (_compute, (
-                dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin, 0, S,
-            )),
-            (_compute, (
-                dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin, 1, S,
-            )),
-            (_load, (
-                q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared, stat_shared, kv_full, origin, S,
-            )),
-            (_add_dquery, (dq_desc, turns, dq, origin, S)),
-        ],
-        [4, 1, 1],
-        [240, 24, 24],
-    )
+    if S.adders == 2:
+        gl.warp_specialize(
+            [
+                (_compute, (
+                    dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin, 0, S,
+                )),
+                (_compute, (
+                    dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin, 1, S,
+                )),
+                (_load, (
+                    q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared, stat_shared, kv_full, origin,
+                    S,
+                )),
+                (_add_dquery, (dq_desc, turns, dq, origin, 0, S)),
+                (_add_dquery, (dq_desc, turns, dq, origin, 1, S)),
+            ],
+            [4, 1, 1, 1],
+            [240, 24, 24, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_compute, (
+                    dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin, 0, S,
+                )),
+                (_compute, (
+                    dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin, 1, S,
+                )),
+                (_load, (
+                    q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared, stat_shared, kv_full, origin,
+                    S,
+                )),
+                (_add_dquery, (dq_desc, turns, dq, origin, 0, S)),
+            ],
+            [4, 1, 1],
+            [240, 24, 24],
+        )

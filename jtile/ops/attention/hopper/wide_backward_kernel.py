@@ -21,29 +21,28 @@ from jtile.ops.attention.hopper.pipeline import arrive, matrix, pieces, ring, wa
 
 
 @gluon.jit
-def _add_dquery(dq_desc, turns, dq, origin, S: gl.constexpr):
+def _add_dquery(dq_desc, turns, dq, origin, first: gl.constexpr, S: gl.constexpr):
+    """One of three warps that add quarters of dquery, in turns: while a sum is on its way, the next begins."""
     j, b, kh = _place(S)
     start, _, _, stop = query_blocks(j, origin, S)
-    n = 0
-    for h in range(kh * S.group, (kh + 1) * S.group):
-        for m in range(start, stop):
-            i = start + stop - 1 - m
-            turn = turns + (b * S.heads + h) * S.query_blocks + i
-            number = j - first_key_block(i, origin, S)
-            for piece in gl.static_range(4):
-                dq.wait(n)
-                if piece == 0:
-                    _wait_turn(turn, number)
-                place = [b, h, i * S.block_q, piece % 2 * 128 + piece // 2 * 64]
-                if number == 0:
-                    tma.async_store(dq_desc, place, dq.slot(n))
-                else:
-                    tma.async_atomic_add(dq_desc, place, dq.slot(n))
-                tma.store_wait(0)
-                dq.release(n)
-                n += 1
-            tma.store_wait(0, read_only=False)
-            _set_turn(turn, number + 1)
+    for n in range(first, 4 * S.group * (stop - start), 3):
+        step = n // 4
+        piece = n % 4
+        h = kh * S.group + step // (stop - start)
+        i = stop - 1 - step % (stop - start)
+        turn = turns + ((b * S.heads + h) * S.query_blocks + i) * 4 + piece
+        number = j - first_key_block(i, origin, S)
+        place = [b, h, i * S.block_q, piece * 64]
+        dq.wait(n)
+        _wait_turn(turn, number)
+        if number == 0:
+            tma.async_store(dq_desc, place, dq.slot(n))
+        else:
+            tma.async_atomic_add(dq_desc, place, dq.slot(n))
+        tma.store_wait(0)
+        dq.release(n)
+        tma.store_wait(0, read_only=False)
+        _set_turn(turn, number + 1)
 
 
 @gluon.jit
@@ -95,7 +94,7 @@ def _weights(
         first = warpgroup_mma(k.slice(0, 64, 1).permute((1, 0)), ds, zeros, use_acc=False, is_async=True)
         dv = warpgroup_mma_wait(1, deps=[dv])
         do_ring.release(step)
-        second = warpgroup_mma(k.slice(64, 64, 1).permute((1, 0)), ds, zeros, use_acc=False, is_async=True)
+        second = warpgroup_mma(k.slice(128, 64, 1).permute((1, 0)), ds, zeros, use_acc=False, is_async=True)
         first = warpgroup_mma_wait(1, deps=[first])
         _hand_on(first, 4 * step, dq)
         second = warpgroup_mma_wait(0, deps=[second])
@@ -140,7 +139,7 @@ def _gradients(
         fence_async_shared()
         arrive(ds_ring.full.index(0))
         wait(ds_ring.full.index(0), step % 2)
-        first = warpgroup_mma(k.slice(128, 64, 1).permute((1, 0)), ds_shared, zeros, use_acc=False, is_async=True)
+        first = warpgroup_mma(k.slice(64, 64, 1).permute((1, 0)), ds_shared, zeros, use_acc=False, is_async=True)
         ds_left = gl.convert_layout(ds, gl.DotOperandLayout(0, dk_layout, 2))
         dk = warpgroup_mma(ds_left, q_ring.block(step), dk, is_async=True)
         first = warpgroup_mma_wait(1, deps=[first])
@@ -185,8 +184,10 @@ def attention_backward(
             (_load, (
                 q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared, stat_shared, kv_full, origin, S,
             )),
-            (_add_dquery, (dq_desc, turns, dq, origin, S)),
+            (_add_dquery, (dq_desc, turns, dq, origin, 0, S)),
+            (_add_dquery, (dq_desc, turns, dq, origin, 1, S)),
+            (_add_dquery, (dq_desc, turns, dq, origin, 2, S)),
         ],
-        [4, 1, 1],
-        [240, 24, 24],
+        [4, 1, 1, 1, 1],
+        [240, 24, 24, 24, 24],
     )
