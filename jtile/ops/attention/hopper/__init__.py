@@ -37,6 +37,7 @@ class ForwardTile(NamedTuple):
     stages: int
     together: int
     programs: int
+    rows: int = 64
 
 
 class BackwardTile(NamedTuple):
@@ -103,10 +104,11 @@ class Forward(_Call):
     """
 
     loops: bool
+    rows: int = 64
 
     @property
     def groups(self) -> int:
-        return self.block_q // 64
+        return self.block_q // self.rows
 
     @property
     def blocks(self) -> int:
@@ -115,7 +117,7 @@ class Forward(_Call):
     @property
     def out_in_query(self) -> bool:
         """Whether the output leaves by the shared memory of the queries, for want of more."""
-        return self.key_width == self.value_width == 256
+        return self.key_width == self.value_width == 256 or self.rows == 128 and self.key_width == self.value_width == 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +246,7 @@ def forward(query, key, value, origin, *, tile: ForwardTile, scale: float, low: 
     """The output, and the logarithm of the sum of exponentials of scores. `origin` is None or an int32 scalar."""
     from jtile.ops.attention.hopper.forward_kernel import attention
 
-    block_q = 64 * tile.groups
+    block_q = tile.rows * tile.groups
     blocks = -(-query.shape[1] // block_q) * query.shape[0] * query.shape[2]
     programs = min(tile.programs or blocks, blocks)
     call = Forward(
@@ -257,14 +259,15 @@ def forward(query, key, value, origin, *, tile: ForwardTile, scale: float, low: 
         stages=tile.stages,
         together=tile.together,
         loops=programs < blocks,
+        rows=tile.rows,
     )
     out = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), query.dtype)
     return triton_call(
-        _descriptor(query, 64),
+        _descriptor(query, tile.rows),
         _descriptor(key, call.block_k),
         _descriptor(value, call.block_k),
         origin,
-        _descriptor(out, 64),
+        _descriptor(out, tile.rows),
         kernel=attention,
         out_shape=(out, jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)),
         grid=programs,

@@ -42,7 +42,7 @@ def _load_block(number, n, step, q_desc, k_desc, v_desc, q, k, v, origin, S: gl.
     start, _, _, stop = key_blocks(block, origin, S)
     groups: gl.constexpr = S.groups
     for group in gl.static_range(groups):
-        q.load(n * groups + group, q_desc, [b, h, block * S.block_q + group * 64, 0])
+        q.load(n * groups + group, q_desc, [b, h, block * S.block_q + group * S.rows, 0])
     for i in range(start, stop):
         place = [b, h // S.group, (start + stop - 1 - i) * S.block_k, 0]
         k.load(step, k_desc, place)
@@ -83,7 +83,7 @@ def _softmax(s, peak, total, masked: gl.constexpr, S: gl.constexpr):
 def _step(j, step, q, k, v, positions, cols, peak, total, p, o, masked: gl.constexpr, S: gl.constexpr):
     """Sends off the scores of block j and the output of the block before, and makes the weights of j meanwhile."""
     k.wait(step)
-    zeros = gl.zeros([64, S.block_k], gl.float32, positions.type.layout.parent)
+    zeros = gl.zeros([S.rows, S.block_k], gl.float32, positions.type.layout.parent)
     s = warpgroup_mma(q, k.block(step).permute((1, 0)), zeros, use_acc=False, is_async=True)
     v.wait(step - 1)
     o = warpgroup_mma(p, v.block(step - 1), o, is_async=True)
@@ -111,21 +111,21 @@ def _compute_block(
     cols = gl.arange(0, S.block_k, gl.SliceLayout(0, s_layout))
     block, b, h = _tile(number, S)
     start, whole_start, whole_stop, stop = key_blocks(block, origin, S)
-    row = block * S.block_q + group * 64
-    rows = row + gl.arange(0, 64, row_layout)
+    row = block * S.block_q + group * S.rows
+    rows = row + gl.arange(0, S.rows, row_layout)
     positions = rows + origin
 
     # The last block, which has no other's products to run beside.
     q_ring.wait(n * S.groups + group)
     q = q_ring.block(n * S.groups + group)
     k.wait(step)
-    s = warpgroup_mma(q, k.block(step).permute((1, 0)), gl.zeros([64, S.block_k], gl.float32, s_layout), use_acc=False)
+    s = warpgroup_mma(q, k.block(step).permute((1, 0)), gl.zeros([S.rows, S.block_k], gl.float32, s_layout), use_acc=False)
     k.release(step)
     s = gl.where(visible(positions[:, None], ((stop - 1) * S.block_k + cols)[None, :], S), s, -float("inf"))
-    peak = gl.full([64], -float("inf"), gl.float32, row_layout)
-    p, peak, total, _ = _softmax(s, peak, gl.zeros([64], gl.float32, row_layout), True, S)
+    peak = gl.full([S.rows], -float("inf"), gl.float32, row_layout)
+    p, peak, total, _ = _softmax(s, peak, gl.zeros([S.rows], gl.float32, row_layout), True, S)
     p = gl.convert_layout(p.to(dtype), p_layout)
-    o = gl.zeros([64, S.value_width], gl.float32, o_layout)
+    o = gl.zeros([S.rows, S.value_width], gl.float32, o_layout)
     step += 1
 
     whole_stop = gl.minimum(whole_stop, stop - 1)
@@ -187,7 +187,7 @@ def attention(q_desc, k_desc, v_desc, origin_ptr, o_desc, lse_ptr, S: gl.constex
     v = ring(v_desc, S.stages, S.groups)
     o_shared = q.blocks
     if not S.out_in_query:
-        o_shared = gl.allocate_shared_memory(o_desc.dtype, [S.groups, 1, 1, 64, S.value_width], o_desc.layout)
+        o_shared = gl.allocate_shared_memory(o_desc.dtype, [S.groups, 1, 1, S.rows, S.value_width], o_desc.layout)
     fence_async_shared()
     if S.groups == 2:
         gl.warp_specialize(
