@@ -7,10 +7,10 @@ Gluon has the inline assembly and the aggregates that the kernels are written wi
 
 import dataclasses
 import functools
-import importlib.metadata
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,10 @@ from jtile.compiler.target import Target
 from jtile.compiler.triton_call import triton_call
 from jtile.ops.attention.reference import row_sums
 
+if TYPE_CHECKING:
+    from jtile.ops.attention.hopper.functions import Functions
+
+WIDEST = 256  # head dim
 CACHE = 50 << 20  # bytes, of the chips that this is for
 
 
@@ -37,7 +41,6 @@ class ForwardTile(NamedTuple):
     stages: int
     together: int
     programs: int
-    rows: int = 64
 
 
 class BackwardTile(NamedTuple):
@@ -51,12 +54,6 @@ class BackwardTile(NamedTuple):
     block_q: int
     stages: int
     together: int
-    late: bool = True
-    swap: bool = True
-    carry: bool = True
-    dq_slots: int = 2
-    ordered: bool = True
-    adders: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,18 +94,50 @@ class _Call:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lists:
+    """Where a block of queries finds its list: rows from one batch and one head to the next, blocks of queries that
+    share a list, blocks of keys to one in a list, and the length of a list."""
+
+    batch: int
+    head: int
+    rows: int
+    columns: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Forward(_Call):
     """
     Attributes:
         loops: whether there are fewer programs than blocks.
+        functions: what modifies scores, and masks them beyond the band.
+        masks_anywhere: whether these may mask a key in any block.
+        ranges: where an array tells the blocks to visit, how many there are from one batch to the next.
+        lists: where lists tell them.
+        sinks: the number of the array of sinks.
+        tells_nan: whether the log-sum-exp is NaN where the output is.
     """
 
     loops: bool
-    rows: int = 64
+    functions: "Functions | None" = None
+    masks_anywhere: bool = False
+    ranges: int | None = None
+    lists: Lists | None = None
+    sinks: int | None = None
+    tells_nan: bool = False
+
+    @property
+    def slope(self) -> float:
+        return super().slope if self.functions is None else self.functions.slope
+
+    @property
+    def masks_first(self) -> bool:
+        """Whether some query may not see a key of the first blocks that it visits, which are the last to be visited."""
+        return self.low is not None or self.ranges is not None
 
     @property
     def groups(self) -> int:
-        return self.block_q // self.rows
+        return self.block_q // 64
 
     @property
     def blocks(self) -> int:
@@ -117,42 +146,60 @@ class Forward(_Call):
     @property
     def out_in_query(self) -> bool:
         """Whether the output leaves by the shared memory of the queries, for want of more."""
-        return self.key_width == self.value_width == 256 or self.rows == 128 and self.key_width == self.value_width == 128
+        return self.key_width == self.value_width == 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Backward(_Call):
-    late: bool = True
-    swap: bool = True
-    carry: bool = True
-    dq_slots: int = 2
-    ordered: bool = True
-    adders: int = 2
+    """
+    Attributes:
+        functions, masks_anywhere, ranges, lists: as of `Forward`, seen from blocks of keys.
+        numbers: where operands tell which blocks of queries to visit, an array tells as the how-manieth each comes to
+            them: how many of its matrices there are from one batch and from one key head to the next.
+    """
+
+    functions: "Functions | None" = None
+    masks_anywhere: bool = False
+    ranges: int | None = None
+    lists: Lists | None = None
+    numbers: tuple[int, int] | None = None
+
+    @property
+    def slope(self) -> float:
+        return super().slope if self.functions is None else self.functions.slope
 
     @property
     def masked(self) -> bool:
         """Whether some query does not see all keys of some block that it visits."""
-        return (self.low, self.high) != (None, None) or self.keys % self.block_k > 0
-
-    # Each group makes half of a block of dquery: half of its rows, or half of its columns.
-
-    @property
-    def dq_rows(self) -> int:
-        return self.block_q // 2 if self.key_width == 64 or self.block_q == 128 else 0
+        masks = self.functions is not None and self.functions.masks
+        return masks or (self.low, self.high) != (None, None) or self.keys % self.block_k > 0
 
     @property
-    def dq_columns(self) -> int:
-        return 0 if self.dq_rows else self.key_width // 2
+    def query_blocks(self) -> int:
+        """Lists name several at a time, to the last of them."""
+        rows = 1 if self.lists is None else self.lists.rows
+        return -(-super().query_blocks // rows) * rows
+
+    # dquery leaves in parts of 64 by 64, of which some take a turn together, and several warps add them, one turn each.
 
     @property
-    def dq_height(self) -> int:
-        return self.dq_rows or self.block_q
+    def by_rows(self) -> bool:
+        """Whether parts are of one and the same columns."""
+        return self.key_width == 64
 
     @property
-    def dq_width(self) -> int:
-        if self.block_k == 64:
-            return 64
-        return self.dq_columns or self.key_width
+    def parts(self) -> int:
+        """Of a block of queries."""
+        return self.block_q * self.key_width // 4096
+
+    @property
+    def turns(self) -> int:
+        """Of a block of queries."""
+        return 4 if self.key_width == 256 else 1
+
+    @property
+    def adders(self) -> int:
+        return 3 if self.key_width == 256 else 2
 
 
 def _width(head_dim: int) -> int:
@@ -160,13 +207,24 @@ def _width(head_dim: int) -> int:
     return max(64, 1 << (head_dim - 1).bit_length())
 
 
+def _widest(query, value) -> int:
+    return max(_width(query.shape[-1]), _width(value.shape[-1]))
+
+
+def backward_block_k(query, value) -> int:
+    """Keys of a block in the backward pass."""
+    return 64 if _widest(query, value) == 256 else 128
+
+
 @functools.cache
 def _has_gluon() -> bool:
-    version = importlib.metadata.version("triton").split(".")
-    return (int(version[0]), int(version[1])) >= (3, 9)
+    import triton
+
+    major, minor, *_ = triton.__version__.split(".")
+    return (int(major), int(minor)) >= (3, 9)
 
 
-def obstacle(query, key, value, scale: float, target: Target | None, *, widest: int = 256) -> str | None:
+def obstacle(query, key, value, scale: float, target: Target | None) -> str | None:
     """Why this schedule does not serve a call, as a clause, or None."""
     if target is None or target.compute_capability != 90:
         return "the chip is no Hopper"
@@ -175,8 +233,8 @@ def obstacle(query, key, value, scale: float, target: Target | None, *, widest: 
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it multiplies 16-bit numbers, and the operands are {query.dtype}"
     for x in query, key, value:
-        if x.shape[-1] % 8 or not 40 <= x.shape[-1] <= widest:
-            return f"it takes head dims that are multiples of 8 from 40 to {widest}, and one is {x.shape[-1]}"
+        if x.shape[-1] % 8 or not 40 <= x.shape[-1] <= WIDEST:
+            return f"it takes head dims that are multiples of 8 from 40 to {WIDEST}, and one is {x.shape[-1]}"
     if scale <= 0:
         return f"it takes positive scales, and this is {scale}"
     if math.prod(query.shape[:-1]) >= 2**31:
@@ -184,33 +242,37 @@ def obstacle(query, key, value, scale: float, target: Target | None, *, widest: 
     return None
 
 
-def forward_tiles(query, key, value, *, low, high, target: Target) -> Iterator[ForwardTile]:
+def forward_tiles(query, key, value, *, low: int | None, high: int | None, target: Target) -> Iterator[ForwardTile]:
     wide = max(_width(query.shape[-1]), _width(value.shape[-1]))
     (batch, keys, key_heads, _), heads = key.shape, query.shape[2]
+    windowed = low is not None and high is not None
+    if windowed:  # the blocks at work together see no more of a head than this
+        keys = min(keys, high - low + 128 * target.sms)
     head_bytes = keys * (key.shape[-1] + value.shape[-1]) * key.dtype.itemsize
     together = _fitting(CACHE * 6 // 10 // head_bytes * (heads // key_heads), batch * heads)
     # Where blocks of queries differ in length, the hardware hands them out better.
-    programs = target.sms if low is None and high is None else 0
-    groups, block_k = {64: (3, 128), 128: (2, 128), 256: (2, 64)}[wide]
-    first = ForwardTile(groups, block_k, 2, together, programs)
+    programs = target.sms if windowed or (low is None and high is None) else 0
+    groups, block_k, stages = {64: (3, 128, 2), 128: (2, 128, 2), 256: (2, 64, 2)}[wide]
+    if wide == 64 and low is not None:  # a loop more takes registers that three groups do not have
+        groups, stages = 2, 3
+    first = ForwardTile(groups, block_k, stages, together, programs)
     yield first
     for other in {0, target.sms} - {programs}:
         yield first._replace(programs=other)
     for factor in (0.25, 0.5, 2, 4):
         yield first._replace(together=_fitting(int(factor * together), batch * heads))
     if wide == 64:
-        yield first._replace(groups=2, stages=3)
+        yield first._replace(groups=5 - groups, stages=5 - stages)
 
 
 def backward_tiles(query, key, value, *, low, high) -> Iterator[BackwardTile]:
-    wide = max(_width(query.shape[-1]), _width(value.shape[-1]))
     batch, queries, heads, head_dim = query.shape
     key_heads = key.shape[2]
     # Query and dout in 16 bits, dquery in 32. A program that sees a part of the queries holds but a part in the cache.
     head_bytes = queries * head_dim * 8 * (heads // key_heads)
     part = 1 if low is None and high is None else 2
     together = _fitting(CACHE * 6 // 10 * part // head_bytes, batch * key_heads)
-    first = BackwardTile({64: 128, 128: 64}[wide], 2, together)
+    first = BackwardTile(128 if _widest(query, value) == 64 else 64, 2, together)
     yield first
     for factor in (0.25, 0.5, 2, 4):
         yield first._replace(together=_fitting(int(factor * together), batch * key_heads))
@@ -221,7 +283,8 @@ def _fitting(number: int, most: int) -> int:
 
 
 def _descriptor(x, rows: int, columns: int | None = None):
-    """How the Tensor Memory Accelerator sees an array (batch, length, heads, width): blocks of rows of one head."""
+    """How the Tensor Memory Accelerator sees an array (batch, length, heads, width): blocks of rows of one head, of all
+    its columns if not told how many."""
     batch, length, heads, width = x.shape
     strides = (length * heads * width, width, heads * width, 1)
     return _tensor(x, (batch, heads, length, width), strides, (1, 1, rows, columns or _width(width)))
@@ -242,11 +305,31 @@ def _sizes(query, key, value) -> dict[str, int]:
     return dict(batch=batch, queries=queries, keys=keys, heads=heads, key_heads=key_heads, **widths)
 
 
-def forward(query, key, value, origin, *, tile: ForwardTile, scale: float, low: int | None, high: int | None):
+ARRAYS = 8  # of operands that the kernels have room for
+
+
+def _optional(arrays: Sequence, most: int) -> tuple:
+    return (*arrays, *[None] * (most - len(arrays)))
+
+
+def forward(
+    query,
+    key,
+    value,
+    origin,
+    *,
+    tile: ForwardTile,
+    scale: float,
+    low: int | None,
+    high: int | None,
+    visits: Sequence = (),
+    arrays: Sequence = (),
+    options: Mapping[str, Any] = MappingProxyType({}),
+):
     """The output, and the logarithm of the sum of exponentials of scores. `origin` is None or an int32 scalar."""
     from jtile.ops.attention.hopper.forward_kernel import attention
 
-    block_q = tile.rows * tile.groups
+    block_q = 64 * tile.groups
     blocks = -(-query.shape[1] // block_q) * query.shape[0] * query.shape[2]
     programs = min(tile.programs or blocks, blocks)
     call = Forward(
@@ -259,15 +342,17 @@ def forward(query, key, value, origin, *, tile: ForwardTile, scale: float, low: 
         stages=tile.stages,
         together=tile.together,
         loops=programs < blocks,
-        rows=tile.rows,
+        **options,
     )
     out = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), query.dtype)
     return triton_call(
-        _descriptor(query, tile.rows),
+        _descriptor(query, 64),
         _descriptor(key, call.block_k),
         _descriptor(value, call.block_k),
         origin,
-        _descriptor(out, tile.rows),
+        *_optional(visits, 2),
+        *_optional(arrays, ARRAYS),
+        _descriptor(out, 64),
         kernel=attention,
         out_shape=(out, jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)),
         grid=programs,
@@ -275,49 +360,70 @@ def forward(query, key, value, origin, *, tile: ForwardTile, scale: float, low: 
     )
 
 
-def backward(query, key, value, origin, out, lse, dout, dlse, *, tile: BackwardTile, scale: float, low, high):
+def backward(
+    query,
+    key,
+    value,
+    out,
+    lse,
+    dout,
+    dlse,
+    *,
+    origin,
+    tile: BackwardTile,
+    scale: float,
+    low: int | None,
+    high: int | None,
+    visits: Sequence = (),
+    arrays: Sequence = (),
+    options: Mapping[str, Any] = MappingProxyType({}),
+):
     """The gradients of query, key and value."""
     from triton.experimental.gluon import language as gl
 
-    if max(_width(query.shape[-1]), _width(value.shape[-1])) > 128:
+    width = _widest(query, value)
+    if width == 256:
         from jtile.ops.attention.hopper.wide_backward_kernel import attention_backward
     else:
         from jtile.ops.attention.hopper.backward_kernel import attention_backward
 
     call = Backward(
-        **_sizes(query, key, value),
+        **_sizes(query, key, value) | dict(key_width=width, value_width=width),
         low=low,
         high=high,
         scale=scale,
         block_q=tile.block_q,
-        block_k=64 if max(_width(query.shape[-1]), _width(value.shape[-1])) > 128 else 128,
+        block_k=backward_block_k(query, value),
         stages=tile.stages,
         together=tile.together,
-        **dict(late=tile.late, swap=tile.swap, carry=tile.carry, dq_slots=tile.dq_slots, ordered=tile.ordered, adders=tile.adders),
+        **options,
     )
-    batch, queries, heads, head_dim = query.shape
+    batch, queries, heads, _ = query.shape
     # What the kernel subtracts from scores, in powers of two, and from the weights' gradients. A query that sees no key
     # has the weights 2^-inf.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, math.log2(math.e) * lse)
-    # XLA is not to make the sums of products while it puts the two together: that takes ten times as long.
-    delta = jax.lax.optimization_barrier(row_sums(out, dout, dlse))
-    statistics = jnp.stack([lse, delta]).transpose(0, 1, 3, 2)
     padded = call.query_blocks * call.block_q
-    statistics = jnp.pad(statistics, [(0, 0)] * 3 + [(0, padded - queries)])
+    ends = [(0, 0), (0, padded - queries), (0, 0)]
+    lse = jnp.pad(lse, ends, constant_values=jnp.inf)  # nor has one past the end
+    # XLA is not to make the sums while it puts the two together: that takes several times as long.
+    delta = jax.lax.optimization_barrier(row_sums(out, dout, dlse))
+    statistics = jnp.stack([lse, jnp.pad(delta, ends)]).transpose(0, 1, 3, 2)
     plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
     strides = (batch * heads * padded, heads * padded, padded, 1)
     sums = jax.ShapeDtypeStruct(query.shape, jnp.float32)
     like_key_and_value = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)]
-    turns = jax.ShapeDtypeStruct((batch * heads * call.query_blocks * (4 if call.block_k == 64 else 1),), jnp.int32)
+    turns = jax.ShapeDtypeStruct((batch * heads * call.query_blocks * call.turns,), jnp.int32)
     dquery, dkey, dvalue, _ = triton_call(
-        _descriptor(query, call.block_q),
-        _descriptor(key, 64),
-        _descriptor(value, 64),
-        _descriptor(dout, call.block_q),
+        _descriptor(query, call.block_q, width),
+        _descriptor(key, 64, width),
+        _descriptor(value, 64, width),
+        _descriptor(dout, call.block_q, width),
         _tensor(statistics, statistics.shape, strides, (2, 1, 1, call.block_q), plain),
         origin,
-        _descriptor(sums, call.dq_height, call.dq_width),
-        *(_descriptor(x, 64) for x in like_key_and_value),
+        *_optional(visits, 3),
+        *_optional(arrays, ARRAYS),
+        _descriptor(sums, 64, 64),
+        *(_descriptor(x, 64, width) for x in like_key_and_value),
         kernel=attention_backward,
         out_shape=(sums, *like_key_and_value, turns),
         zeroed_outputs=(3,),

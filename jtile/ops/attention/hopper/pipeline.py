@@ -75,8 +75,11 @@ class Ring:
 
 
 @gluon.jit
-def pieces(dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr, slots: gl.constexpr, writers: gl.constexpr, readers: gl.constexpr):
-    """Room for blocks that so many warps write, or one thread by the Tensor Memory Accelerator, and so many warps read."""
+def room(
+    dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr, slots: gl.constexpr, writers: gl.constexpr,
+    readers: gl.constexpr,
+):  # fmt: skip
+    """Room for blocks that so many writers fill, warps or a thread that loads, and so many warps read."""
     blocks = gl.allocate_shared_memory(dtype, [slots] + shape, layout)
     full = mbarrier.allocate_mbarrier(slots)
     empty = mbarrier.allocate_mbarrier(slots)
@@ -89,4 +92,4 @@ def pieces(dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr, slots
 @gluon.jit
 def ring(descriptor, slots: gl.constexpr, readers: gl.constexpr):
     """Room for blocks of a descriptor (1, 1, rows, width), each read by so many groups of warps."""
-    return pieces(descriptor.dtype, descriptor.block_shape, descriptor.layout, slots, 1, 4 * readers)
+    return room(descriptor.dtype, descriptor.block_shape, descriptor.layout, slots, 1, 4 * readers)
