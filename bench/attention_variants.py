@@ -1,4 +1,4 @@
-"""Variants of attention's schedule for Hopper beside cuDNN and tokamax, with their errors: TFLOP/s, causal counts half."""
+"""Variants of attention's schedule for Hopper beside cuDNN and tokamax: TFLOP/s, causal counts half; and errors."""
 
 import functools
 import json
@@ -15,8 +15,8 @@ from bench import trace
 from jtile.ops.attention import hopper
 from jtile.tuning import timing
 
-jax.config.update('jax_compilation_cache_dir', os.environ.get('XLA_CACHE'))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+jax.config.update("jax_compilation_cache_dir", os.environ.get("XLA_CACHE"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 START = time.perf_counter()
 BUDGET = float(os.environ.get("BUDGET", "80"))
 B, F = hopper.BackwardTile, hopper.ForwardTile
@@ -79,8 +79,10 @@ def mosaic(causal):
 
 def error(got, wanted):
     """The largest difference, as a share of the largest number."""
-    far = [jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)) for a, b in zip(*(
-        [x.astype(jnp.float32) for x in xs] for xs in (got, wanted)), strict=True)]
+    far = [
+        jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))
+        for a, b in zip(*([x.astype(jnp.float32) for x in xs] for xs in (got, wanted)), strict=True)
+    ]
     return [round(float(x), 4) for x in far]
 
 
@@ -95,9 +97,11 @@ def profile(function, arguments, calls=3):
 def measure(shape, causal, forwards, backwards, *, rivals=True, warm_only=False, profiled=(), turns=2):
     scale = shape[-1] ** -0.5
     one = 2 * 4 * shape[0] * shape[1] * shape[2] * shape[3]
-    sets = inputs(shape, max(1, min(3, int(2e8 // one) + 1))) if not warm_only else [
-        (jax.ShapeDtypeStruct(shape, jnp.bfloat16),) * 4
-    ]
+    sets = (
+        inputs(shape, max(1, min(3, int(2e8 // one) + 1)))
+        if not warm_only
+        else [(jax.ShapeDtypeStruct(shape, jnp.bfloat16),) * 4]
+    )
     title = f"{shape} {'causal' if causal else 'full'}"
     functions = {"cuDNN f": (cudnn(causal), "f"), "cuDNN fb": (of_vjp(cudnn(causal)), "fb")}
     if rivals:
@@ -134,7 +138,8 @@ def measure(shape, causal, forwards, backwards, *, rivals=True, warm_only=False,
                 got = (got,) if isinstance(got, jax.Array) else got
                 notes[name] = error(got, compared)
                 again = jitted(*given[0])
-                if not all(bool(jnp.all(a == b)) for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(again), strict=True)):
+                pairs = zip(jax.tree.leaves(out), jax.tree.leaves(again), strict=True)
+                if not all(bool(jnp.all(a == b)) for a, b in pairs):
                     notes[name].append("bits differ")
             works[name] = jitted, given
         except Exception as failure:
@@ -145,7 +150,8 @@ def measure(shape, causal, forwards, backwards, *, rivals=True, warm_only=False,
     for turn in range(turns):
         for name, work in timing.in_turn(works, turn):
             calls = timing.run(*work, least=0.03, at_once=4, wait=jax.block_until_ready)
-            times[name].append(timing.run(*work, least=0.03, at_once=max(1, min(20, int(0.04 / calls))), wait=jax.block_until_ready))
+            at_once = max(1, min(20, int(0.04 / calls)))
+            times[name].append(timing.run(*work, least=0.03, at_once=at_once, wait=jax.block_until_ready))
     rate = {}
     for name in works:
         factor = {"f": 1, "b": 2.5, "fb": 3.5}[functions[name][1]]
@@ -188,8 +194,13 @@ def plan():
     hd64 = f(2, 128, 2, (30, 15), (0, 132)) | f(3, 128, 2, (15, 30), (132,))
     hd64 |= {f"128 rows p={p}": F(2, 64, 4, 30, p, 128) for p in (0, 132)}
     yield (4, 4096, 32, 64), True, hd64, b(128, 30, 15), quiet
-    yield (4, 4096, 32, 64), False, f(3, 128, 2, (30, 15, 8), (0,)) | {
-        "128 rows": F(2, 64, 4, 30, 0, 128)}, b(128, 15, 8), quiet
+    yield (
+        (4, 4096, 32, 64),
+        False,
+        f(3, 128, 2, (30, 15, 8), (0,)) | {"128 rows": F(2, 64, 4, 30, 0, 128)},
+        b(128, 15, 8),
+        quiet,
+    )
     yield (16, 1024, 16, 128), True, f(2, 128, 2, (60, 30), (0, 132)), few(b(64, 60, 30, 16)), seen
     yield (1, 16384, 16, 128), True, f(2, 128, 2, (3, 2), (0,)), few(b(64, 3, 2, 1)), {}
     yield (1, 16384, 16, 128), False, f(2, 128, 2, (3, 2), (132,)), few(b(64, 1, 2, 3)), {}

@@ -10,7 +10,7 @@ only for programs of smaller numbers, which the hardware starts earlier. That a 
 a block of queries takes to work on, so two warps add, each every other block's parts. Two kernels without such a sum,
 one by queries and one by keys, would take seven products.
 
-While a group's part of dquery leaves, its tensor cores are at dkey, and still when the next block's scores are sent off.
+While a group's part of dquery leaves, the tensor cores are at its dkey, and still when its next scores are sent off.
 
 The rest is FlashAttention-3's method (Shah et al., 2024, arXiv:2407.08608).
 """
