@@ -124,7 +124,7 @@ def forward(query, key, value, *arrays, target, variant: Variant) -> Iterator[Ti
 def backward(query, key, value, *rest, target, variant: Variant) -> Iterator[BackwardTiles | hopper.BackwardTile]:
     """One kernel's tile at a time differs from the untuned one; the tuner puts the best of both together."""
     arrays = rest[: len(variant.operands)]
-    if on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target, widest=128) is None:
+    if on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target) is None:
         yield from on_hopper.backward_tiles(query, key, value, variant=variant)
     problem = Problem(query, value, arrays, variant, target)
     untuned = BackwardTiles(problem.of(DQUERY, "dquery"), problem.of(DKEY_DVALUE, "dkey_dvalue"))
