@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jtile
 from jtile.ops.attention import dot_product_attention
 from jtile.ops.random_bits import key_words, random_bits
 
@@ -330,6 +331,21 @@ def test_blocks_that_nothing_sees_are_not_visited():
     assert of_queries[:, 3].tolist() == [2, 2, 4, 4, 6, 6, 8, 8]
     windowed = visits.static_range(Variant(1.0, window=(100, 0)), 0, 256, 512, 64, 64, of_keys=True)
     assert [int(n) for n in windowed] == [2, 4, 4, 5]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_kernels_fit_cards_with_little_shared_memory(head_dim):
+    """With what needs the most of it: blocks of a bias and of a mask beside those of keys and values."""
+    shapes = dict(query=(1, 1024, 4, head_dim), key=(1, 1024, 2, head_dim), value=(1, 1024, 2, head_dim))
+    shapes |= dict(bias=(4, 1024, 1024), mask=(1, 1, 1024, 1024))
+    inputs = {n: jax.ShapeDtypeStruct(s, bool if n == "mask" else jnp.bfloat16) for n, s in shapes.items()}
+
+    def gradients(inputs):
+        floating = {n: x for n, x in inputs.items() if n != "mask"}
+        loss = lambda floating: dot_product_attention(**floating, mask=inputs["mask"]).astype(jnp.float32).sum()  # noqa: E731
+        return jax.grad(loss)(floating)
+
+    assert len(jtile.inspect(gradients, inputs, target="NVIDIA L4")) == 4
 
 
 def test_dropout_is_a_function_of_key_and_place():

@@ -80,9 +80,10 @@ def close(got, wanted):
 # With the groups of a forward program, and the queries of a backward program's block.
 SHAPES = {
     "grouped": ((1, 300, 300, 2, 1, 64), 3, 128),
-    "fewer keys": ((1, 200, 90, 1, 1, 64), 2, 64),
+    "fewer keys": ((1, 200, 90, 1, 1, 64), 2, 128),
     "one block": ((2, 17, 17, 1, 1, 64), 3, 128),
     "padded": ((1, 150, 260, 1, 1, 80), 2, 64),
+    "wide": ((1, 90, 150, 2, 1, 192, 256), 2, 64),
 }
 BANDS = {"full": (0, None, None), "causal": (0, None, 0), "offset": (-40, None, 0), "window": (7, -70, 30)}
 
@@ -194,10 +195,12 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(op, "ops", lambda *_: types.SimpleNamespace(forward=forward))
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-def test_features_by_numpy(on_cpu, feature):
+@pytest.mark.parametrize(
+    "feature, head_dim", [*((f, 64) for f in FEATURES), *((f, 256) for f in ("cap", "segments", "prefix", "table"))]
+)
+def test_features_by_numpy(on_cpu, feature, head_dim):
     """The output, the log-sum-exp, and the gradients of query, key and value."""
-    query, key, value, _ = map(jnp.asarray, operands(1, 300, 300, 2, 1, 64))
+    query, key, value, _ = map(jnp.asarray, operands(1, 300, 300, 2, 1, head_dim))
     got, wanted = FEATURES[feature](query, key, value, return_lse=True)
     close(got, [np.asarray(x, np.float32) for x in wanted])
 
@@ -213,7 +216,7 @@ def waits(kernel) -> list[int]:
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_compiled(head_dim, is_causal):
     """Products are under way while weights are made: a step waits for all but the last of them first."""
     query, key, value, dout = (jax.ShapeDtypeStruct((2, 4096, heads, head_dim), jnp.bfloat16) for heads in (8, 4, 4, 8))
@@ -223,19 +226,20 @@ def test_compiled(head_dim, is_causal):
     loops = 2 if is_causal else 1  # over blocks where some queries do not see some keys, and over the others
     assert waits(forward).count(1) == groups * loops
     assert len(waits(forward)) <= groups * (1 + 2 * loops + 1)  # groups may share the last one's code
-    assert waits(backward) == sorted(2 * [1, 1, 2, 0])
+    # In the loop the two groups leave one product under way each time; at head dim 256 each first waits for its scores.
+    assert waits(backward) == sorted(2 * [1, 1, 1, 0] if head_dim <= 128 else 2 * [0, 1, 1, 0])
     for kernel in forward, backward:
         assert kernel.instructions["wgmma.mma_async"] == kernel.tensor_core_instructions > 0
         assert kernel.shared_bytes <= Target.named("NVIDIA H200").shared_bytes_per_block
-        # Causal, a few addresses that are used once for each block have no register.
-        assert kernel.spill_bytes <= (64 if is_causal else 0)
+        # A few addresses that are used once for each block have no register.
+        assert kernel.spill_bytes <= (128 if is_causal else 64)
 
 
 @pytest.mark.parametrize(
     "target, dtype, head_dim, runs",
     [
         ("NVIDIA H200", jnp.bfloat16, 64, {"attention", "attention_backward"}),
-        ("NVIDIA H200", jnp.float16, 256, {"attention", "attention_dquery", "attention_dkey_dvalue"}),
+        ("NVIDIA H200", jnp.float16, 256, {"attention", "attention_backward"}),
         ("NVIDIA A100", jnp.bfloat16, 64, {"attention", "attention_dquery", "attention_dkey_dvalue"}),
         ("NVIDIA H200", jnp.float32, 64, {"attention", "attention_dquery", "attention_dkey_dvalue"}),
     ],
@@ -280,6 +284,9 @@ def test_features_on_a_gpu(feature, head_dim):
         (out, lse), pull = jax.vjp(call, query, key, value)
         return out, lse, *pull((dout, jnp.where(jnp.isfinite(lse), 1.0, 0.0)))
 
+    if Target.current().compute_capability == 90:
+        tiles = [report.tile for report in jtile.explain(run, query, key, value, dout, "triton")]
+        assert [tile.partition("(")[0] for tile in tiles[:2]] == ["ForwardTile", "BackwardTile"]
     got = run(query, key, value, dout, "triton")
     close(got, [np.asarray(x, np.float32) for x in run(query, key, value, dout, "xla")])
     assert all(bool(jnp.all(a == b)) for a, b in zip(run(query, key, value, dout, "triton"), got, strict=True))

@@ -584,7 +584,7 @@ def backward(query, key, value, *rest, tile: BackwardTiles | hopper.BackwardTile
     if not variant.masks_by_data:
         return dquery, dkey, dvalue
     leaked = jnp.any(jnp.isnan(dquery)) | jnp.any(jnp.isnan(dkey))
-    batch, block_k = jnp.where(leaked, query.shape[0], 0), hopper.BACKWARD_BLOCK_K
+    batch, block_k = jnp.where(leaked, query.shape[0], 0), hopper.backward_block_k(query, value)
     dquery = _dquery(*given, Tile(128, block_k, 8, 1), variant, _Onto((dquery,), batch))
     of_keys = _Onto((dkey, dvalue), batch)
     return dquery, *_dkey_dvalue(*given, Tile(tile.block_q, block_k, 8, 1), variant, of_keys)

@@ -65,7 +65,7 @@ def ops(operands: tuple[Operand, ...], differentiable: tuple[str, ...] = ()) -> 
         f"{given} -> {OUT}",
         (reference.forward, kernels.forward),
         tiles.forward,
-        tiles.forward_notes,
+        tiles.notes,
     )
     forward.kernel_dtypes = KERNEL_DTYPES
     backward = made(
@@ -73,7 +73,7 @@ def ops(operands: tuple[Operand, ...], differentiable: tuple[str, ...] = ()) -> 
         f"{residuals} -> {gradients_of}",
         (reference.backward, kernels.backward),
         tiles.backward,
-        tiles.backward_notes,
+        tiles.notes,
     )
     operand_gradients = {
         name: made(

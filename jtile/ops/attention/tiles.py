@@ -113,13 +113,6 @@ DQUERY_BLOCKS = (32, 32), (64, 32), (64, 64), (128, 32), (128, 64)
 DKEY_DVALUE_BLOCKS = (16, 64), (32, 32), (32, 64), (64, 64), (64, 128)
 
 
-# What `jtile.explain` adds.
-HOPPER = "on the schedule for Hopper"
-PORTABLE = "on the portable schedule: {}"
-
-WIDEST_BACKWARD = 128  # head dim that the backward schedule for Hopper takes
-
-
 def forward(query, key, value, *arrays, target, variant: Variant) -> Iterator[Tile | hopper.ForwardTile]:
     if on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target) is None:
         yield from on_hopper.forward_tiles(query, key, value, variant=variant, target=target)
@@ -128,16 +121,10 @@ def forward(query, key, value, *arrays, target, variant: Variant) -> Iterator[Ti
     yield from problem.others("forward", *FORWARD_BLOCKS)
 
 
-def forward_notes(query, key, value, *arrays, target, tile, variant: Variant) -> str:
-    if isinstance(tile, hopper.ForwardTile):
-        return HOPPER
-    return PORTABLE.format(on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target))
-
-
 def backward(query, key, value, *rest, target, variant: Variant) -> Iterator[BackwardTiles | hopper.BackwardTile]:
     """One kernel's tile at a time differs from the untuned one; the tuner puts the best of both together."""
     arrays = rest[: len(variant.operands)]
-    if _backward_obstacle(query, key, value, arrays, variant, target) is None:
+    if on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target) is None:
         yield from on_hopper.backward_tiles(query, key, value, variant=variant)
     problem = Problem(query, value, arrays, variant, target)
     untuned = BackwardTiles(problem.of(DQUERY, "dquery"), problem.of(DKEY_DVALUE, "dkey_dvalue"))
@@ -146,18 +133,16 @@ def backward(query, key, value, *rest, target, variant: Variant) -> Iterator[Bac
     yield from (untuned._replace(dkey_dvalue=tile) for tile in problem.others("dkey_dvalue", *DKEY_DVALUE_BLOCKS))
 
 
-def _backward_obstacle(query, key, value, arrays, variant: Variant, target) -> str | None:
-    return on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target, widest=WIDEST_BACKWARD)
-
-
-def backward_notes(query, key, value, *rest, target, tile, variant: Variant) -> str:
-    if isinstance(tile, hopper.BackwardTile):
-        return HOPPER
-    arrays = rest[: len(variant.operands)]
-    return PORTABLE.format(_backward_obstacle(query, key, value, arrays, variant, target))
-
-
 def operand_gradient(query, key, value, *rest, target, variant: Variant, operand: str) -> Iterator[Tile]:
     problem = Problem(query, value, rest[: len(variant.operands)], variant, target)
     yield problem.of(DKEY_DVALUE, "dkey_dvalue")
     yield from problem.others("dkey_dvalue", *DKEY_DVALUE_BLOCKS)
+
+
+def notes(query, key, value, *rest, target, tile, variant: Variant) -> str:
+    """What `jtile.explain` adds."""
+    if isinstance(tile, hopper.ForwardTile | hopper.BackwardTile):
+        return "on the schedule for Hopper"
+    arrays = rest[: len(variant.operands)]
+    obstacle = on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target)
+    return f"on the portable schedule: {obstacle or 'tuning found it faster'}"

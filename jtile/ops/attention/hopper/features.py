@@ -50,12 +50,10 @@ def _trace(query, key, arrays, variant: Variant, *, with_derivative: bool):
     return *_traced(variant, types, sizes, with_derivative=with_derivative), sizes
 
 
-def obstacle(
-    query, key, value, *arrays, variant: Variant, target: Target | None, widest: int = hopper.WIDEST
-) -> str | None:
+def obstacle(query, key, value, *arrays, variant: Variant, target: Target | None) -> str | None:
     """Why this schedule does not serve a call, as a clause, or None."""
     scale = 1.0 if variant.modifies else variant.scale
-    if found := hopper.obstacle(query, key, value, scale, target, widest=widest):
+    if found := hopper.obstacle(query, key, value, scale, target):
         return found
     if variant.dropout:
         return "it has no dropout"
@@ -72,6 +70,8 @@ def obstacle(
 def forward_tiles(query, key, value, *, variant: Variant, target: Target) -> Iterator[hopper.ForwardTile]:
     sides = variant.block_size or (0, 0)
     for tile in hopper.forward_tiles(query, key, value, **band(variant), target=target):
+        if variant.block_size or variant.has(*visits.TELLING):
+            tile = tile._replace(programs=0)  # blocks of queries differ in length
         if tile.groups == 3 and (variant.modifies or variant.masks_by_data):
             tile = tile._replace(groups=2, stages=3)  # functions of scores need the registers that three do not have
         if not (sides[0] % (64 * tile.groups) or sides[1] % tile.block_k):
@@ -143,7 +143,7 @@ def backward_tiles(query, key, value, *, variant: Variant) -> Iterator[hopper.Ba
 def backward(query, key, value, *arrays, out, lse, dout, dlse, tile: hopper.BackwardTile, variant: Variant):
     """The gradients of query, key and value."""
     named: dict[str, Any] = variant.named(arrays)
-    blocks = _Blocks(tile.block_q, hopper.BACKWARD_BLOCK_K)
+    blocks = _Blocks(tile.block_q, hopper.backward_block_k(query, value))
     options: dict[str, Any] = dict(
         functions=_functions(query, key, arrays, variant, "kq"), masks_anywhere=variant.masks_anywhere
     )
@@ -167,7 +167,7 @@ def backward(query, key, value, *arrays, out, lse, dout, dlse, tile: hopper.Back
         )
         key_blocks = -(-key.shape[1] // blocks.block_k)
         visited = jnp.repeat(visited, options["lists"].columns, axis=2)[:, :, :key_blocks]
-        visited = jnp.repeat(visited, options["lists"].rows, axis=3)[..., :count]
+        visited = jnp.repeat(visited, options["lists"].rows, axis=3)
     if at is not None:
         # A block of queries gets what its blocks of keys add one after the other.
         numbers = jnp.cumsum(visited, axis=2, dtype=jnp.int32) - visited

@@ -141,19 +141,36 @@ def _write(name: str, parameters: Sequence[str], jaxpr, given: Sequence[_Given],
 # Tracing
 
 
-def _inlined(jaxpr, consts, operands):
-    """The results of a jaxpr without the functions in it."""
+def _inlined(jaxpr, consts, operands, small):
+    """The results of a jaxpr without the functions in it.
+
+    Sums of integers that are `small` are exact as floats too: they are converted before, a row's and a column's numbers
+    each by itself, not after, each element's.
+    """
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *operands], strict=True))
+    sums = {}
+
+    def value(v):
+        return v.val if isinstance(v, Literal) else values[v]
+
+    def is_small(v):
+        return isinstance(v, Literal) or any(values[v] is x for x in small)
+
     for eqn in jaxpr.eqns:
-        given = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
-        if eqn.primitive.name == "jit":
+        given, name = list(map(value, eqn.invars)), eqn.primitive.name
+        if name in ("add", "sub") and all(map(is_small, eqn.invars)):
+            sums[eqn.outvars[0]] = eqn.primitive, given
+        if name == "jit":
             inner = eqn.params["jaxpr"]
-            found = _inlined(inner.jaxpr, inner.consts, given)
+            found = _inlined(inner.jaxpr, inner.consts, given, small)
+        elif name == "convert_element_type" and eqn.invars[0] in sums and eqn.params["new_dtype"] == jnp.float32:
+            primitive, terms = sums[eqn.invars[0]]
+            found = [primitive.bind(*(jax.lax.convert_element_type(x, jnp.float32) for x in terms))]
         else:
             found = eqn.primitive.bind(*given, **eqn.primitive.get_bind_params(eqn.params))
             found = found if eqn.primitive.multiple_results else [found]
         values.update(zip(eqn.outvars, found, strict=True))
-    return [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
+    return list(map(value, jaxpr.outvars))
 
 
 MOST_ROWS = 256  # of a block
@@ -218,9 +235,11 @@ def trace(
         return *scores, masks.visible(place, x)
 
     traced = jax.make_jaxpr(both)(SCORE, *[NUMBER] * 5)
-    traced = jax.make_jaxpr(lambda *x: _inlined(traced.jaxpr, traced.consts, x))(SCORE, *[NUMBER] * 5)
+    few = not variant.has("origin") and max(sizes.queries, sizes.keys) < 2**23
+    inlined = lambda *x: _inlined(traced.jaxpr, traced.consts, x, x[3:] if few else ())  # noqa: E731
+    traced_again = jax.make_jaxpr(inlined)(SCORE, *[NUMBER] * 5)
     slope = variant.soft_cap if capped else 1.0 if variant.modifies else variant.scale
-    return traced.jaxpr, slope * LOG2_E
+    return traced_again.jaxpr, slope * LOG2_E
 
 
 def obstacle(jaxpr) -> str | None:
@@ -231,13 +250,13 @@ def obstacle(jaxpr) -> str | None:
 
 def write(jaxpr, slope: float, sizes: Sizes, variant: Variant, order: str) -> Functions:
     """The functions of a traced variant, of blocks with these axes: what is known of their rows is computed once."""
-    integer = np.dtype(np.int32)
+    integer, queries = np.dtype(np.int32), (0, sizes.queries + MOST_ROWS)
     given = dict(
         product=_Given("product", order, np.dtype(np.float32)),
         batch=_Given("batch", "", integer, (0, sizes.batch - 1)),
         head=_Given("head", "", integer, (0, sizes.heads - 1)),
-        row=_Given("row", "q", integer, (0, sizes.queries + MOST_ROWS)),
-        query=_Given("query", "q", integer),
+        row=_Given("row", "q", integer, queries),
+        query=_Given("query", "q", integer, None if variant.has("origin") else queries),
         key=_Given("key", "k", integer, (0, sizes.keys + MOST_ROWS)),
     )
     variables = dict(zip(given, jaxpr.invars, strict=True))
