@@ -610,31 +610,30 @@ def exchanges(trial: Trial) -> None:
             f"{dict(found)}, and needs {needed}"
         )
 
-    def programs(dim: str, way: Way) -> tuple[Split, jax.stages.Compiled, jax.stages.Compiled]:
+    def programs(dim: str, way: Way):
         split = Split(trial, dim, math.gcd(trial.case.sizes[dim], 4))
         shape, names = (split.count, way.others), (split.AXIS, "other")
         return split, *_programs(split, Target.named(TARGETS[1]).make_mesh(shape, names, (way.kind,) * 2), way)
 
     for i, dim in enumerate(trial.case.split.split()):
         for way in *BY_SHARDINGS, *BY_SHARD_MAP[i % 2]:
-            split, forward, backward = programs(dim, way)
-            sums = split.lacking(signature.results) * trial.case.exchanged.get(dim, 1)
-            # JAX does not know without `check_vma` that devices have the same cotangent of a sum, and adds them up.
-            unknown = sums if way.check_vma is False else 0
-            gradients = split.lacking(signature.operands) + unknown
-            if exchanged(forward) > sums:  # what a gradient needs may be summed as early as the forward pass
-                if way.check_vma is not False:  # where `shard_map` sums some of it again, not knowing that it is whole
-                    check(split, way, "forward and backward pass", (forward, backward), sums + gradients)
-            else:
-                check(split, way, "forward pass", (forward,), sums)
-                check(split, way, "backward pass", (backward,), gradients)
+            split, forward, compile_backward = programs(dim, way)
+            results, gradients = split.lacking(signature.results), split.lacking(signature.operands)
+            sums = results * trial.case.exchanged.get(dim, 1)
+            early = max(exchanged(forward) - sums, 0)  # of what gradients need, summed as early as the forward pass
+            # Without `check_vma` JAX does not know what devices share. It takes what each has of a cotangent of a sum
+            # for a part, as of a gradient that is whole already, and adds them up.
+            unknown = 0 if way.check_vma is not False else early + results if early else sums
+            check(split, way, "forward pass", (forward,), sums + min(early, gradients))
+            both = forward, compile_backward()
+            check(split, way, "forward and backward pass", both, sums + gradients + unknown)
     for other, way in itertools.product(Split.others(trial), BY_SHARDINGS):
         split, forward, _ = programs(other.dim, way)  # an operand is gathered once, or a part of it will do
         check(split, way, "forward pass", (forward,), min(exchanged(forward), split.gathered()))
 
 
-def _programs(split: Split, mesh, way: Way) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
-    """The compiled forward pass, which returns what the backward pass reads, and that backward pass."""
+def _programs(split: Split, mesh, way: Way) -> tuple[jax.stages.Compiled, Callable[[], jax.stages.Compiled]]:
+    """The compiled forward pass, which returns what the backward pass reads, and what compiles that backward pass."""
     trial, ins, outs = split.trial, split.operand_specs(), split.result_specs()
     function = trial.kernel
     if way.check_vma is not None:
@@ -649,8 +648,13 @@ def _programs(split: Split, mesh, way: Way) -> tuple[jax.stages.Compiled, jax.st
         operands = placed(trial.case.shapes(), {n: NamedSharding(mesh, spec) for n, spec in ins.items()})
         lowered = jax.jit(lambda x: jax.vjp(on_floats(function, x), floating(x))).lower(operands)
         forward = lowered.compile()
+
+    def backward():
         out, pull = placed(lowered.out_info, forward.output_shardings)
-        return forward, jax.jit(lambda pull, cotangents: pull(cotangents)).lower(pull, out).compile()
+        with jax.set_mesh(mesh):
+            return jax.jit(lambda pull, cotangents: pull(cotangents)).lower(pull, out).compile()
+
+    return forward, backward
 
 
 @law
