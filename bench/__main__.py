@@ -1,9 +1,9 @@
 """Measures jtile on this machine's GPU.
 
 `python -m bench run` times jtile's ops and their rivals in turn, checks each against a float32 reference, and writes
-`bench/results/<chip>/<date>.json` after every case; `--tables sizes widths sequences` measures the sweeps. `python -m bench
-report` makes tables and plots of what is there. `python -m bench list` shows cases and rivals. `python -m bench pallas`
-times Pallas kernels through jtile and through JAX's own backend.
+`bench/results/<chip>/<date>.json` after every case; `--tables sizes widths sequences` measures the sweeps.
+`python -m bench report` makes tables and plots of what is there. `python -m bench list` shows cases and rivals.
+`python -m bench pallas` times Pallas kernels through jtile and through JAX's own backend.
 """
 
 import argparse

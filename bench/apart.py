@@ -1,6 +1,5 @@
 """Rivals in a process of their own, whose end is theirs alone. There PyTorch finds the Triton that it was made for."""
 
-import contextlib
 import importlib.util
 import multiprocessing
 import sys
@@ -106,8 +105,7 @@ class RemoteTurns:
 
 
 def serve(connection) -> None:
-    with contextlib.suppress(ImportError):
-        import_torchs_triton()
+    import_torchs_triton()
     served = Served()
     while True:
         try:
@@ -126,14 +124,14 @@ def serve(connection) -> None:
 def import_torchs_triton() -> None:
     """The one that was installed with PyTorch, where a path has another before it."""
     torch = importlib.util.find_spec("torch")
-    if torch is None or torch.origin is None:
+    beside = torch and torch.origin and Path(torch.origin).parents[1]
+    if not beside or not (beside / "triton").is_dir():
         return
-    beside = str(Path(torch.origin).parents[1])
-    sys.path.insert(0, beside)
+    sys.path.insert(0, str(beside))
     try:
         import triton  # noqa: F401
     finally:
-        sys.path.remove(beside)
+        sys.path.remove(str(beside))
 
 
 class Served:

@@ -29,6 +29,15 @@ def normal(*shape: int, dtype=jnp.bfloat16) -> Operand:
     return functools.partial(jax.random.normal, shape=shape, dtype=dtype)
 
 
+def matrix(rows: int, columns: int) -> Operand:
+    """Weights whose products with normal numbers are normal."""
+    return functools.partial(_matrix, rows, columns)
+
+
+def _matrix(rows, columns, key):
+    return jax.random.normal(key, (rows, columns), jnp.bfloat16) * jnp.bfloat16(rows**-0.5)
+
+
 def ones(*shape: int) -> Operand:
     return functools.partial(_ones, shape)
 
@@ -242,7 +251,7 @@ def linear_cross_entropy(tokens: int, d: int, classes: int, mean: bool = False) 
     return Case(
         "linear_cross_entropy_mean" if mean else "linear_cross_entropy",
         f"{tokens}×{d}×{classes}",
-        {"x": normal(tokens, d), "weight": normal(d, classes), "labels": integers(tokens, below=classes)},
+        {"x": normal(tokens, d), "weight": matrix(d, classes), "labels": integers(tokens, below=classes)},
         {FORWARD: product, BACKWARD: 2 * product, BOTH: 3 * product},
         unit="FLOP",
     )

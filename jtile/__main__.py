@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tune_parser.add_argument("--seq", type=_positive, default=2048, help="tokens of each")
     tune_parser.add_argument("--args", default="", help="the function's arguments, as `inspect` takes them")
     tune_parser.add_argument("--output", metavar="FILE", type=pathlib.Path, default="tiles.json")
+    tune_parser.add_argument("--compile-only", action="store_true", help="measure nothing: fill the cache on disk")
     given = parser.parse_args(arguments)
     if given.command is None:
         parser.print_help()
@@ -140,6 +141,9 @@ def tune(given: argparse.Namespace) -> int:
     done = {(entry.chip, entry.problem) for entry in known}
     left = [call for call in calls if (call.chip.model, call.problem) not in done]
     print(f"{len(calls)} calls have tiles to choose" + f", {len(calls) - len(left)} of them known" * (left != calls))
+    if given.compile_only:
+        search.prepare(left, _show_step)
+        return 0
     start = time.perf_counter()
     try:
         for i, found in enumerate(search.search(left, _show_step)):
