@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench import cases, measure, report, results, rivals
 from bench.apart import Apart
+from jtile.compiler import cache
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,8 +69,12 @@ def run(given: argparse.Namespace) -> int:
             raise RuntimeError("PyTorch has looked for its cache already")
         for variable in ("JTILE_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
             os.environ[variable] = tempfile.mkdtemp(prefix="bench_")
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
         jax.config.update("jax_enable_compilation_cache", False)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the rivals apart need memory, too
+    if not given.cold and not jax.config.jax_compilation_cache_dir:  # for the processes apart, too
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache.directory() / "bench")
+        jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     device = gpu()
     chosen = pick([case for case in cases.CASES if case.table in given.tables], given.filter)
     length = dict(rounds=2, settle=0.02, timed=0.02) if given.quick else {}
@@ -82,11 +87,11 @@ def run(given: argparse.Namespace) -> int:
         return compile_only(chosen, options)
     file = results.Results(given.output or results.of_today(device.device_kind), device.device_kind)
     failed = []
-    with contextlib.closing(Apart()) as apart, progress(console) as bar:
+    with processes() as aparts, progress(console) as bar:
         task = bar.add_task("", total=len(chosen))
         for case in chosen:
             bar.update(task, description=case.name)
-            for rows in measure.measure(case, options, apart):
+            for rows in measure.measure(case, options, aparts):
                 file.add(rows)
                 console.print(report.rows_table(rows))
                 failed += [row for row in rows if row["rival"] == "jtile" and ("gap" in row or not row["right"])]
@@ -98,10 +103,17 @@ def run(given: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+@contextlib.contextmanager
+def processes() -> Iterator[dict[str, Apart]]:
+    """For the rivals that run apart."""
+    with contextlib.ExitStack() as stack:
+        yield {name: stack.enter_context(contextlib.closing(Apart(name))) for name in ("jax", "torch")}
+
+
 def compile_only(chosen: Sequence[cases.Case], options: measure.Options) -> int:
-    with contextlib.closing(Apart()) as apart:
+    with processes() as aparts:
         for case in chosen:
-            for rows in measure.measure(case, options, apart):
+            for rows in measure.measure(case, options, aparts):
                 firsts = (f"{row['rival']} {row.get('gap') or first_call(row)}" for row in rows[1:])
                 print(f"{case.name}, {rows[0]['pass']}: {', '.join(firsts)}", flush=True)
     return 0

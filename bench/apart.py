@@ -1,9 +1,10 @@
-"""Rivals in a process of their own, whose end is theirs alone. There PyTorch finds the Triton that it was made for."""
+"""Rivals in processes of their own, whose end is theirs alone. In its own, PyTorch finds the Triton it was made for."""
 
+import contextlib
+import dataclasses
 import importlib.util
 import multiprocessing
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +17,38 @@ LIMIT = 300.0  # seconds for one answer
 class Apart:
     """What `measure.Bench` is, in another process, which starts with the first rival that needs it."""
 
-    def __init__(self, limit: float = LIMIT):
-        self.limit = limit
+    def __init__(self, framework: str, limit: float = LIMIT):
+        self.framework, self.limit = framework, limit
         self.process: Any = None
-        self.prepared: list[str] = []
-
-    def prepare(self, case: Case, name: str, direction: str, count: int | None):
-        prepared = self._ask("prepare", case, name, direction, count)
-        self.prepared.append(name)
-        return prepared
-
-    def drop(self, name: str) -> None:
-        self.prepared = [other for other in self.prepared if other != name]
-        if self.process is not None:
-            self._ask("drop", name)
+        self.forget()
 
     def forget(self) -> None:
-        self.prepared = []
+        self.asked: dict[str, tuple] = {}
+        self.names: list[str] = []
         if self.process is not None:
-            self._ask("forget")
+            with contextlib.suppress(Told):  # it has ended, and knows nothing any more
+                self.call("forget")
+
+    def ask(self, case: Case, name: str, direction: str, count: int | None) -> None:
+        self.asked[name] = case, name, direction, count
+        self._send("prepare", self.asked[name])
+
+    def answer(self, name: str):
+        """Of what was asked, in the same order. Whom another took along asks again."""
+        if self.process is None:
+            for given in self.asked.values():
+                self._send("prepare", given)
+        del self.asked[name]
+        prepared = self._receive("prepare")
+        self.names.append(name)
+        return prepared
+
+    def call(self, method: str, *given):
+        self._send(method, given)
+        return self._receive(method)
 
     def turns(self) -> "RemoteTurns":
-        return RemoteTurns(self, self.prepared)
+        return RemoteTurns(self)
 
     def close(self) -> None:
         if self.process is not None:
@@ -45,30 +56,34 @@ class Apart:
             self.process.join()
             self.process = None
 
-    def _ask(self, method: str, *given):
+    def _send(self, method: str, given: tuple) -> None:
+        if self.process is None:
+            context = multiprocessing.get_context("spawn")
+            self.connection, theirs = context.Pipe()
+            self.process = context.Process(target=serve, args=(theirs, self.framework), daemon=True)
+            self.process.start()
+            theirs.close()
+        with contextlib.suppress(ConnectionError):  # it has ended, as whoever waits for the answer will hear
+            self.connection.send((method, given))
+
+    def _receive(self, method: str):
         """What the other process answers.
 
         Raises:
           Told: it ended, or did not answer in time, and is gone now; or the method raised an exception there.
         """
-        if self.process is None:
-            context = multiprocessing.get_context("spawn")
-            self.connection, theirs = context.Pipe()
-            self.process = context.Process(target=serve, args=(theirs,), daemon=True)
-            self.process.start()
-            theirs.close()
         try:
-            self.connection.send((method, given))
             if not self.connection.poll(self.limit):
                 raise TimeoutError
             right, answer = self.connection.recv()
         except (EOFError, ConnectionError, TimeoutError) as failure:
+            self.names = []
             late = isinstance(failure, TimeoutError)
-            self.process.join(timeout=None if not late else 0)
-            code = self.process.exitcode
+            if not late:
+                self.process.join()
+            how = f"did not answer in {self.limit:.0f} s" if late else f"ended with exit code {self.process.exitcode}"
             self.close()
-            how = f"did not answer in {self.limit:.0f} s" if late else f"ended with exit code {code}"
-            raise Told(f"the process of other libraries {how} ({method})") from None
+            raise Told(f"the process of {self.framework} {how} ({method})") from None
         if right:
             return answer
         kind, text = answer
@@ -78,25 +93,25 @@ class Apart:
 class RemoteTurns:
     """The turns of a process apart. When it ends, each of its rivals has that as its gap."""
 
-    def __init__(self, apart: Apart, names: Sequence[str]):
-        self.apart, self.names = apart, list(names)
+    def __init__(self, apart: Apart):
+        self.apart, self.names = apart, list(apart.names)
         self.gap: str | None = None
 
     def start(self, timed: float) -> None:
-        self._ask("start", self.names, timed)
+        self._call("start", timed)
 
     def turn(self, number: int, name: str, settle: float) -> None:
-        self._ask("turn", number, name, settle)
+        self._call("turn", number, name, settle)
 
     def finish(self) -> dict[str, Time]:
-        found = self._ask("finish")
+        found = self._call("finish")
         return found if self.gap is None else {name: Time(gap=self.gap) for name in self.names}
 
-    def _ask(self, method: str, *given):
+    def _call(self, method: str, *given):
         if not self.names or self.gap is not None:
             return {}
         try:
-            return self.apart._ask(method, *given)
+            return self.apart.call(method, *given)
         except Told as failure:
             self.gap = f"fails: {failure}"
 
@@ -104,8 +119,9 @@ class RemoteTurns:
 # In the other process.
 
 
-def serve(connection) -> None:
-    import_torchs_triton()
+def serve(connection, framework: str) -> None:
+    if framework == "torch":
+        import_torchs_triton()
     served = Served()
     while True:
         try:
@@ -135,32 +151,25 @@ def import_torchs_triton() -> None:
 
 
 class Served:
-    """A `measure.Bench` that sends results as arrays of the host."""
+    """A `measure.Bench`, of which no arrays are sent."""
 
     def __init__(self) -> None:
         from bench import measure
 
-        self.bench, self.measure = measure.Bench(), measure
+        self.bench = measure.Bench()
 
     def prepare(self, *given):
-        import numpy as np
-
-        prepared = self.bench.prepare(*given)
-        prepared.work, prepared.results = None, [np.asarray(x) for x in prepared.results]
-        return prepared
-
-    def drop(self, name: str) -> None:
-        self.bench.drop(name)
+        return dataclasses.replace(self.bench.prepare(*given), work=None)
 
     def forget(self) -> None:
         self.bench.forget()
 
-    def start(self, names: Sequence[str], timed: float) -> None:
-        self.turns = self.bench.turns(names)
+    def start(self, timed: float) -> None:
+        self.turns = self.bench.turns()
         self.turns.start(timed)
 
     def turn(self, number: int, name: str, settle: float) -> None:
         self.turns.turn(number, name, settle)
 
-    def finish(self):
+    def finish(self) -> dict[str, Time]:
         return self.turns.finish()

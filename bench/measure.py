@@ -6,7 +6,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,9 +32,10 @@ class Prepared:
     """What a rival is timed on, where it runs in this process, and what its first call told."""
 
     work: Work | None
-    results: Sequence  # of arrays
+    results: Sequence[jax.Array]
     first_call_seconds: float
     extra_bytes: int  # beside the inputs, at most: temporaries and results
+    error: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Options:
     compile_only: bool = False  # and call once, for the caches on disk of jtile, JAX and PyTorch
 
 
-def measure(case: Case, options: Options, apart: Apart) -> Iterator[list[Row]]:
+def measure(case: Case, options: Options, aparts: Mapping[str, Apart]) -> Iterator[list[Row]]:
     """For each pass of a case, a row for each rival. One that cannot run has a `gap` in place of a time: the reason."""
     bench = Bench()
     gaps, floor = rivals.gaps(case), FLOORS[case.unit]
@@ -57,9 +58,9 @@ def measure(case: Case, options: Options, apart: Apart) -> Iterator[list[Row]]:
         if direction not in options.passes:
             continue
         start = time.perf_counter()
-        reference = bench.prepare(case, rivals.REFERENCE, direction, 1).results
-        bench.works, rows = {floor: _floor(case, direction)}, {floor: _row(case, direction, floor)}
-        apart.forget()
+        rows, asked = {floor: _row(case, direction, floor)}, {}
+        for party in (bench, *aparts.values()):
+            party.forget()
         for name in options.rivals:
             entry = rivals.entry(name, case.op)
             if entry is None or direction not in entry.passes:
@@ -68,54 +69,69 @@ def measure(case: Case, options: Options, apart: Apart) -> Iterator[list[Row]]:
             if name in gaps:
                 row["gap"] = gaps[name]
                 continue
-            bench_of = apart if rivals.RIVALS[name].apart else bench
-            try:
-                prepared = bench_of.prepare(case, name, direction, 1 if options.compile_only else None)
-                row["error"] = error(prepared.results, reference)
-            except NotImplementedError as lack:
-                row["gap"] = str(lack)
-            except Exception as failure:  # a rival's, of whatever kind: the table names it, and goes on without
-                row["gap"] = f"fails: {brief(failure)}"
-            else:
-                row |= dict(first_call_seconds=prepared.first_call_seconds, extra_bytes=prepared.extra_bytes)
-            if "gap" in row:
-                bench_of.drop(name)
-        del reference
+            rival = rivals.RIVALS[name]
+            asked[name] = aparts[rival.framework] if rival.apart else bench
+            asked[name].ask(case, name, direction, 1 if options.compile_only else None)
+        bench.works[floor] = _floor(case, direction)
+        for name in sorted(asked, key=lambda name: rivals.RIVALS[name].apart):  # which are at work meanwhile
+            rows[name] |= _prepared(asked[name], name)
         if not options.compile_only:
-            _time(case, rows, [bench.turns(), apart.turns()], options)
+            _time(case, rows, [party.turns() for party in (bench, *aparts.values())], options)
         rows[floor]["took"] = time.perf_counter() - start  # seconds, compiling and all
         yield list(rows.values())
 
 
+def _prepared(party: "Bench | Apart", name: str) -> Row:
+    try:
+        prepared = party.answer(name)
+    except NotImplementedError as lack:
+        return {"gap": str(lack)}
+    except Exception as failure:  # a rival's, of whatever kind: the table names it, and goes on without
+        return {"gap": f"fails: {brief(failure)}"}
+    about = dict(error=prepared.error, extra_bytes=prepared.extra_bytes)
+    return about | dict(first_call_seconds=prepared.first_call_seconds)
+
+
 class Bench:
-    """The rivals of one process, for one case at a time."""
+    """The rivals of one process, for one pass of a case at a time."""
 
     def __init__(self) -> None:
-        self.works: dict[str, Work] = {}
         self.given: Given | None = None
         self.runners: dict[str, _Jax | _Torch] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        self.works: dict[str, Work] = {}
+        self.asked: dict[str, tuple] = {}
+        self.reference: Sequence[jax.Array] = ()
+
+    def ask(self, case: Case, name: str, direction: str, count: int | None) -> None:
+        self.asked[name] = case, name, direction, count
+
+    def answer(self, name: str) -> Prepared:
+        return self.prepare(*self.asked[name])
 
     def prepare(self, case: Case, name: str, direction: str, count: int | None) -> Prepared:
-        """Runs a rival once; its work, of so many input sets or as many as no cache holds, is kept."""
+        """Runs a rival once, and compares. Its work, of so many input sets or as many as no cache holds, is kept."""
         if self.given is None or self.given.case.name != case.name:
-            self.forget()
             self.given, self.runners = Given(case), {}
             _forget_torch()
-        if name not in self.runners:
-            torch = name != rivals.REFERENCE and rivals.RIVALS[name].framework == "torch"
-            self.runners[name] = (_Torch if torch else _Jax)(self.given, name)
-        prepared = self.runners[name].work(direction, count or self.given.count)
+        prepared = self.runner(name).work(direction, count or self.given.count)
+        if not self.reference:
+            self.reference = self.runner(rivals.REFERENCE).work(direction, 1).results
+        prepared.error, prepared.results = error(prepared.results, self.reference), ()
         self.works[name] = prepared.work
         return prepared
 
-    def drop(self, name: str) -> None:
-        self.works.pop(name, None)
+    def runner(self, name: str) -> "_Jax | _Torch":
+        if name not in self.runners:
+            torch = name != rivals.REFERENCE and rivals.RIVALS[name].framework == "torch"
+            self.runners[name] = (_Torch if torch else _Jax)(self.given, name)
+        return self.runners[name]
 
-    def forget(self) -> None:
-        self.works = {}
-
-    def turns(self, names: Sequence[str] | None = None) -> timing.Turns:
-        return timing.Turns({name: self.works[name] for name in names or self.works})
+    def turns(self) -> timing.Turns:
+        self.reference = ()
+        return timing.Turns(self.works)
 
 
 class Given:
@@ -156,10 +172,10 @@ def _time(case: Case, rows: dict[str, Row], parties: Sequence[timing.Party], opt
     times = timing.kernel_seconds(parties, rounds=options.rounds, settle=options.settle, timed=options.timed)
     floor = next(iter(rows))
     rate = (2 * PRODUCT**3 if case.unit == "FLOP" else rows[floor]["work"]) / times[floor].seconds
-    for name, found in times.items():
-        row = rows[name]
+    for name, row in rows.items():
+        found = times.get(name, timing.Time(gap="its process ended before it was timed"))
         if found.gap is not None:
-            row["gap"] = found.gap
+            row.setdefault("gap", found.gap)
             continue
         amount = rate * found.seconds if name == floor else row["work"]
         row |= dict(seconds=found.seconds, rate=amount / found.seconds, share=amount / found.seconds / rate)

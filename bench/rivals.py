@@ -28,8 +28,8 @@ from bench.cases import BOTH, FORWARD, PASSES, Case
 class Rival:
     """Whose kernels, on whose arrays, from which package on PyPI.
 
-    One that is `apart` runs in another process: there PyTorch has the Triton that it was made for, and what brings the
-    process down is one rival's gap.
+    One that is `apart` runs in another process, one for each framework: there PyTorch has the Triton that it was made
+    for, and what brings the process down is one rival's gap.
     """
 
     framework: Literal["jax", "torch"]

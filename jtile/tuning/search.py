@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import contextvars
 import dataclasses
 import functools
@@ -104,10 +105,12 @@ def search(calls: Sequence[Call], step: Callable[[Call, int, int], None] = lambd
         yield _tuned(call, functools.partial(step, call))
 
 
-def prepare(calls: Sequence[Call], step: Callable[[Call, int, int], None] = lambda *_: None) -> None:
-    """Compiles what a search would, for the cache on disk, and measures nothing."""
-    for call in calls:
-        _Trial(call).fitting(candidates(call), {}, functools.partial(step, call))
+def prepare(calls: Sequence[Call], part: int, parts: int) -> None:
+    """Compiles this part of all that a search would, for the cache on disk."""
+    every = [(call, tile) for call in calls for tile in candidates(call)]
+    for call, tile in every[part::parts]:
+        with contextlib.suppress(Exception):  # a tile that does not fit: the search will say why
+            _Trial(call).built(tile)
 
 
 def _key(call: Call) -> str:
@@ -195,7 +198,7 @@ class _Trial:
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as workers:
             done = {}
             # What is in force is a thread's own; so is the choice made in it.
-            futures = {tile: workers.submit(contextvars.copy_context().run, self._built, tile) for tile in tiles}
+            futures = {tile: workers.submit(contextvars.copy_context().run, self.built, tile) for tile in tiles}
             for i, (tile, future) in enumerate(futures.items()):
                 try:
                     done[tile] = future.result()
@@ -224,7 +227,7 @@ class _Trial:
             programs = {tile: workers.submit(self._program, tile) for tile in kept}
             return {tile: program.result() for tile, program in programs.items()}
 
-    def _built(self, tile: Any) -> list:
+    def built(self, tile: Any) -> list:
         shapes = [x for x in self.call.operands if x is not None]
         with Tuning([self.call.entry(tile)]):
             return launches(self.function, shapes, self.call.chip)

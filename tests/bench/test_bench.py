@@ -113,7 +113,7 @@ def test_compiling_alone_measures_nothing(on_cpu, capsys):
 def entered(monkeypatch, name, function):
     monkeypatch.setitem(rivals.ENTRIES, (name, "rms_norm"), rivals.Entry(lambda: function))
     options = measure.Options(rivals=[name], passes=[FORWARD], rounds=1, settle=0.0, timed=0.0)
-    [[_, row]] = measure.measure(SMALL, options, Apart())
+    [[_, row]] = measure.measure(SMALL, options, {})
     return row
 
 
@@ -148,21 +148,22 @@ def test_operands_that_a_function_overwrites_are_made_anew():
     assert times["f"].gap is None and work.inputs[0][0].sum() == 28
 
 
-def test_another_process_has_the_same_operands_and_its_end_is_a_gap():
-    apart, here = Apart(), measure.Bench().prepare(SMALL, "XLA", FORWARD, 1)
+def test_another_process_is_asked_and_its_end_is_a_gap():
+    apart = Apart("jax")
     try:
         for _ in range(2):  # the second time in a new process
-            apart.prepare(SMALL, rivals.REFERENCE, FORWARD, 1)
-            there = apart.prepare(SMALL, "XLA", FORWARD, 1)
-            assert measure.error(there.results, here.results) == 0
+            apart.forget()
+            for name in ("no such rival", rivals.REFERENCE, "XLA"):
+                apart.ask(SMALL, name, FORWARD, 1)
+            with pytest.raises(timing.Told, match="KeyError: 'no such rival'"):
+                apart.answer("no such rival")
+            assert apart.answer(rivals.REFERENCE).error == 0 and 0 < apart.answer("XLA").error < 1e-2
             turns = apart.turns()
             times = timing.kernel_seconds([turns], rounds=1, settle=0.0, timed=0.0)
             assert set(times) == {"XLA", rivals.REFERENCE} and times["XLA"].seconds > 0
-            with pytest.raises(timing.Told, match="KeyError"):
-                apart.prepare(SMALL, "no such rival", FORWARD, 1)
             apart.process.kill()
             times = timing.kernel_seconds([turns], rounds=1, settle=0.0, timed=0.0)
-            assert "the process of other libraries ended with exit code -9" in times["XLA"].gap
+            assert times["XLA"].gap == "fails: the process of jax ended with exit code -9 (start)"
     finally:
         apart.close()
 
