@@ -56,28 +56,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.output.write_text(json.dumps(measured))
         return 0
     deadline = time.monotonic() + given.limit
-    rows = []
-    for name in given.contenders:
-        rows.append(in_a_process(name, given, deadline - time.monotonic()))
-        print(line(rows[-1]), flush=True)
-    if given.compile_only:
-        return 0
-    chip = next((row["chip"] for row in rows if "chip" in row), "unknown")
-    about = {
-        "chip": chip,
+    found = {
+        "chip": "unknown",
         "size": given.size,
         "batch": given.batch,
         "seq": given.seq,
         "versions": results.versions(),
         "commit": results.commit(),
         "command": " ".join(["python", "-m", "bench.training", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": [],
     }
-    found = about | {"date": time.strftime("%Y-%m-%d"), "rows": rows}
-    path = given.output or results.of_today(chip, f"training_{given.size}_")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    for name in given.contenders:
+        row = in_a_process(name, given, deadline - time.monotonic())
+        print(line(row), flush=True)
+        found["rows"].append(row)
+        found["chip"] = row.get("chip", found["chip"])
+        if not given.compile_only:  # what was measured before an interruption is there
+            path = given.output or results.of_today(found["chip"], f"training_{given.size}_")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(found, indent=1) + "\n")
+    if given.compile_only:
+        return 0
     print(f"\n{markdown(found)}\n\nwrote {path}")
-    return 1 if any("gap" in row for row in rows if row["contender"] == "jtile") else 0
+    return 1 if any("gap" in row for row in found["rows"] if row["contender"] == "jtile") else 0
 
 
 def in_a_process(name: str, given: argparse.Namespace, seconds: float) -> dict[str, Any]:
