@@ -8,10 +8,12 @@
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -41,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     run_parser.add_argument("--cold", action="store_true", help="with empty caches, for honest times to first call")
     run_parser.add_argument("--quick", action="store_true", help="half as long, and less exact")
+    run_parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no case is begun")
     run_parser.add_argument("--output", type=Path, help="file to write (default: in bench/results/<chip>/)")
     report_parser = commands.add_parser("report", help="tables and plots of the newest results of every chip")
     report_parser.add_argument("--write", action="store_true", help="put the tables into README.md, and draw the plots")
@@ -64,19 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(given: argparse.Namespace) -> int:
-    if given.cold:
-        if "torch" in sys.modules:
-            raise RuntimeError("PyTorch has looked for its cache already")
-        for variable in ("JTILE_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-            os.environ[variable] = tempfile.mkdtemp(prefix="bench_")
-        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-        jax.config.update("jax_enable_compilation_cache", False)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the rivals apart need memory, too
-    if not given.cold and not jax.config.jax_compilation_cache_dir:  # for the processes apart, too
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache.directory() / "bench")
-        jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    set_up(given.cold)
     device = gpu()
-    chosen = pick([case for case in cases.CASES if case.table in given.tables], given.filter)
+    chosen = pick([case for table in given.tables for case in cases.CASES if case.table == table], given.filter)
+    until = time.monotonic() + given.limit
     length = dict(rounds=2, settle=0.02, timed=0.02) if given.quick else {}
     options = measure.Options(rivals=given.rivals, passes=given.passes, compile_only=given.compile_only, **length)
     console = Console(width=150 if not sys.stdout.isatty() else None, highlight=False)
@@ -89,7 +83,10 @@ def run(given: argparse.Namespace) -> int:
     failed = []
     with processes() as aparts, progress(console) as bar:
         task = bar.add_task("", total=len(chosen))
-        for case in chosen:
+        for i, case in enumerate(chosen):
+            if time.monotonic() > until:
+                console.print(f"[yellow]time is up: {len(chosen) - i} cases are left, from {case.name} on[/]")
+                break
             bar.update(task, description=case.name)
             for rows in measure.measure(case, options, aparts):
                 file.add(rows)
@@ -101,6 +98,19 @@ def run(given: argparse.Namespace) -> int:
         reason = row.get("gap") or f"an error of {row['error']:.1e}"
         console.print(f"[red]jtile, {row['case']}, {row['pass']}: {reason}[/]")
     return 1 if failed else 0
+
+
+def set_up(cold: bool) -> None:
+    """JAX and the caches on disk, in this process and those that it will start."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # each of them needs memory
+    if cold:
+        for variable in ("JTILE_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+            os.environ[variable] = tempfile.mkdtemp(prefix="bench_")
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif not jax.config.jax_compilation_cache_dir:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache.directory() / "bench")
+        jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 @contextlib.contextmanager

@@ -66,6 +66,7 @@ def test_attention_is_judged_by_a_reference_that_holds_one_head_at_a_time():
 def on_cpu(monkeypatch, tmp_path):
     """As if the CPU were the GPU: jtile's kernels do not run, and the profiler sees none."""
     monkeypatch.setattr(command, "gpu", lambda: jax.devices()[0])
+    monkeypatch.setattr(command, "set_up", lambda cold: None)
     monkeypatch.setattr(timing, "MOST_CALLS", 1)
     monkeypatch.setattr(cases, "CASES", [SMALL, cases.softmax_cross_entropy(8, 300)])
     monkeypatch.setattr(results, "ROOT", tmp_path)
@@ -101,6 +102,11 @@ def test_a_second_run_replaces_its_own_rows_alone(on_cpu):
     rows = results.read(on_cpu / "out.json")["rows"]
     assert len(rows) == (2 + 3) * 2
     assert {row["case"] for row in rows if row["run"] == 1} == {SMALL.name}
+
+
+def test_no_case_is_begun_when_time_is_up(on_cpu, capsys):
+    assert command.main(["run", "--rivals", "XLA", "--limit", "0"]) == 0
+    assert "time is up: 2 cases are left, from rms_norm 16×64 on" in capsys.readouterr().out
 
 
 def test_compiling_alone_measures_nothing(on_cpu, capsys):
@@ -168,7 +174,8 @@ def test_another_process_is_asked_and_its_end_is_a_gap():
         apart.close()
 
 
-def test_without_a_gpu_and_without_such_a_case_it_says_so():
+def test_without_a_gpu_and_without_such_a_case_it_says_so(monkeypatch):
+    monkeypatch.setattr(command, "set_up", lambda cold: None)
     with pytest.raises(SystemExit, match="JAX sees only cpu"):
         command.main(["run"])
     with pytest.raises(SystemExit, match="no case matches 'nothing'; there are: rms_norm"):
