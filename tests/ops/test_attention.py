@@ -69,7 +69,8 @@ def check(
     expected = with_gradients(functools.partial(plain_attention, **options), *wide)
     for implementation in implementations:
         call = functools.partial(dot_product_attention, return_lse=True, implementation=implementation, **options)
-        assert_same(with_gradients(call, *inputs), expected, TOLERANCE[dtype])
+        more = max(1.0, math.sqrt(keys / 257))  # rounding errors of sums grow as the root of the number of terms
+        assert_same(with_gradients(call, *inputs), expected, more * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
