@@ -144,7 +144,9 @@ def dot_product_attention(
             bias, of a mask and of `query_segment_ids`, are this device's part of them; `key` and `value` are whole
             (`jax.lax.all_gather`), and lengths and positions count in the whole. Elsewhere arrays know how they are
             split.
-        implementation: `None`, `"triton"`, `"xla"` or `"interpret"`, see `jtile.TileOp`.
+        implementation: `None`, `"triton"`, `"xla"` or `"interpret"`, see `jtile.TileOp`. On a GPU `None` takes the
+            schedule for Hopper where that serves, else the portable one; `jtile.explain` says which, and why. It never
+            takes cuDNN, whose gradients differ from run to run unless XLA is told otherwise for the whole program.
 
     Returns:
         The output in the dtype of `query`, or with `return_lse` the pair of it and the float32 log-sum-exp (float64 for
