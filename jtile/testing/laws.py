@@ -131,7 +131,6 @@ def x64(trial: Trial) -> None:
     inputs = trial.operands(), trial.cotangents()
     expected = trial.expected(value_and_pullback, *inputs)
     with jax.enable_x64(True):
-        trial.agree(jax.jit(value(trial.kernel))(inputs[0]), tuple({"value": e["value"]} for e in expected))
         trial.agree(jax.jit(value_and_pullback(trial.kernel))(*inputs), expected)
 
 
@@ -308,15 +307,18 @@ def scan(trial: Trial) -> None:
 def control_flow(trial: Trial) -> None:
     """A branch of `cond`, and its gradient, in a `while_loop`."""
 
+    def zeros_like(f, *inputs):
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, *inputs))
+
     def branches(f):
         def function(repeat, operands, cotangents):
             def branch(operands):
-                return jax.lax.cond(repeat > 1, f, lambda x: jax.tree.map(jnp.zeros_like, f(x)), operands)
+                return jax.lax.cond(repeat > 1, f, lambda x: zeros_like(f, x), operands)
 
             def step(carry):
                 return carry[0] - 1, value_and_pullback(branch)(operands, cotangents)
 
-            nothing = jax.tree.map(jnp.zeros_like, step((0, None))[1])
+            nothing = zeros_like(value_and_pullback(branch), operands, cotangents)
             return jax.lax.while_loop(lambda carry: carry[0] > 0, step, (repeat, nothing))[1]
 
         return function
@@ -458,10 +460,6 @@ class Split:
         splits = [cls.of(trial, dim) for dim in dims if dim not in trial.case.split.split()]
         return [split for split in splits if split.count > 1]
 
-    def by_reference(self) -> "Split":
-        """The same with the op's reference in the kernel's place: the rules are the same, and it compiles sooner."""
-        return dataclasses.replace(self, trial=Trial(self.trial.op, self.trial.case, "xla"))
-
     def mesh(self, kind: AxisType) -> jax.sharding.Mesh:
         return jax.make_mesh((self.count,), (self.AXIS,), axis_types=(kind,), devices=devices()[: self.count])
 
@@ -518,6 +516,25 @@ class Split:
 
         return summed
 
+    def gradient_of_part(self, check_vma: bool) -> Callable:
+        """Value and gradient of what `on_parts` returns, both taken inside `shard_map`.
+
+        Without `check_vma` JAX has no other word for what devices share than a sum of what they have: of a cotangent
+        that is given each then holds a part, and gradients of what devices share are left for the user to add up.
+        """
+        signature = self.trial.case.parsed
+        shared = {t.name for t in (*signature.operands, *signature.results) if self.axis(t) is None}
+
+        def function(operands, cotangents):
+            if check_vma:
+                return value_and_pullback(self.on_parts())(operands, cotangents)
+            parts = {n: x / self.count if n in shared else x for n, x in cotangents.items()}
+            found = value_and_pullback(self.on_parts())(operands, parts)
+            summed = {n: jax.lax.psum(x, self.AXIS) if n in shared else x for n, x in found["gradient"].items()}
+            return {"value": found["value"], "gradient": summed}
+
+        return function
+
 
 def _on_mesh(split: Split, kind: AxisType) -> dict[str, Arrays]:
     """Check values and gradients on a mesh, and return them."""
@@ -556,7 +573,7 @@ def gathering(trial: Trial) -> None:
     for split, kind in itertools.product(Split.others(trial), (AxisType.Auto, AxisType.Explicit)):
         with jax.set_mesh(mesh := split.mesh(kind)):
             operands, _ = split.inputs(mesh)
-            actual = jax.jit(value_and_pullback(split.by_reference().trial.kernel))(operands, cotangents)
+            actual = jax.jit(value_and_pullback(split.trial.kernel))(operands, cotangents)
         trial.agree(actual, trial.expected(value_and_pullback, trial.operands(), cotangents))
 
 
@@ -593,31 +610,30 @@ def exchanges(trial: Trial) -> None:
             f"{dict(found)}, and needs {needed}"
         )
 
-    def programs(dim: str, way: Way) -> tuple[Split, jax.stages.Compiled, jax.stages.Compiled]:
+    def programs(dim: str, way: Way):
         split = Split(trial, dim, math.gcd(trial.case.sizes[dim], 4))
         shape, names = (split.count, way.others), (split.AXIS, "other")
         return split, *_programs(split, Target.named(TARGETS[1]).make_mesh(shape, names, (way.kind,) * 2), way)
 
     for i, dim in enumerate(trial.case.split.split()):
         for way in *BY_SHARDINGS, *BY_SHARD_MAP[i % 2]:
-            split, forward, backward = programs(dim, way)
-            sums = split.lacking(signature.results) * trial.case.exchanged.get(dim, 1)
-            # JAX does not know without `check_vma` that devices have the same cotangent of a sum, and adds them up.
-            unknown = sums if way.check_vma is False else 0
-            gradients = split.lacking(signature.operands) + unknown
-            if exchanged(forward) > sums:  # what a gradient needs may be summed as early as the forward pass
-                if way.check_vma is not False:  # where `shard_map` sums some of it again, not knowing that it is whole
-                    check(split, way, "forward and backward pass", (forward, backward), sums + gradients)
-            else:
-                check(split, way, "forward pass", (forward,), sums)
-                check(split, way, "backward pass", (backward,), gradients)
+            split, forward, compile_backward = programs(dim, way)
+            results, gradients = split.lacking(signature.results), split.lacking(signature.operands)
+            sums = results * trial.case.exchanged.get(dim, 1)
+            early = max(exchanged(forward) - sums, 0)  # of what gradients need, summed as early as the forward pass
+            # Without `check_vma` JAX does not know what devices share. It takes what each has of a cotangent of a sum
+            # for a part, as of a gradient that is whole already, and adds them up.
+            unknown = 0 if way.check_vma is not False else early + results if early else sums
+            check(split, way, "forward pass", (forward,), sums + min(early, gradients))
+            both = forward, compile_backward()
+            check(split, way, "forward and backward pass", both, sums + gradients + unknown)
     for other, way in itertools.product(Split.others(trial), BY_SHARDINGS):
         split, forward, _ = programs(other.dim, way)  # an operand is gathered once, or a part of it will do
         check(split, way, "forward pass", (forward,), min(exchanged(forward), split.gathered()))
 
 
-def _programs(split: Split, mesh, way: Way) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
-    """The compiled forward pass, which returns what the backward pass reads, and that backward pass."""
+def _programs(split: Split, mesh, way: Way) -> tuple[jax.stages.Compiled, Callable[[], jax.stages.Compiled]]:
+    """The compiled forward pass, which returns what the backward pass reads, and what compiles that backward pass."""
     trial, ins, outs = split.trial, split.operand_specs(), split.result_specs()
     function = trial.kernel
     if way.check_vma is not None:
@@ -632,8 +648,13 @@ def _programs(split: Split, mesh, way: Way) -> tuple[jax.stages.Compiled, jax.st
         operands = placed(trial.case.shapes(), {n: NamedSharding(mesh, spec) for n, spec in ins.items()})
         lowered = jax.jit(lambda x: jax.vjp(on_floats(function, x), floating(x))).lower(operands)
         forward = lowered.compile()
+
+    def backward():
         out, pull = placed(lowered.out_info, forward.output_shardings)
-        return forward, jax.jit(lambda pull, cotangents: pull(cotangents)).lower(pull, out).compile()
+        with jax.set_mesh(mesh):
+            return jax.jit(lambda pull, cotangents: pull(cotangents)).lower(pull, out).compile()
+
+    return forward, backward
 
 
 @law
@@ -642,17 +663,17 @@ def shard_map(trial: Trial) -> None:
     inputs = trial.operands(), trial.cotangents()
     expected = trial.expected(value_and_pullback, *inputs)
 
-    def check(split: Split, mesh, *, check_vma: bool, gradient_inside: bool = False) -> None:
+    def check(split: Split, mesh, check_vma: bool) -> None:
         mapped = functools.partial(jax.shard_map, mesh=mesh, axis_names={split.AXIS}, check_vma=check_vma)
         ins, outs = split.operand_specs(), split.result_specs()
-        function = split.on_parts()
-        if gradient_inside:
-            gradients = {n: ins[n] for n in floating(trial.operands())}
-            specs = {"value": outs, "gradient": gradients}
-            derived = mapped(value_and_pullback(function), in_specs=(ins, outs), out_specs=specs)
-        else:
-            derived = value_and_pullback(mapped(function, in_specs=(ins,), out_specs=outs))
-        trial.agree(jax.jit(derived)(*inputs), expected)
+        outside = value_and_pullback(mapped(split.on_parts(), in_specs=(ins,), out_specs=outs))
+        inside = mapped(
+            split.gradient_of_part(check_vma),
+            in_specs=(ins, outs),
+            out_specs={"value": outs, "gradient": {n: ins[n] for n in floating(inputs[0])}},
+        )
+        for actual in jax.jit(lambda *inputs: (outside(*inputs), inside(*inputs)))(*inputs):
+            trial.agree(actual, expected)
 
     def refused(split: Split, mesh) -> bool:
         everywhere = {n: PartitionSpec() for n in split.result_specs()}
@@ -663,18 +684,16 @@ def shard_map(trial: Trial) -> None:
             return True
         return False
 
-    # Without `check_vma` a gradient taken inside is a sum over one device's part alone, as its users expect.
     for split in Split.every(trial):
         mesh = split.mesh(AxisType.Auto)
-        check(split, mesh, check_vma=True)
-        check(split.by_reference(), mesh, check_vma=True, gradient_inside=True)
-        check(split.by_reference(), mesh, check_vma=False)
         assert refused(split, mesh), "shard_map accepts out_specs=P() for results that differ between devices"
+        for check_vma in True, False:
+            check(split, mesh, check_vma)
     for split in Split.every(trial, times=2):
         sizes, names, kinds = (split.count, 2), (split.AXIS, "other"), (AxisType.Auto,) * 2
         mesh = jax.make_mesh(sizes, names, axis_types=kinds, devices=devices()[: 2 * split.count])
-        check(split, mesh, check_vma=True, gradient_inside=True)
-        check(split.by_reference(), mesh, check_vma=False)
+        for check_vma in True, False:
+            check(split, mesh, check_vma)
 
 
 @law

@@ -58,12 +58,15 @@ def assert_same(actual, expected, tolerance):
         np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * float(jnp.abs(e).max(initial=0)), err_msg=name)
 
 
-def check(batch, queries, keys, heads, key_heads, head_dim, value_dim=None, dtype="float32", **options):
+def check(
+    batch, queries, keys, heads, key_heads, head_dim, value_dim=None, dtype="float32",
+    implementations=("interpret", "xla"), **options,
+):  # fmt: skip
     """Kernels and reference, results and gradients."""
     inputs = operands(batch, queries, keys, heads, key_heads, head_dim, value_dim, dtype)
     wide = [x.astype(jnp.float32) for x in inputs]
     expected = with_gradients(functools.partial(plain_attention, **options), *wide)
-    for implementation in "interpret", "xla":
+    for implementation in implementations:
         call = functools.partial(dot_product_attention, return_lse=True, implementation=implementation, **options)
         assert_same(with_gradients(call, *inputs), expected, TOLERANCE[dtype])
 
@@ -72,6 +75,54 @@ def check(batch, queries, keys, heads, key_heads, head_dim, value_dim=None, dtyp
 @pytest.mark.parametrize("queries, keys", [(1, 257), (257, 1), (17, 64), (64, 17), (130, 130)])
 def test_lengths(queries, keys, is_causal):
     check((1,), queries, keys, 2, 1, 16, is_causal=is_causal)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("length", [1, 17, 257, 4092])
+def test_lengths_on_gpu(length, dtype):
+    check((1,), length, length, 2, 1, 64, dtype=dtype, is_causal=True, implementations=["triton"])
+
+
+@pytest.mark.gpu
+def test_a_million_tokens_on_gpu():
+    """The first, the last and some between, of results and gradients, against sums over all that they see."""
+    length, head_dim = 2**20, 64
+    inputs = [x.astype(jnp.bfloat16) for x in jax.random.normal(jax.random.key(0), (4, 1, length, 1, head_dim))]
+    *inputs, dout = inputs
+
+    @jax.jit
+    def everything(*inputs):
+        call = functools.partial(dot_product_attention, is_causal=True, return_lse=True, implementation="triton")
+        (out, lse), pullback = jax.vjp(call, *inputs)
+        return out, lse, *pullback((dout, jnp.zeros_like(lse)))
+
+    out, lse, dquery, dkey, dvalue = (x.astype(jnp.float32)[0, :, 0] for x in everything(*inputs))
+    query, key, value, dout = (x.astype(jnp.float32)[0, :, 0] for x in (*inputs, dout))
+    delta, numbers, product = (
+        jnp.sum(out * dout, axis=-1),
+        jnp.arange(length),
+        functools.partial(jnp.dot, precision="highest"),
+    )
+
+    @jax.jit
+    def of_query(i):
+        scores = jnp.where(numbers <= i, product(key, query[i]) / 8, -jnp.inf)
+        weights = jax.nn.softmax(scores)
+        dscores = weights * (product(value, dout[i]) - delta[i])
+        return product(weights, value), jax.nn.logsumexp(scores), product(dscores, key) / 8
+
+    @jax.jit
+    def of_key(j):
+        weights = jnp.where(numbers >= j, jnp.exp(product(query, key[j]) / 8 - lse), 0)
+        dscores = weights * (product(dout, value[j]) - delta)
+        return product(dscores, query) / 8, product(weights, dout)
+
+    for i in 0, 1, 4095, 524_289, length - 2, length - 1:
+        for actual, expected in zip((out[i], lse[i], dquery[i]), of_query(i), strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=0, atol=2**-7 * float(jnp.abs(expected).max()))
+        for actual, expected in zip((dkey[i], dvalue[i]), of_key(i), strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=0, atol=2**-7 * float(jnp.abs(expected).max()))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -242,6 +242,31 @@ def test_packed_documents_are_separate_calls(implementation):
         np.testing.assert_allclose(packed[:, start : start + size], alone, rtol=0, atol=4e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("head_dim", [16, 128])
+def test_packed_documents_on_gpu(head_dim, dtype):
+    """Results and gradients, of a sequence of 4092."""
+    sizes, padding = (1, 17, 257, 2048, 1500), 269
+    ids = jnp.asarray(np.repeat([*range(1, len(sizes) + 1), 0], (*sizes, padding)))
+    shapes = dict(query=4, key=2, value=2)
+    inputs = {n: normal(i, 1, ids.size, heads, head_dim).astype(dtype) for i, (n, heads) in enumerate(shapes.items())}
+    dout = normal(5, 1, ids.size, 4, head_dim).astype(dtype)
+
+    @functools.partial(jax.jit, static_argnames="packed")
+    def attend(inputs, dout, packed):
+        segments = dict(query_segment_ids=ids) if packed else {}
+        call = functools.partial(dot_product_attention, is_causal=True, implementation="triton", **segments)
+        out, pull = jax.vjp(lambda inputs: call(**inputs), inputs)
+        return dict(out=out, **pull(dout)[0])
+
+    packed = attend(inputs, dout, True)
+    for start, size in zip(np.cumsum((0, *sizes)), sizes, strict=False):
+        part = slice(start, start + size)
+        alone = attend({name: x[:, part] for name, x in inputs.items()}, dout[:, part], False)
+        assert_same({name: x[:, part] for name, x in packed.items()}, alone, TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("queries, keys", [(1, 257), (257, 17)])
 def test_lengths(queries, keys):
     known = features(queries, keys)

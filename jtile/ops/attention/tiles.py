@@ -80,7 +80,7 @@ class Problem(NamedTuple):
         if self.target is not None:
             row = (self.query.shape[-1] + self.value.shape[-1]) * self.query.dtype.itemsize
             own_row = self.query.shape[-1] * self.query.dtype.itemsize if kernel == "forward" else row
-            pairs = zip(self.variant.operands, self.arrays, strict=False)
+            pairs = zip(self.variant.operands, self.arrays, strict=True)
             pair = sum(x.dtype.itemsize for o, x in pairs if {"q", "k"} <= set(o.axes))
             # Its own block, one without what is not finite, and weights on their way to a product; and each turn's.
             always = lambda own: own * own_row + other * row // 2 + 2 * own * other  # noqa: E731
@@ -121,10 +121,10 @@ def forward(query, key, value, *arrays, target, variant: Variant) -> Iterator[Ti
     yield from problem.others("forward", *FORWARD_BLOCKS)
 
 
-def backward(query, key, value, *arrays, target, variant: Variant) -> Iterator[BackwardTiles | hopper.BackwardTile]:
+def backward(query, key, value, *rest, target, variant: Variant) -> Iterator[BackwardTiles | hopper.BackwardTile]:
     """One kernel's tile at a time differs from the untuned one; the tuner puts the best of both together."""
-    own = arrays[: len(variant.operands)]
-    if on_hopper.obstacle(query, key, value, *own, variant=variant, target=target) is None:
+    arrays = rest[: len(variant.operands)]
+    if on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target) is None:
         yield from on_hopper.backward_tiles(query, key, value, variant=variant)
     problem = Problem(query, value, arrays, variant, target)
     untuned = BackwardTiles(problem.of(DQUERY, "dquery"), problem.of(DKEY_DVALUE, "dkey_dvalue"))
@@ -133,7 +133,7 @@ def backward(query, key, value, *arrays, target, variant: Variant) -> Iterator[B
     yield from (untuned._replace(dkey_dvalue=tile) for tile in problem.others("dkey_dvalue", *DKEY_DVALUE_BLOCKS))
 
 
-def operand_gradient(query, key, value, *arrays, target, variant: Variant, operand: str) -> Iterator[Tile]:
-    problem = Problem(query, value, arrays, variant, target)
+def operand_gradient(query, key, value, *rest, target, variant: Variant, operand: str) -> Iterator[Tile]:
+    problem = Problem(query, value, rest[: len(variant.operands)], variant, target)
     yield problem.of(DKEY_DVALUE, "dkey_dvalue")
     yield from problem.others("dkey_dvalue", *DKEY_DVALUE_BLOCKS)
