@@ -253,7 +253,7 @@ def forward_tiles(query, key, value, *, low: int | None, high: int | None, targe
     # Where blocks of queries differ in length, the hardware hands them out better.
     programs = target.sms if windowed or (low is None and high is None) else 0
     groups, block_k, stages = {64: (3, 128, 2), 128: (2, 128, 2), 256: (2, 64, 2)}[wide]
-    if wide == 64 and low is not None:  # a loop more takes registers that three groups do not have
+    if wide == 64 and (low, high) != (None, None):  # masks take registers that three groups do not have
         groups, stages = 2, 3
     first = ForwardTile(groups, block_k, stages, together, programs)
     yield first

@@ -71,7 +71,8 @@ def forward_tiles(query, key, value, *, variant: Variant, target: Target) -> Ite
     sides = variant.block_size or (0, 0)
     for tile in hopper.forward_tiles(query, key, value, **band(variant), target=target):
         if variant.block_size or variant.has(*visits.TELLING):
-            tile = tile._replace(programs=0)  # blocks of queries differ in length
+            # Blocks of queries differ in length, and see but a part of the keys.
+            tile = tile._replace(programs=0, together=min(4 * tile.together, query.shape[0] * query.shape[2]))
         if tile.groups == 3 and (variant.modifies or variant.masks_by_data):
             tile = tile._replace(groups=2, stages=3)  # functions of scores need the registers that three do not have
         if not (sides[0] % (64 * tile.groups) or sides[1] % tile.block_k):
