@@ -44,10 +44,11 @@ def _functions(query, key, arrays, variant: Variant, order: str) -> functions.Fu
     return functions.write(*_trace(query, key, arrays, variant, with_derivative=order == "kq"), variant, order)
 
 
-def _trace(query, key, arrays, variant: Variant, *, with_derivative: bool):
+def _trace(query, key, arrays, variant: Variant, *, with_derivative: bool) -> tuple[Any, float, functions.Sizes]:
     types = tuple((x.shape if x.ndim else (1,), x.dtype) for x in arrays)
     sizes = functions.Sizes(query.shape[0], query.shape[2], query.shape[1], key.shape[1])
-    return *_traced(variant, types, sizes, with_derivative=with_derivative), sizes
+    jaxpr, slope = _traced(variant, types, sizes, with_derivative=with_derivative)
+    return jaxpr, slope, sizes
 
 
 def obstacle(query, key, value, *arrays, variant: Variant, target: Target | None) -> str | None:
