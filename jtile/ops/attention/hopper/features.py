@@ -44,10 +44,11 @@ def _functions(query, key, arrays, variant: Variant, order: str) -> functions.Fu
     return functions.write(*_trace(query, key, arrays, variant, with_derivative=order == "kq"), variant, order)
 
 
-def _trace(query, key, arrays, variant: Variant, *, with_derivative: bool):
+def _trace(query, key, arrays, variant: Variant, *, with_derivative: bool) -> tuple[Any, float, functions.Sizes]:
     types = tuple((x.shape if x.ndim else (1,), x.dtype) for x in arrays)
     sizes = functions.Sizes(query.shape[0], query.shape[2], query.shape[1], key.shape[1])
-    return *_traced(variant, types, sizes, with_derivative=with_derivative), sizes
+    jaxpr, slope = _traced(variant, types, sizes, with_derivative=with_derivative)
+    return jaxpr, slope, sizes
 
 
 def obstacle(query, key, value, *arrays, variant: Variant, target: Target | None) -> str | None:
@@ -71,7 +72,8 @@ def forward_tiles(query, key, value, *, variant: Variant, target: Target) -> Ite
     sides = variant.block_size or (0, 0)
     for tile in hopper.forward_tiles(query, key, value, **band(variant), target=target):
         if variant.block_size or variant.has(*visits.TELLING):
-            tile = tile._replace(programs=0)  # blocks of queries differ in length
+            # Blocks of queries differ in length, and see but a part of the keys.
+            tile = tile._replace(programs=0, together=min(4 * tile.together, query.shape[0] * query.shape[2]))
         if tile.groups == 3 and (variant.modifies or variant.masks_by_data):
             tile = tile._replace(groups=2, stages=3)  # functions of scores need the registers that three do not have
         if not (sides[0] % (64 * tile.groups) or sides[1] % tile.block_k):
