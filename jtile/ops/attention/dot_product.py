@@ -101,8 +101,8 @@ def dot_product_attention(
     argument lets it see. One that sees none has an output of 0, a log-sum-exp of -inf, and gradients of 0; a score
     under about -7e37, such as with a bias of the least float32, counts as masked. What is in keys and values that a
     query does not see, NaN and infinity included, reaches nothing of it (in `jax.nn`, 0 · NaN is NaN). Of a query that
-    sees a value that is not finite, the whole output may be NaN. One exception: on the schedule for Hopper, what nothing
-    but a causal mask or a window hides may reach queries fewer than 320 places away, which share its block.
+    sees a value that is not finite, the whole output may be NaN. One exception: on the schedule for Hopper, what
+    nothing but a causal mask or a window hides may reach queries fewer than 320 places away, which share its block.
 
     Memory grows with the sequence, not with its square. Scores, softmax and all sums are float32. Float32 operands are
     multiplied in float32 (not TF32); with 16-bit operands the softmax's weights are rounded to their dtype before they
