@@ -88,7 +88,10 @@ def _wide(rows: list) -> list:
 
 
 def _finite(rows: list) -> tuple[list, jax.Array]:
-    """0 in place of rows in which something is not finite, for a weight of 0 times NaN would be NaN; and which."""
+    """0 in place of rows in which something is not finite, for a weight of 0 times NaN would be NaN; and which.
+
+    That costs registers, and so is done in blocks alone in which something is hidden from some query.
+    """
     bad = ~both(*(jnp.all(jnp.isfinite(x.astype(jnp.float32)), axis=1) for x in rows))
     return [jnp.where(bad[:, None], jnp.zeros_like(x), x) for x in rows], bad
 
@@ -314,11 +317,9 @@ def _dscores(variant: Variant, here: Elements.Block, products, dweights, lse, de
 
     `products` are those of query and key, `dweights` those of dout and value; `lse` has the factor log₂ e.
     """
-    visible = here.visible() if masked else True
-    hidden_too = masked and variant.masks
-    if hidden_too and variant.modifies:  # NaN has a slope of NaN
-        products = jnp.where(visible, products, 0.0)
+    visible, hides = here.visible() if masked else True, masked and variant.masks
     if variant.modifies:
+        products = jnp.where(visible, products, 0.0) if hides else products  # the slope at NaN is NaN
         scores, slope = here.scores(variant.scale * products, with_derivative=True)
         scores = LOG2_E * scores - lse[:, None]
     else:
@@ -328,7 +329,7 @@ def _dscores(variant: Variant, here: Elements.Block, products, dweights, lse, de
     if variant.dropout:
         dweights = jnp.where(here.kept(), variant.kept_factor * dweights, 0.0)
     dscores = jnp.exp2(scores) * (dweights - delta[:, None])
-    return jnp.where(visible, dscores, 0.0) if hidden_too else dscores, slope
+    return jnp.where(visible, dscores, 0.0) if hides else dscores, slope
 
 
 def _dquery_kernel(
@@ -369,13 +370,12 @@ def _dkey_dvalue_kernel(
         block = pl.ds(i * block_q, block_q)
         query, dout = _read(query_ref, block, head), _read(dout_ref, block, head)
         here = elements.at(i * block_q, key_start, head)
-        visible = here.visible() if masked else True
-        hidden = masked and variant.masks
+        visible, hides = here.visible() if masked else True, masked and variant.masks
         # Blocks are (block_k, block_q), so that weights and dscores are left operands of the last products as they
         # stand. The first products start from a row statistic, which then holds no registers of its own.
         if variant.modifies:
             products = _inner(key, query)
-            products = jnp.where(visible, products, 0.0) if hidden else products
+            products = jnp.where(visible, products, 0.0) if hides else products
             scores, factor = here.scores(scale * products, with_derivative=True)
             scores = LOG2_E * scores + minus_lse_ref[head, block][None, :]
         else:
@@ -391,7 +391,7 @@ def _dkey_dvalue_kernel(
         else:
             dscores = weights * (minus_delta_ref[head, block][None, :] + _inner(value, dout))
         dvalue = _add(dvalue, counted, dout)
-        dscores = jnp.where(visible, dscores, 0.0) if hidden else dscores
+        dscores = jnp.where(visible, dscores, 0.0) if hides else dscores
         if variant.modifies:
             dscores = dscores * factor
         if masked and variant.masks_by_data:  # queries that are padding may be anything, too
