@@ -222,7 +222,7 @@ def test_compiled(head_dim, is_causal):
     query, key, value, dout = (jax.ShapeDtypeStruct((2, 4096, heads, head_dim), jnp.bfloat16) for heads in (8, 4, 4, 8))
     forward, backward = jtile.inspect(functools.partial(gradients, is_causal=is_causal), query, key, value, dout)
     assert (forward.name, backward.name) == ("attention", "attention_backward")
-    groups = 3 if head_dim == 64 else 2
+    groups = 3 if head_dim == 64 and not is_causal else 2
     loops = 2 if is_causal else 1  # over blocks where some queries do not see some keys, and over the others
     assert waits(forward).count(1) == groups * loops
     assert len(waits(forward)) <= groups * (1 + 2 * loops + 1)  # groups may share the last one's code
@@ -232,7 +232,7 @@ def test_compiled(head_dim, is_causal):
         assert kernel.instructions["wgmma.mma_async"] == kernel.tensor_core_instructions > 0
         assert kernel.shared_bytes <= Target.named("NVIDIA H200").shared_bytes_per_block
         # A few addresses that are used once for each block have no register.
-        assert kernel.spill_bytes <= (128 if is_causal else 64)
+        assert kernel.spill_bytes <= (96 if head_dim == 256 else 64 if is_causal else 0)
 
 
 @pytest.mark.parametrize(
