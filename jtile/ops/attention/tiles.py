@@ -33,7 +33,7 @@ FORWARD = {
     (2, 256): Tile(64, 32, 4, 2),
     (2, 576): Tile(32, 16, 8, 1),
     (4, 64): Tile(64, 32, 8, 2),
-    (4, 128): Tile(32, 32, 8, 2),
+    (4, 128): Tile(32, 16, 8, 2),
     (4, 256): Tile(32, 16, 8, 2),
     (4, 576): Tile(16, 16, 8, 1),
 }
@@ -137,3 +137,12 @@ def operand_gradient(query, key, value, *rest, target, variant: Variant, operand
     problem = Problem(query, value, rest[: len(variant.operands)], variant, target)
     yield problem.of(DKEY_DVALUE, "dkey_dvalue")
     yield from problem.others("dkey_dvalue", *DKEY_DVALUE_BLOCKS)
+
+
+def notes(query, key, value, *rest, target, tile, variant: Variant) -> str:
+    """What `jtile.explain` adds."""
+    if isinstance(tile, hopper.ForwardTile | hopper.BackwardTile):
+        return "on the schedule for Hopper"
+    arrays = rest[: len(variant.operands)]
+    obstacle = on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target)
+    return f"on the portable schedule: {obstacle or 'tuning found it faster'}"

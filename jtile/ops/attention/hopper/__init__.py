@@ -1,7 +1,9 @@
 """Attention's schedule for Hopper, in Gluon, Triton's language for schedules.
 
 `forward_kernel.py` and `backward_kernel.py` are its kernels, `band.py` which blocks visit each other, `pipeline.py` how
-warps hand blocks on. Here is when it serves, its tiles, and how a call becomes a launch. It needs Triton 3.9, whose
+warps hand blocks on. Features are not in them: `functions.py` writes a variant's functions of scores as Gluon for the
+kernels to call, `features.py` hands over what these read and which blocks are visited. Here is when the schedule
+serves, its tiles, and how a call becomes a launch. It needs Triton 3.9, whose
 Gluon has the inline assembly and the aggregates that the kernels are written with.
 """
 
@@ -236,21 +238,20 @@ def obstacle(query, key, value, scale: float, target: Target | None) -> str | No
 def forward_tiles(query, key, value, *, low: int | None, high: int | None, target: Target) -> Iterator[ForwardTile]:
     wide = _widest(query, value)
     (batch, keys, key_heads, _), heads = key.shape, query.shape[2]
-    windowed = low is not None and high is not None
-    if windowed:  # the blocks at work together see no more of a head than this
-        keys = min(keys, high - low + 128 * target.sms)
-    head_bytes = keys * (key.shape[-1] + value.shape[-1]) * key.dtype.itemsize
-    together = _fitting(CACHE * 6 // 10 // head_bytes * (heads // key_heads), batch * heads)
-    groups, block_k, stages = {64: (3, 128, 2), 128: (2, 128, 2), 256: (2, 64, 2)}[wide]
-    if wide == 64 and (low, high) != (None, None):  # a loop more takes registers that three groups do not have
-        groups, stages = 2, 2 if low is None else 3
-    # A program for all of its blocks saves what lies between two of them. Where many blocks differ much in length, the
-    # hardware hands them out better. Measured: see `bench/results/attention.md`.
+    # A program for several blocks saves what lies between two. Where blocks differ much in length, the hardware hands
+    # them out better.
     if low is None and high is None:
         loops = wide == 128
     else:
-        loops = windowed or (wide > 64 and query.shape[1] <= 4096)
+        loops = wide > 64 and query.shape[1] <= 4096
+    if low is not None and high is not None:  # blocks are alike, and those at work see no more of a head than this
+        loops, keys = True, min(keys, high - low + 128 * target.sms)
     programs = target.sms if loops else 0
+    head_bytes = keys * (key.shape[-1] + value.shape[-1]) * key.dtype.itemsize
+    together = _fitting(CACHE * 6 // 10 // head_bytes * (heads // key_heads), batch * heads)
+    groups, block_k, stages = {64: (3, 128, 2), 128: (2, 128, 2), 256: (2, 64, 2)}[wide]
+    if wide == 64 and (low, high) != (None, None):  # masks take registers that three groups do not have
+        groups, stages = 2, 3
     first = ForwardTile(groups, block_k, stages, together, programs)
     yield first
     for other in {0, target.sms} - {programs}:
@@ -295,7 +296,7 @@ def _tensor(x, shape, strides, block, layout=None):
     return jax_triton.TensorDescriptor(x, shape, strides, block, layout)
 
 
-def _sizes(query, key, value) -> dict[str, int]:
+def _sizes(query, key, value) -> dict[str, Any]:
     (batch, queries, heads, key_dim), (keys, key_heads) = query.shape, key.shape[1:3]
     widths = dict(key_width=_width(key_dim), value_width=_width(value.shape[-1]))
     return dict(batch=batch, queries=queries, keys=keys, heads=heads, key_heads=key_heads, **widths)

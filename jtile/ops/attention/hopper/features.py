@@ -44,10 +44,11 @@ def _functions(query, key, arrays, variant: Variant, order: str) -> functions.Fu
     return functions.write(*_trace(query, key, arrays, variant, with_derivative=order == "kq"), variant, order)
 
 
-def _trace(query, key, arrays, variant: Variant, *, with_derivative: bool):
+def _trace(query, key, arrays, variant: Variant, *, with_derivative: bool) -> tuple[Any, float, functions.Sizes]:
     types = tuple((x.shape if x.ndim else (1,), x.dtype) for x in arrays)
     sizes = functions.Sizes(query.shape[0], query.shape[2], query.shape[1], key.shape[1])
-    return *_traced(variant, types, sizes, with_derivative=with_derivative), sizes
+    jaxpr, slope = _traced(variant, types, sizes, with_derivative=with_derivative)
+    return jaxpr, slope, sizes
 
 
 def obstacle(query, key, value, *arrays, variant: Variant, target: Target | None) -> str | None:
@@ -71,7 +72,8 @@ def forward_tiles(query, key, value, *, variant: Variant, target: Target) -> Ite
     sides = variant.block_size or (0, 0)
     for tile in hopper.forward_tiles(query, key, value, **band(variant), target=target):
         if variant.block_size or variant.has(*visits.TELLING):
-            tile = tile._replace(programs=0)  # blocks of queries differ in length
+            # Blocks of queries differ in length, and see but a part of the keys.
+            tile = tile._replace(programs=0, together=min(4 * tile.together, query.shape[0] * query.shape[2]))
         if tile.groups == 3 and (variant.modifies or variant.masks_by_data):
             tile = tile._replace(groups=2, stages=3)  # functions of scores need the registers that three do not have
         if not (sides[0] % (64 * tile.groups) or sides[1] % tile.block_k):
@@ -194,9 +196,10 @@ def _between(start, stop, count: int):
 def _in_order(lists, counts):
     """Lists with their blocks in order, as 2 · block + whether it is to be masked; their lengths; and which blocks are
     in them, (batch, heads, blocks of keys, blocks of queries)."""
-    place = jnp.argsort(lists, axis=-1).astype(jnp.int32)  # of each block in its list
+    put = functools.partial(jnp.put_along_axis, axis=-1, inplace=False)  # XLA folds these sooner than sorts
+    blocks = jnp.broadcast_to(jnp.arange(lists.shape[-1], dtype=jnp.int32), lists.shape)
+    place = put(jnp.zeros_like(lists), lists, blocks)  # of each block in its list
     whole, count = counts[..., :1], counts[..., 1:]
     visited = place < count
-    entries = 2 * jnp.arange(lists.shape[-1], dtype=jnp.int32) + (place >= whole)
-    entries = jnp.where(visited, entries, jnp.iinfo(jnp.int32).max)
-    return jnp.sort(entries, axis=-1), count[..., 0], visited
+    at = jnp.where(visited, jnp.cumsum(visited, axis=-1) - 1, lists.shape[-1])
+    return put(jnp.zeros_like(lists), at, 2 * blocks + (place >= whole), mode="drop"), count[..., 0], visited
