@@ -369,7 +369,6 @@ hopper = types.SimpleNamespace(
     ),
     warpgroup_mma=_warpgroup_mma,
     warpgroup_mma_wait=_warpgroup_mma_wait,
-    warpgroup_mma_init=lambda x: x,
 )
 
 

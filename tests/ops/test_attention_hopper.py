@@ -232,7 +232,7 @@ def test_compiled(head_dim, is_causal):
         assert kernel.instructions["wgmma.mma_async"] == kernel.tensor_core_instructions > 0
         assert kernel.shared_bytes <= Target.named("NVIDIA H200").shared_bytes_per_block
         # A few addresses that are used once for each block have no register.
-        assert kernel.spill_bytes <= (128 if is_causal else 64)
+        assert kernel.spill_bytes <= {64: 64, 128: 64 if is_causal else 0, 256: 96}[head_dim]
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ class Backward(_Call):
         rows = 1 if self.lists is None else self.lists.rows
         return -(-super().query_blocks // rows) * rows
 
-    # dquery leaves in parts of 64 by 64, of which some take a turn together, and several warps add them, one turn each.
+    # dquery leaves in parts of 64 by 64, two of them in a turn.
 
     @property
     def by_rows(self) -> bool:
@@ -190,18 +190,9 @@ class Backward(_Call):
         return self.key_width == 64
 
     @property
-    def parts(self) -> int:
-        """Of a block of queries."""
-        return self.block_q * self.key_width // 4096
-
-    @property
     def turns(self) -> int:
         """Of a block of queries."""
-        return 4 if self.key_width == 256 else 1
-
-    @property
-    def adders(self) -> int:
-        return 3 if self.key_width == 256 else 2
+        return self.block_q * self.key_width // (2 * 64 * 64)
 
 
 def _width(head_dim: int) -> int:
@@ -245,12 +236,17 @@ def obstacle(query, key, value, scale: float, target: Target | None) -> str | No
 
 
 def forward_tiles(query, key, value, *, low: int | None, high: int | None, target: Target) -> Iterator[ForwardTile]:
-    wide = max(_width(query.shape[-1]), _width(value.shape[-1]))
+    wide = _widest(query, value)
     (batch, keys, key_heads, _), heads = key.shape, query.shape[2]
-    # Where blocks of queries differ in length, the hardware hands them out better.
-    programs = target.sms if low is None and high is None else 0
-    if low is not None and high is not None:  # they do not, and those at work together see no more of a head than this
-        programs, keys = target.sms, min(keys, high - low + 128 * target.sms)
+    # A program for several blocks saves what lies between two. Where blocks differ much in length, the hardware hands
+    # them out better.
+    if low is None and high is None:
+        loops = wide == 128
+    else:
+        loops = wide > 64 and query.shape[1] <= 4096
+    if low is not None and high is not None:  # blocks are alike, and those at work see no more of a head than this
+        loops, keys = True, min(keys, high - low + 128 * target.sms)
+    programs = target.sms if loops else 0
     head_bytes = keys * (key.shape[-1] + value.shape[-1]) * key.dtype.itemsize
     together = _fitting(CACHE * 6 // 10 // head_bytes * (heads // key_heads), batch * heads)
     groups, block_k, stages = {64: (3, 128, 2), 128: (2, 128, 2), 256: (2, 64, 2)}[wide]
@@ -263,7 +259,7 @@ def forward_tiles(query, key, value, *, low: int | None, high: int | None, targe
     for factor in (0.25, 0.5, 2, 4):
         yield first._replace(together=_fitting(int(factor * together), batch * heads))
     if wide == 64:
-        yield first._replace(groups=5 - groups, stages=5 - stages)
+        yield first._replace(groups=5 - groups, stages=groups)
 
 
 def backward_tiles(query, key, value, *, low, high) -> Iterator[BackwardTile]:

@@ -7,10 +7,10 @@ operands of the next products as they stand.
 dquery is a sum over programs. Each adds its part to a float32 array, by the Tensor Memory Accelerator, when its turn
 has come: turns go by the number of the key block, so every sum is made in the same order each time. A program waits
 only for programs of smaller numbers, which the hardware starts earlier. That a sum has arrived takes as long to know as
-a block of queries takes to work on, so two warps add, each every other block's parts. Two kernels without such a sum,
+a block of queries takes to work on, so two warps add, and each takes every other turn. Two kernels without such a sum,
 one by queries and one by keys, would take seven products.
 
-While a group's part of dquery leaves, the tensor cores are at its dkey, and still when its next scores are sent off.
+While a group's part of dquery leaves, the tensor cores are at its dkey.
 
 The rest is FlashAttention-3's method (Shah et al., 2024, arXiv:2407.08608).
 """
@@ -22,7 +22,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -105,29 +104,32 @@ def hand_on(part, n, dq):
 
 @gluon.jit
 def add_dquery(dq_desc, turns, dq, origin, visits, first: gl.constexpr, S: gl.constexpr):
-    """One of the warps that add parts of dquery, as many at a time as take a turn together."""
+    """One of two warps that add parts of dquery, each every other turn, two parts in a turn. A slot of `dq` belongs to
+    one of them and to one group: barriers tell only odd phases from even ones, so each waits for every phase."""
     j, b, kh = place(S)
     start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
-    parts: gl.constexpr = S.parts // S.turns
-    for number in range(first, S.turns * S.group * (stop - start), S.adders):
+    for number in range(first, S.turns * S.group * (stop - start), 2):
         step = number // S.turns
         h = kh * S.group + step // (stop - start)
         i, _ = query_block(stop - 1 - step % (stop - start), whole_start, whole_stop, blocks, S)
         before = turn(i, j, b, kh, origin, visits[2], S)
         own_turns = turns + ((b * S.heads + h) * S.query_blocks + i) * S.turns + number % S.turns
-        for k in gl.static_range(parts):
-            dq.wait(number * parts + k)
-        _wait_turn(own_turns, before)
-        for k in gl.static_range(parts):
-            part = (number % S.turns * parts + k) * 64
-            at = [b, h, i * S.block_q + (part if S.by_rows else 0), 0 if S.by_rows else part]
+        for k in gl.static_range(2):
+            part = k * S.turns + number % S.turns
+            n = step * 2 * S.turns + part
+            dq.wait(n)
+            if k == 0:
+                _wait_turn(own_turns, before)
+            at = [b, h, i * S.block_q + (part * 64 if S.by_rows else 0), 0 if S.by_rows else part * 64]
             if before == 0:
-                tma.async_store(dq_desc, at, dq.slot(number * parts + k))
+                tma.async_store(dq_desc, at, dq.slot(n))
             else:
-                tma.async_atomic_add(dq_desc, at, dq.slot(number * parts + k))
-        tma.store_wait(0)
-        for k in gl.static_range(parts):
-            dq.release(number * parts + k)
+                tma.async_atomic_add(dq_desc, at, dq.slot(n))
+            if S.turns == 2 or k == 1:
+                tma.store_wait(0)
+                dq.release(n)
+                if S.turns == 1:
+                    dq.release(n - 1)
         tma.store_wait(0, read_only=False)
         _set_turn(own_turns, before + 1)
 
@@ -149,9 +151,7 @@ def _step(
     s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
     do_ring.wait(step)
     dp = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    s, dk = warpgroup_mma_wait(1, deps=[s, dk])
-    if step > 0:
-        q_ring.release(step - 1)
+    s = warpgroup_mma_wait(1, deps=[s])
     row = i * S.block_q + queries
     factor = 1.0
     if S.functions is not None:
@@ -177,8 +177,7 @@ def _step(
     ds = ds.to(dtype)
 
     # Two buffers: the other group may still read what this one wrote in the step before.
-    own = ds_shared.index(step % 2 * 2 + group)
-    own.store(ds)
+    ds_shared.index(step % 2 * 2 + group).store(ds)
     fence_async_shared()
     meet()
     part = gl.zeros([64, 64], gl.float32, square)
@@ -189,11 +188,13 @@ def _step(
         else:
             k_half = k_half.slice(group * 64, 64, 1)
         part = warpgroup_mma(k_half.permute((1, 0)), ds_half, part, use_acc=half == 1, is_async=True)
-    # From shared memory, where it is anyway: from registers it would hold them until the next step.
-    dk = warpgroup_mma(own, q, dk, is_async=True)
+    ds_left = gl.convert_layout(ds, gl.DotOperandLayout(0, dk.type.layout, 2))
+    dk = warpgroup_mma(ds_left, q, dk, is_async=True)
     dv, part = warpgroup_mma_wait(1, deps=[dv, part])
     do_ring.release(step)
     hand_on(part, 2 * step + group, dq)
+    dk = warpgroup_mma_wait(0, deps=[dk])
+    q_ring.release(step)
     return dk, dv
 
 
@@ -218,22 +219,18 @@ def _compute(
     dk = gl.zeros([64, S.key_width], gl.float32, dk_layout)
     dv = gl.zeros([64, S.value_width], gl.float32, dv_layout)
     wait(kv_full, 0)
-    steps = S.group * (stop - start)
-    if steps > 0:  # dk under way is not to meet zeros that are not
-        n = stop
-        h = kh * S.group
-        dk_sum = warpgroup_mma_init(dk)
-        for step in range(steps):
-            h += gl.where(n == start, 1, 0)
-            n = gl.where(n == start, stop, n) - 1
-            i, masked = query_block(n, whole_start, whole_stop, blocks, S)
-            # fmt: off
-            dk_sum, dv = _step(
-                i, h, step, k, v, q, do, k_shared, stat_shared, ds_shared, dq, origin, queries, cols, rows, arrays,
-                dk_sum, dv, masked, group, S,
-            )
-            # fmt: on
-        dk = warpgroup_mma_wait(0, deps=[dk_sum])
+    n = stop
+    h = kh * S.group
+    for step in range(S.group * (stop - start)):
+        h += gl.where(n == start, 1, 0)
+        n = gl.where(n == start, stop, n) - 1
+        i, masked = query_block(n, whole_start, whole_stop, blocks, S)
+        # fmt: off
+        dk, dv = _step(
+            i, h, step, k, v, q, do, k_shared, stat_shared, ds_shared, dq, origin, queries, cols, rows, arrays, dk, dv,
+            masked, group, S,
+        )
+        # fmt: on
     meet()  # the other group reads this group's keys, which make room for dkey
     k.store((dk * S.scale).to(dtype))
     v.store(dv.to(dtype))

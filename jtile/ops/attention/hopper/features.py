@@ -196,9 +196,10 @@ def _between(start, stop, count: int):
 def _in_order(lists, counts):
     """Lists with their blocks in order, as 2 · block + whether it is to be masked; their lengths; and which blocks are
     in them, (batch, heads, blocks of keys, blocks of queries)."""
-    place = jnp.argsort(lists, axis=-1).astype(jnp.int32)  # of each block in its list
+    put = functools.partial(jnp.put_along_axis, axis=-1, inplace=False)  # XLA folds these sooner than sorts
+    blocks = jnp.broadcast_to(jnp.arange(lists.shape[-1], dtype=jnp.int32), lists.shape)
+    place = put(jnp.zeros_like(lists), lists, blocks)  # of each block in its list
     whole, count = counts[..., :1], counts[..., 1:]
     visited = place < count
-    entries = 2 * jnp.arange(lists.shape[-1], dtype=jnp.int32) + (place >= whole)
-    entries = jnp.where(visited, entries, jnp.iinfo(jnp.int32).max)
-    return jnp.sort(entries, axis=-1), count[..., 0], visited
+    at = jnp.where(visited, jnp.cumsum(visited, axis=-1) - 1, lists.shape[-1])
+    return put(jnp.zeros_like(lists), at, 2 * blocks + (place >= whole), mode="drop"), count[..., 0], visited

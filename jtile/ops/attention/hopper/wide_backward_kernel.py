@@ -166,7 +166,7 @@ def attention_backward(
     square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, S.block_q], dtype)
     q = ring(q_desc, S.stages, 2)
     do = ring(do_desc, 1, 2)
-    dq = room(dq_desc.dtype, dq_desc.block_shape, dq_desc.layout, 3, 4, 1)
+    dq = room(dq_desc.dtype, dq_desc.block_shape, dq_desc.layout, 2, 4, 1)
     p = room(dtype, [64, S.block_q], square, 1, 4, 4)
     ds = room(dtype, [64, S.block_q], square, 1, 4, 4)
     k_shared = gl.allocate_shared_memory(dtype, [1, 1, 1, 64, S.key_width], k_desc.layout)
@@ -188,8 +188,7 @@ def attention_backward(
             )),
             (add_dquery, (dq_desc, turns, dq, origin, visits, 0, S)),
             (add_dquery, (dq_desc, turns, dq, origin, visits, 1, S)),
-            (add_dquery, (dq_desc, turns, dq, origin, visits, 2, S)),
         ],
-        [4, 1, 1, 1, 1],
-        [240, 24, 24, 24, 24],
+        [4, 1, 1, 1],
+        [240, 24, 24, 24],
     )
