@@ -9,8 +9,8 @@ log-sum-exp for each token and 256 classes, 4 T v / 256 bytes: 16 MiB.
 
 Logits formed again in the backward pass: four products. A slab of s classes at a time, the kernel forms its logits and
 writes their gradient G, 2 T s bytes, from which dW[:, slab] = xᵀ G is final, and dx += G W[:, slab]ᵀ is summed in
-float32, read and written 8 T d bytes for each slab. s is 8,448 classes there, 132 MiB: tiles of G and dW fill the chip's
-132 multiprocessors a whole number of times.
+float32, read and written 8 T d bytes for each slab. s is 8,448 classes there, 132 MiB: tiles of G and dW fill the 132
+multiprocessors a whole number of times.
 
 Gradients formed in the forward pass: three products. That needs whole rows of logits, so c tokens at a time: logits, G
 in their place, 2 c v bytes, dx = G Wᵀ final, and dW += xᵀ G summed in float32, 4 d v bytes, read and written for each c
