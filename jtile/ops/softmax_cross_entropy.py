@@ -15,7 +15,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -270,14 +270,7 @@ def softmax_cross_entropy(
         "softmax_cross_entropy", labels, ignore_index, label_smoothing, z_loss, logits_soft_cap, axis_name
     )
     labels = labels.astype(jnp.int32)
-    statistics = forward(
-        logits,
-        labels,
-        logits_soft_cap=options.logits_soft_cap,
-        total=options.label_smoothing > 0,
-        split=options.split,
-        implementation=implementation,
-    )
+    statistics = forward(logits, labels, **options.of_statistics, implementation=implementation)
     return options.loss(labels, options.vocabulary(logits.shape[-1]), *statistics)
 
 
@@ -322,6 +315,15 @@ class Options:
     @property
     def split(self) -> dict[str, str | tuple[str, ...]]:
         return {} if self.axis_name is None else {"v": self.axis_name}
+
+    @property
+    def of_statistics(self) -> dict[str, Any]:
+        """What `forward` needs to know of them."""
+        return {
+            "logits_soft_cap": self.logits_soft_cap,
+            "total": self.label_smoothing > 0,
+            "split": self.split,
+        }
 
     def vocabulary(self, part: int) -> int:
         """The size of the whole vocabulary, from that of a device's part."""
