@@ -226,8 +226,8 @@ def softmax_cross_entropy(
     A token whose loss has a zero cotangent gets a zero gradient even where its logits are not finite.
 
     Logits may be split over devices along the vocabulary, too: for each token devices then exchange two numbers, three
-    with label smoothing, and none for the gradient. (As many again in `jax.shard_map(check_vma=False)`, where JAX does
-    not know that they have the same cotangents.)
+    with label smoothing, and none for the gradient. (As many again in `jax.shard_map(check_vma=False)`: there a
+    cotangent is the sum of what devices have of it, since JAX does not know whether they use the loss alike.)
 
     Args:
         logits: any leading shape, then the vocabulary, of any size from 1.
