@@ -289,7 +289,7 @@ class Options:
 
     @classmethod
     def checked(cls, op: str, labels, ignore_index, label_smoothing, z_loss, logits_soft_cap, axis_name) -> "Options":
-        check_known(op, ignore_index=ignore_index)
+        check_known(op, ignore_index=ignore_index, axis_name=axis_name)
         if not jnp.issubdtype(labels.dtype, jnp.integer):
             raise ValueError(
                 f"{op}: `labels` must be integers, a class for each token, got {labels.dtype}; of one-hot labels pass "
