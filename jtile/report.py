@@ -223,7 +223,7 @@ def _moves(op: TileOp, call: Call, avals: Sequence) -> str:
         return ""
     layout = Layout.of(op, avals, call)
     if AxisType.Auto in mesh.axis_types:
-        kept = {f for dims in layout.operands for dim in dims for f in dim if layout.sizes[f] > 1} & layout.whole
+        kept = {f for dims in layout.operands for dim in dims for f in dim if layout.sizes[f] > 1} & op.signature.whole
         return f"all of {', '.join(map(in_words, sorted(kept)))} where it is split" if kept else ""
     assigned = layout.settled(avals, mesh)
     found = [

@@ -55,12 +55,7 @@ def choose(op: TileOp, shapes: Sequence, call: Call, platform: str) -> Choice:
         return Choice("reference", "implementation='xla'")
     if any(math.prod(s.shape) == 0 for s in shapes):
         return Choice("reference", "an operand is empty: there is nothing to launch")
-    obstacle = _obstacle(op, shapes, call)
-    if call.implementation != "interpret" and not obstacle:
-        if platform != "cuda":
-            obstacle = f"kernels run on NVIDIA GPUs, and this is lowered for {platform}"
-        else:
-            obstacle = _missing_toolchain()
+    obstacle = _obstacle(op, shapes, call, platform)
     if obstacle and call.implementation:
         raise NotImplementedError(
             f"{op.name}: implementation={call.implementation!r} cannot serve this call: {obstacle}"
@@ -72,16 +67,19 @@ def choose(op: TileOp, shapes: Sequence, call: Call, platform: str) -> Choice:
     return Choice("kernel", "implementation='triton'" if call.implementation else "lowered for an NVIDIA GPU")
 
 
-def _obstacle(op: TileOp, shapes: Sequence, call: Call) -> str | None:
-    """Why the op's kernel cannot serve a call on any platform."""
+def _obstacle(op: TileOp, shapes: Sequence, call: Call, platform: str) -> str | None:
+    """Why the op's kernel cannot serve a call."""
     if op.kernel_function is None:
         return "the op has no kernel"
-    terms = call.given(op.signature.operands)
-    for term, s in zip(terms, shapes, strict=True):
+    for term, s in zip(call.given(op.signature.operands), shapes, strict=True):
         if jnp.issubdtype(s.dtype, jnp.inexact) and s.dtype.name not in op.kernel_dtypes:
             return f"`{term.name}` is {s.dtype.name}, and kernels take {', '.join(op.kernel_dtypes)}"
-    if op.limits_function is not None:
-        return op.limits_function(*_folded(op, shapes, call), **dict(call.static))
+    if op.limits_function and (limit := op.limits_function(*_folded(op, shapes, call), **dict(call.static))):
+        return limit
+    if call.implementation != "interpret" and platform != "cuda":
+        return f"kernels run on NVIDIA GPUs, and this is lowered for {platform}"
+    if call.implementation != "interpret" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install 'jtile[cuda13]', or 'jtile[offline]' where there is no GPU)"
     return None
 
 
@@ -96,13 +94,6 @@ def choose_tile(op: TileOp, shapes: Sequence, call: Call, target: Target | None)
     if op.tiles_function is None:
         return None
     return tuning.choose(op, _folded(op, shapes, call), call.static, target)
-
-
-@functools.cache
-def _missing_toolchain() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install 'jtile[cuda13]', or 'jtile[offline]' where there is no GPU)"
-    return None
 
 
 @functools.cache

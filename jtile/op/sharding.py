@@ -72,10 +72,6 @@ class Layout:
             sizes,
         )
 
-    @property
-    def whole(self) -> frozenset[str]:
-        return self.op.signature.whole
-
     def rule(self) -> SdyShardingRule:
         """The same, in Shardy's words, which have no factors of size 1 in a compound dimension."""
         proper = lambda dim: tuple(f for f in dim if self.sizes[f] != 1) or dim[:1]  # noqa: E731
@@ -83,13 +79,14 @@ class Layout:
         plain = {dim[0] for dims in (*operands, *results) for dim in dims if len(dim) == 1}
         kept = {f for dims in results for dim in dims for f in dim}
         factors = list(dict.fromkeys(f for dims in (*operands, *results) for dim in dims for f in dim))
+        whole = self.op.signature.whole
         compound_only: dict[str, Any] = {f: self.sizes[f] for f in factors if f not in plain}
         mapping = lambda dims: ArrayMapping(*(dim[0] if len(dim) == 1 else CompoundFactor(*dim) for dim in dims))  # noqa: E731
         return SdyShardingRule(
             tuple(map(mapping, operands)),
             tuple(map(mapping, results)),
-            need_replication_factors=tuple(f for f in factors if f in self.whole),
-            reduction_factors=tuple(f for f in factors if f not in kept and f not in self.whole),
+            need_replication_factors=tuple(f for f in factors if f in whole),
+            reduction_factors=tuple(f for f in factors if f not in kept and f not in whole),
             **compound_only,
         )
 
@@ -125,7 +122,7 @@ class Layout:
     def _splittable(self, dim: Dim, axes: tuple[str, ...]) -> str | None:
         """Which factor of a dimension mesh axes split: the outermost one that is larger than 1."""
         factor = next((f for f in dim if self.sizes[f] > 1), None)
-        return factor if axes and factor not in self.whole else None
+        return factor if axes and factor not in self.op.signature.whole else None
 
     def place(self, dims: Sequence[Dim], assigned: dict[str, tuple[str, ...]]) -> PartitionSpec:
         split = (next((assigned[f] for f in dim if f in assigned), None) for dim in dims)
