@@ -1,16 +1,20 @@
 """Measures jtile on this machine's GPU.
 
 `python -m bench run` times jtile's ops and their rivals in turn, checks each against a float32 reference, and writes
-`bench/results/<chip>/<date>.json` after every case; `--tables sizes widths` measures the sweeps. `python -m bench
-report` makes tables and plots of what is there. `python -m bench list` shows cases and rivals. `python -m bench pallas`
-times Pallas kernels through jtile and through JAX's own backend.
+`bench/results/<chip>/<date>.json` after every case; `--tables sizes widths sequences` measures the sweeps.
+`python -m bench report` makes tables and plots of what is there. `python -m bench list` shows cases and rivals.
+`python -m bench pallas` times Pallas kernels through jtile and through JAX's own backend.
 """
 
 import argparse
+import contextlib
+import math
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -18,6 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench import cases, measure, report, results, rivals
+from bench.apart import Apart
+from jtile.compiler import cache
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,10 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     run_parser = commands.add_parser("run", help="measure the ops on this machine's GPU")
-    run_parser.add_argument("--filter", default="", help="only cases whose name contains this")
-    run_parser.add_argument(
-        "--tables", nargs="+", choices=["core", "sizes", "widths"], default=["core"], help="(default: core)"
-    )
+    run_parser.add_argument("--filter", default="", help="only cases whose name matches this regular expression")
+    run_parser.add_argument("--tables", nargs="+", choices=cases.TABLES, default=["core"], help="(default: core)")
     run_parser.add_argument("--rivals", nargs="+", choices=rivals.RIVALS, default=list(rivals.RIVALS), metavar="RIVAL")
     run_parser.add_argument("--passes", nargs="+", choices=cases.PASSES, default=cases.PASSES, metavar="PASS")
     run_parser.add_argument(
@@ -39,12 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     run_parser.add_argument("--cold", action="store_true", help="with empty caches, for honest times to first call")
     run_parser.add_argument("--quick", action="store_true", help="half as long, and less exact")
+    run_parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no case is begun")
     run_parser.add_argument("--output", type=Path, help="file to write (default: in bench/results/<chip>/)")
     report_parser = commands.add_parser("report", help="tables and plots of the newest results of every chip")
     report_parser.add_argument("--write", action="store_true", help="put the tables into README.md, and draw the plots")
     commands.add_parser("list", help="show cases and rivals")
     pallas_parser = commands.add_parser("pallas", help="measure Pallas kernels, through jtile and JAX's own backend")
-    pallas_parser.add_argument("--filter", default="", help="only cases whose name contains this")
+    pallas_parser.add_argument("--filter", default="", help="only cases whose name matches this regular expression")
     pallas_parser.add_argument("--output", type=Path, help="file to write (default: in bench/results/<chip>/)")
     given = parser.parse_args(arguments)
     match given.command:
@@ -62,14 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(given: argparse.Namespace) -> int:
-    if given.cold:
-        if "torch" in sys.modules:
-            raise RuntimeError("PyTorch has looked for its cache already")
-        for variable in ("JTILE_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-            os.environ[variable] = tempfile.mkdtemp(prefix="bench_")
-        jax.config.update("jax_enable_compilation_cache", False)
+    set_up(given.cold)
     device = gpu()
-    chosen = pick([case for case in cases.CASES if case.table in given.tables], given.filter)
+    chosen = pick([case for table in given.tables for case in cases.CASES if case.table == table], given.filter)
+    until = time.monotonic() + given.limit
     length = dict(rounds=2, settle=0.02, timed=0.02) if given.quick else {}
     options = measure.Options(rivals=given.rivals, passes=given.passes, compile_only=given.compile_only, **length)
     console = Console(width=150 if not sys.stdout.isatty() else None, highlight=False)
@@ -80,11 +81,14 @@ def run(given: argparse.Namespace) -> int:
         return compile_only(chosen, options)
     file = results.Results(given.output or results.of_today(device.device_kind), device.device_kind)
     failed = []
-    with progress(console) as bar:
+    with processes() as aparts, progress(console) as bar:
         task = bar.add_task("", total=len(chosen))
-        for case in chosen:
+        for i, case in enumerate(chosen):
+            if time.monotonic() > until:
+                console.print(f"[yellow]time is up: {len(chosen) - i} cases are left, from {case.name} on[/]")
+                break
             bar.update(task, description=case.name)
-            for rows in measure.measure(case, options):
+            for rows in measure.measure(case, options, aparts):
                 file.add(rows)
                 console.print(report.rows_table(rows))
                 failed += [row for row in rows if row["rival"] == "jtile" and ("gap" in row or not row["right"])]
@@ -96,13 +100,37 @@ def run(given: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def set_up(cold: bool) -> None:
+    """JAX and the caches on disk, in this process and those that it will start."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # each of them needs memory
+    if cold:
+        for variable in ("JTILE_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+            os.environ[variable] = tempfile.mkdtemp(prefix="bench_")
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif not jax.config.jax_compilation_cache_dir:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache.directory() / "bench")
+        jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[dict[str, Apart]]:
+    """For the rivals that run apart."""
+    with contextlib.ExitStack() as stack:
+        yield {name: stack.enter_context(contextlib.closing(Apart(name))) for name in ("jax", "torch")}
+
+
 def compile_only(chosen: Sequence[cases.Case], options: measure.Options) -> int:
-    for case in chosen:
-        for rows in measure.measure(case, options):
-            seconds = {row["rival"]: row.get("first_call_seconds") for row in rows}
-            firsts = (f"{name} {'gap' if s is None else f'{s:.1f} s'}" for name, s in seconds.items())
-            print(f"{case.name}, {rows[0]['pass']}: {', '.join(firsts)}", flush=True)
+    with processes() as aparts:
+        for case in chosen:
+            for rows in measure.measure(case, options, aparts):
+                firsts = (f"{row['rival']} {row.get('gap') or first_call(row)}" for row in rows[1:])
+                print(f"{case.name}, {rows[0]['pass']}: {', '.join(firsts)}", flush=True)
     return 0
+
+
+def first_call(row: measure.Row) -> str:
+    return f"{row['first_call_seconds']:.1f} s, error {row['error']:.1e}"
 
 
 def run_pallas(given: argparse.Namespace) -> int:
@@ -129,9 +157,9 @@ def gpu() -> jax.Device:
 
 
 def pick(all_cases: Sequence, text: str) -> list:
-    chosen = [case for case in all_cases if text in case.name]
+    chosen = [case for case in all_cases if re.search(text, case.name)]
     if not chosen:
-        sys.exit(f"no case contains {text!r}; there are: {', '.join(c.name for c in all_cases)}")
+        sys.exit(f"no case matches {text!r}; there are: {', '.join(c.name for c in all_cases)}")
     return chosen
 
 
@@ -150,7 +178,7 @@ def show_list() -> None:
     print("rivals:")
     for name, rival in rivals.RIVALS.items():
         print(f"  {name:16} {rival.missing() or rival.version()}")
-    for table in ("core", "sizes", "widths"):
+    for table in cases.TABLES:
         print(f"cases of --tables {table}:")
         for case in (c for c in cases.CASES if c.table == table):
             running = [name for name in rivals.RIVALS if rivals.entry(name, case.op)]

@@ -8,8 +8,8 @@ another op is a function here and a line in `CASES`; `rivals.py` has what is tim
 import dataclasses
 import functools
 import math
+import typing
 from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -18,19 +18,67 @@ import jax.numpy as jnp
 FORWARD, BACKWARD, BOTH = PASSES = ("forward", "backward", "value and gradient")  # "backward" is the pullback alone
 
 Operand = Callable[[jax.Array], jax.Array]  # from a random key
-Table = Literal["core", "sizes", "widths"]
+Table = Literal["core", "sizes", "widths", "sequences"]
+TABLES = typing.get_args(Table)
+
+
+# Operands, by functions that another process can be sent.
 
 
 def normal(*shape: int, dtype=jnp.bfloat16) -> Operand:
-    return lambda key: jax.random.normal(key, shape, dtype)
+    return functools.partial(jax.random.normal, shape=shape, dtype=dtype)
 
 
-def ones(*shape: int, dtype=jnp.float32) -> Operand:
-    return lambda key: jnp.ones(shape, dtype)
+def matrix(rows: int, columns: int) -> Operand:
+    """Weights whose products with normal numbers are normal."""
+    return functools.partial(_matrix, rows, columns)
+
+
+def _matrix(rows, columns, key):
+    return jax.random.normal(key, (rows, columns), jnp.bfloat16) * jnp.bfloat16(rows**-0.5)
+
+
+def ones(*shape: int) -> Operand:
+    return functools.partial(_ones, shape)
+
+
+def _ones(shape, key):
+    return jnp.ones(shape, jnp.float32)
 
 
 def integers(*shape: int, below: int) -> Operand:
-    return lambda key: jax.random.randint(key, shape, 0, below, jnp.int32)
+    return functools.partial(jax.random.randint, shape=shape, minval=0, maxval=below, dtype=jnp.int32)
+
+
+def counting(batch: int, sequence: int) -> Operand:
+    """Positions of tokens."""
+    return functools.partial(_counting, batch, sequence)
+
+
+def _counting(batch, sequence, key):
+    return jnp.broadcast_to(jnp.arange(sequence, dtype=jnp.int32), (batch, sequence))
+
+
+DOCUMENTS = 1, 5, 2, 8, 3, 6, 4, 3  # their lengths, in 32nds of a sequence
+
+
+def documents(batch: int, sequence: int) -> Operand:
+    """Segment ids."""
+    return functools.partial(_documents, batch, sequence)
+
+
+def _documents(batch, sequence, key):
+    lengths = jnp.array(DOCUMENTS) * (sequence // sum(DOCUMENTS))
+    ids = jnp.repeat(jnp.arange(len(DOCUMENTS), dtype=jnp.int32), lengths, total_repeat_length=sequence)
+    return jnp.broadcast_to(ids, (batch, sequence))
+
+
+def squares(*shape: int) -> Operand:
+    return functools.partial(_squares, shape)
+
+
+def _squares(shape, key):
+    return jnp.square(jax.random.normal(key, shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +93,11 @@ class Case:
       unit: which of the two.
       options: further arguments of the op's functions.
       by: the operands to differentiate by; None for all that are floating point.
+      dead: after its gradient is computed nothing needs what the op was given, as logits in training, and the gradient
+        may take its memory: whatever a call may write to is made anew before it, outside of what is timed.
       tolerance: the largest ‖got − reference‖ / ‖reference‖ of a result or gradient that is right. The reference is
         computed in float32.
-      table: `"core"`, or the sweep that it belongs to, over sizes in bytes or over widths.
+      table: `"core"`, or the sweep that it belongs to, over sizes in bytes, widths or lengths of sequences.
       at: where in the sweep.
     """
 
@@ -56,8 +106,9 @@ class Case:
     operands: Mapping[str, Operand]
     work: Mapping[str, int]
     unit: Literal["B", "FLOP"] = "B"
-    options: Mapping[str, Any] = MappingProxyType({})
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     by: tuple[str, ...] | None = None
+    dead: bool = False
     tolerance: float = 1e-2
     table: Table = "core"
     at: int = 0
@@ -130,12 +181,27 @@ def group_norm(batch: int, height: int, width: int, channels: int) -> Case:
 
 def rope(batch: int, sequence: int, heads: int, head_dim: int) -> Case:
     size = batch * sequence * heads * head_dim * 2
-    positions = lambda key: jnp.broadcast_to(jnp.arange(sequence, dtype=jnp.int32), (batch, sequence))  # noqa: E731
     return Case(
         "rope",
         f"{batch}×{sequence}×{heads}×{head_dim}",
-        {"x": normal(batch, sequence, heads, head_dim), "positions": positions},
+        {"x": normal(batch, sequence, heads, head_dim), "positions": counting(batch, sequence)},
         {FORWARD: 2 * size, BACKWARD: 2 * size},
+    )
+
+
+def qk_norm_rope(batch: int, sequence: int, heads: int, key_heads: int, head_dim: int) -> Case:
+    size = batch * sequence * (heads + key_heads) * head_dim * 2
+    return Case(
+        "qk_norm_rope",
+        f"{batch}×{sequence}×{heads}/{key_heads}×{head_dim}",
+        {
+            "q": normal(batch, sequence, heads, head_dim),
+            "k": normal(batch, sequence, key_heads, head_dim),
+            "q_scale": ones(head_dim),
+            "k_scale": ones(head_dim),
+            "positions": counting(batch, sequence),
+        },
+        {FORWARD: 2 * size, BACKWARD: 3 * size},
     )
 
 
@@ -175,6 +241,7 @@ def softmax_cross_entropy(tokens: int, classes: int) -> Case:
         f"{tokens}×{classes}",
         {"logits": normal(tokens, classes), "labels": integers(tokens, below=classes)},
         {FORWARD: size, BACKWARD: 2 * size, BOTH: 3 * size},
+        dead=True,
     )
 
 
@@ -184,26 +251,53 @@ def linear_cross_entropy(tokens: int, d: int, classes: int, mean: bool = False) 
     return Case(
         "linear_cross_entropy_mean" if mean else "linear_cross_entropy",
         f"{tokens}×{d}×{classes}",
-        {"x": normal(tokens, d), "weight": normal(d, classes), "labels": integers(tokens, below=classes)},
+        {"x": normal(tokens, d), "weight": matrix(d, classes), "labels": integers(tokens, below=classes)},
         {FORWARD: product, BACKWARD: 2 * product, BOTH: 3 * product},
         unit="FLOP",
     )
 
 
 def attention(
-    batch: int, sequence: int, heads: int, head_dim: int, key_heads: int | None = None, is_causal: bool = False
+    batch: int,
+    sequence: int,
+    heads: int,
+    head_dim: int,
+    key_heads: int | None = None,
+    is_causal: bool = False,
+    packed: bool = False,
+    **features,
 ) -> Case:
+    """`features`: `window`, how many keys each query sees, itself included; `cap` of scores; `alibi`. With `packed`
+    each row is several documents."""
     key_heads = key_heads or heads
-    flops = 4 * batch * heads * sequence * sequence * head_dim // (1 + is_causal)
+    visible = sequence * sequence / (1 + is_causal)
+    if packed:
+        visible = sum((n * sequence / sum(DOCUMENTS)) ** 2 for n in DOCUMENTS) / 2
+    if window := features.get("window"):
+        visible = window * sequence - window * window / 2
+    flops = round(4 * batch * heads * head_dim * visible)
     keys = normal(batch, sequence, key_heads, head_dim)
+    operands = {"query": normal(batch, sequence, heads, head_dim), "key": keys, "value": keys}
+    about = (
+        ["causal"] * is_causal + ["packed"] * packed + [f"{n} {v}" if v is not True else n for n, v in features.items()]
+    )
     return Case(
         "dot_product_attention",
-        f"{batch}×{sequence}×{heads}{f'/{key_heads}' * (key_heads != heads)}×{head_dim}{' causal' * is_causal}",
-        {"query": normal(batch, sequence, heads, head_dim), "key": keys, "value": keys},
+        " ".join([f"{batch}×{sequence}×{heads}{f'/{key_heads}' * (key_heads != heads)}×{head_dim}", *about]),
+        operands | ({"segment_ids": documents(batch, sequence)} if packed else {}),
         {FORWARD: flops, BACKWARD: 5 * flops // 2, BOTH: 7 * flops // 2},
         unit="FLOP",
-        options={"is_causal": is_causal},
+        options={"is_causal": is_causal, **features},
     )
+
+
+def sequences() -> Iterator[Case]:
+    """16,384 tokens in all, or one sequence that is longer; heads together 2,048 wide, as in FlashAttention's bench."""
+    for head_dim, is_causal in (64, True), (128, True), (128, False), (256, True):
+        for i in range(10, 17):
+            case = attention(max(1, 2 ** (14 - i)), 2**i, 2048 // head_dim, head_dim, is_causal=is_causal)
+            work = {direction: case.work[direction] for direction in (FORWARD, BACKWARD)}
+            yield dataclasses.replace(case, work=work, table="sequences", at=2**i)
 
 
 # What XLA alone does at the speed of a copy: jtile has no kernels for it.
@@ -218,8 +312,7 @@ def silu_mul(rows: int, d: int) -> Case:
 def adamw(parameters: int) -> Case:
     """One step of an optimiser, in float32: parameters, gradients and two moments in, all but the gradients out."""
     vector = normal(parameters, dtype=jnp.float32)
-    second = lambda key: jnp.square(jax.random.normal(key, (parameters,)))  # noqa: E731
-    operands = {"parameter": vector, "gradient": vector, "first": vector, "second": second}
+    operands = {"parameter": vector, "gradient": vector, "first": vector, "second": squares(parameters)}
     return Case("adamw", f"2^{round(math.log2(parameters))}", operands, {FORWARD: 7 * parameters * 4})
 
 
@@ -235,6 +328,7 @@ CASES = [
     group_norm(16, 128, 128, 512),
     group_norm(32, 64, 64, 320),
     rope(8, 4096, 32, 128),
+    qk_norm_rope(8, 4096, 32, 8, 128),
     gated_activation(16384, 14336, "silu"),
     gated_activation(16384, 14336, "gelu"),
     *sweeps(gated_activation),
@@ -251,6 +345,12 @@ CASES = [
     attention(4, 4096, 16, 128),
     attention(4, 4096, 32, 64, key_heads=8, is_causal=True),
     attention(1, 16384, 16, 128, is_causal=True),
+    attention(4, 4096, 8, 256, is_causal=True),
+    attention(1, 16384, 16, 128, is_causal=True, window=1024),
+    attention(1, 16384, 16, 128, is_causal=True, packed=True),
+    attention(4, 4096, 16, 128, is_causal=True, cap=50.0),
+    attention(4, 4096, 16, 128, is_causal=True, alibi=True),
+    *sequences(),
     silu_mul(16384, 14336),
     adamw(2**28),
 ]

@@ -5,7 +5,8 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import rivals, timing
+from bench.apart import Apart
 from bench.cases import BACKWARD, BOTH, FORWARD, PASSES, Case
+from bench.timing import Work, brief
 
 CACHE = 64 << 20  # bytes, no smaller than the second-level cache of any supported chip
 MOST_SETS = 256
@@ -25,14 +28,14 @@ Row = dict[str, Any]
 
 
 @dataclasses.dataclass
-class Work:
-    """What a rival is timed on, and what its first call told."""
+class Prepared:
+    """What a rival is timed on, where it runs in this process, and what its first call told."""
 
-    function: Callable
-    inputs: Sequence[tuple]
-    results: Sequence[jax.Array] = ()
-    first_call_seconds: float = 0.0
-    extra_bytes: int = 0  # beside the inputs, at most: temporaries and results
+    work: Work | None
+    results: Sequence[jax.Array]
+    first_call_seconds: float
+    extra_bytes: int  # beside the inputs, at most: temporaries and results
+    error: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,44 +50,88 @@ class Options:
     compile_only: bool = False  # and call once, for the caches on disk of jtile, JAX and PyTorch
 
 
-def measure(case: Case, options: Options) -> Iterator[list[Row]]:
+def measure(case: Case, options: Options, aparts: Mapping[str, Apart]) -> Iterator[list[Row]]:
     """For each pass of a case, a row for each rival. One that cannot run has a `gap` in place of a time: the reason."""
-    given = Given(case)
-    _forget_torch()
-    gaps, runners = rivals.gaps(case), {}
+    bench = Bench()
+    gaps, floor = rivals.gaps(case), FLOORS[case.unit]
     for direction in case.work:
         if direction not in options.passes:
             continue
         start = time.perf_counter()
-        reference = _Jax(given, rivals.REFERENCE, wide=True).work(direction, 1).results
-        floor = FLOORS[case.unit]
-        rows, works = {floor: _row(case, direction, floor)}, {floor: _floor(case, direction)}
+        rows, asked = {floor: _row(case, direction, floor)}, {}
+        for party in (bench, *aparts.values()):
+            party.forget()
         for name in options.rivals:
             entry = rivals.entry(name, case.op)
             if entry is None or direction not in entry.passes:
                 continue
-            rows[name] = _row(case, direction, name)
+            row = rows[name] = _row(case, direction, name)
             if name in gaps:
-                rows[name]["gap"] = gaps[name]
+                row["gap"] = gaps[name]
                 continue
-            make = _Jax if rivals.RIVALS[name].framework == "jax" else _Torch
-            try:
-                runner = runners[name] = runners.get(name) or make(given, name)
-                work = runner.work(direction, 1 if options.compile_only else given.count)
-                rows[name]["error"] = error(work.results, reference)
-            except Exception as failure:  # a rival's, of whatever kind: the table names it, and goes on without
-                rows[name]["gap"] = f"fails: {_brief(failure)}"
-                continue
-            works[name] = dataclasses.replace(work, results=())
-        del reference
-        if options.compile_only:
-            for name, work in works.items():
-                rows[name]["first_call_seconds"] = work.first_call_seconds
-        else:
-            _time(case, rows, works, options)
-        del works
+            rival = rivals.RIVALS[name]
+            asked[name] = aparts[rival.framework] if rival.apart else bench
+            asked[name].ask(case, name, direction, 1 if options.compile_only else None)
+        bench.works[floor] = _floor(case, direction)
+        for name in sorted(asked, key=lambda name: rivals.RIVALS[name].apart):  # which are at work meanwhile
+            rows[name] |= _prepared(asked[name], name)
+        if not options.compile_only:
+            _time(case, rows, [party.turns() for party in (bench, *aparts.values())], options)
         rows[floor]["took"] = time.perf_counter() - start  # seconds, compiling and all
         yield list(rows.values())
+
+
+def _prepared(party: "Bench | Apart", name: str) -> Row:
+    try:
+        prepared = party.answer(name)
+    except NotImplementedError as lack:
+        return {"gap": str(lack)}
+    except Exception as failure:  # a rival's, of whatever kind: the table names it, and goes on without
+        return {"gap": f"fails: {brief(failure)}"}
+    about = dict(error=prepared.error, extra_bytes=prepared.extra_bytes)
+    return about | dict(first_call_seconds=prepared.first_call_seconds)
+
+
+class Bench:
+    """The rivals of one process, for one pass of a case at a time."""
+
+    def __init__(self) -> None:
+        self.given: Given | None = None
+        self.runners: dict[str, _Jax | _Torch] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        self.works: dict[str, Work] = {}
+        self.asked: dict[str, tuple] = {}
+        self.reference: Sequence[jax.Array] = ()
+
+    def ask(self, case: Case, name: str, direction: str, count: int | None) -> None:
+        self.asked[name] = case, name, direction, count
+
+    def answer(self, name: str) -> Prepared:
+        return self.prepare(*self.asked[name])
+
+    def prepare(self, case: Case, name: str, direction: str, count: int | None) -> Prepared:
+        """Runs a rival once, and compares. Its work, of so many input sets or as many as no cache holds, is kept."""
+        if self.given is None or self.given.case.name != case.name:
+            self.given, self.runners = Given(case), {}
+            _forget_torch()
+        prepared = self.runner(name).work(direction, count or self.given.count)
+        if not self.reference:
+            self.reference = self.runner(rivals.REFERENCE).work(direction, 1).results
+        prepared.error, prepared.results = error(prepared.results, self.reference), ()
+        self.works[name] = prepared.work
+        return prepared
+
+    def runner(self, name: str) -> "_Jax | _Torch":
+        if name not in self.runners:
+            torch = name != rivals.REFERENCE and rivals.RIVALS[name].framework == "torch"
+            self.runners[name] = (_Torch if torch else _Jax)(self.given, name)
+        return self.runners[name]
+
+    def turns(self) -> timing.Turns:
+        self.reference = ()
+        return timing.Turns(self.works)
 
 
 class Given:
@@ -120,22 +167,21 @@ def _row(case: Case, direction: str, rival: str) -> Row:
     return about | {"pass": direction, "rival": rival, "work": case.work[direction], "unit": case.unit}
 
 
-def _time(case: Case, rows: dict[str, Row], works: Mapping[str, Work], options: Options) -> None:
+def _time(case: Case, rows: dict[str, Row], parties: Sequence[timing.Party], options: Options) -> None:
     """Fill in what is measured."""
-    pairs = {name: (work.function, work.inputs) for name, work in works.items()}
-    times = timing.kernel_seconds(pairs, rounds=options.rounds, settle=options.settle, timed=options.timed)
-    floor = next(iter(works))
-    rate = (2 * PRODUCT**3 if case.unit == "FLOP" else rows[floor]["work"]) / times[floor]
-    for name, work in works.items():
-        amount = rate * times[name] if name == floor else rows[name]["work"]
-        rows[name] |= dict(
-            seconds=times[name],
-            rate=amount / times[name],
-            share=amount / times[name] / rate,  # of the floor
-            extra_bytes=work.extra_bytes,
-            first_call_seconds=work.first_call_seconds,
-        )
-        rows[name]["right"] = name == floor or rows[name]["error"] <= case.tolerance
+    times = timing.kernel_seconds(parties, rounds=options.rounds, settle=options.settle, timed=options.timed)
+    floor = next(iter(rows))
+    rate = (2 * PRODUCT**3 if case.unit == "FLOP" else rows[floor]["work"]) / times[floor].seconds
+    for name, row in rows.items():
+        found = times.get(name, timing.Time(gap="its process ended before it was timed"))
+        if found.gap is not None:
+            row.setdefault("gap", found.gap)
+            continue
+        amount = rate * found.seconds if name == floor else row["work"]
+        row |= dict(seconds=found.seconds, rate=amount / found.seconds, share=amount / found.seconds / rate)
+        row["right"] = name == floor or row["error"] <= case.tolerance
+        if found.clock != "device":
+            row["clock"] = found.clock
 
 
 def _floor(case: Case, direction: str) -> Work:
@@ -154,10 +200,10 @@ def _floor(case: Case, direction: str) -> Work:
 
 
 class _Jax:
-    def __init__(self, given: Given, rival: str, wide: bool = False):
+    def __init__(self, given: Given, rival: str):
         entry = rivals.entry(rival, given.case.op)
         assert entry is not None
-        self.given, self.wide = given, wide  # to float32
+        self.given, self.wide = given, rival == rivals.REFERENCE  # in float32
         self.function = entry.make(**given.case.options)
 
     def forward(self, operands):
@@ -185,17 +231,28 @@ class _Jax:
     def compiled_pulled(self):
         return jax.jit(self.pulled)
 
-    def work(self, direction: str, count: int) -> Work:
-        function = jax.jit({FORWARD: self.forward, BACKWARD: _apply, BOTH: self.both}[direction])
-        first = self.inputs(direction, 0)
-        start = time.perf_counter()
-        out = jax.block_until_ready(function(*first))
-        seconds = time.perf_counter() - start
-        memory = function.lower(*first).compile().memory_analysis()
+    def work(self, direction: str, count: int) -> Prepared:
+        dead = self.given.case.dead and direction != FORWARD
+        step = {FORWARD: self.forward, BACKWARD: _apply, BOTH: self.both}[direction]
+        function = jax.jit(step, donate_argnums=0 if dead else ())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+            first = self.inputs(direction, 0)
+            start = time.perf_counter()
+            out = jax.block_until_ready(function(*(_fresh(first) if dead else first)))
+            seconds = time.perf_counter() - start
+            memory = function.lower(*first).compile().memory_analysis()
         extra = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         rest = [self.inputs(direction, i) for i in range(1, count)]
+        size = sum(x.nbytes for x in jax.tree.leaves(first[0]))
+        work = Work(function, [first, *rest], *((_fresh, size) if dead else ()))
         # Of results (out, {"x": dx, ...}) the gradients come in the order of their names, for every rival.
-        return Work(function, [first, *rest], jax.tree.leaves(out), seconds, extra)
+        return Prepared(work, jax.tree.leaves(out), seconds, extra)
+
+
+def _fresh(inputs: tuple) -> tuple:
+    """The same with a copy of the first, which the function may overwrite."""
+    return jax.tree.map(jnp.copy, inputs[0]), *inputs[1:]
 
 
 def _apply(pull, cotangent):
@@ -215,7 +272,7 @@ class _Torch:
 
         entry = rivals.entry(rival, given.case.op)
         assert entry is not None
-        self.given, self.torch, self.copies = given, torch, entry.writes
+        self.given, self.torch, self.writes = given, torch, entry.writes
         self.function = entry.make(**given.case.options)
         self.by = sorted(given.by)
 
@@ -246,33 +303,44 @@ class _Torch:
 
     def operands(self, index: int, differentiated: bool) -> dict[str, Any]:
         tensors = {name: self.tensor(x) for name, x in self.given.sets[index].items()}
-        if self.copies:
+        if self.writes:
             tensors = {name: x.clone() for name, x in tensors.items()}
         return {n: x.requires_grad_() if differentiated and n in self.by else x for n, x in tensors.items()}
 
     def tensor(self, x: jax.Array):
         return self.torch.from_dlpack(jax.block_until_ready(x))
 
-    def work(self, direction: str, count: int) -> Work:
+    def work(self, direction: str, count: int) -> Prepared:
         function = {FORWARD: self.forward, BACKWARD: self.backward, BOTH: self.both}[direction]
+        fresh = self.fresh if self.writes and direction == BOTH else None
         cuda, start = self.torch.cuda, time.perf_counter()
         first = self.inputs(direction, 0)  # compiles the forward pass of the others
         cuda.synchronize()
         if direction == BACKWARD:
             start = time.perf_counter()
-        out = function(*first)
+        out = function(*(first if fresh is None else fresh(first)))
         cuda.synchronize()
         seconds = time.perf_counter() - start
         as_rows = dict(memory_format=self.torch.contiguous_format)
         results = [jnp.from_dlpack(x.detach().clone(**as_rows)) for x in jax.tree.leaves(out)]
         del out
+        given = first if fresh is None else fresh(first)
+        cuda.synchronize()
         before = cuda.memory_allocated()
         cuda.reset_peak_memory_stats()
-        function(*first)
+        function(*given)
         cuda.synchronize()
         extra = cuda.max_memory_allocated() - before
+        del given
         rest = [self.inputs(direction, i) for i in range(1, count)]
-        return Work(function, [first, *rest], results, seconds, extra)
+        size = sum(x.nbytes for x in first[0].values()) if fresh else 0
+        return Prepared(Work(function, [first, *rest], fresh, size), results, seconds, extra)
+
+    def fresh(self, inputs: tuple) -> tuple:
+        """The same with copies of the operands."""
+        operands, _, cotangents = inputs
+        copies = {n: x.detach().clone().requires_grad_(x.requires_grad) for n, x in operands.items()}
+        return copies, [copies[name] for name in self.by], cotangents
 
 
 def _tuple(out) -> tuple:
@@ -298,9 +366,3 @@ def relative_error(got, reference):
 def error(got, reference) -> float:
     """The largest relative error of the arrays."""
     return float(np.max([relative_error(a, b) for a, b in zip(got, reference, strict=True)]))
-
-
-def _brief(failure: BaseException) -> str:
-    """Kind and first line."""
-    text = next((line for line in str(failure).splitlines() if line.strip()), "")
-    return f"{type(failure).__name__}: {text}"[:200]

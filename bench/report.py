@@ -9,7 +9,7 @@ from typing import Any
 
 import rich.table
 
-from bench import pallas, results, training
+from bench import cases, pallas, results, training
 
 README = Path(__file__).parent.parent / "README.md"
 MARKS = "<!-- the bench: python -m bench report --write -->\n", "<!-- end of the bench -->\n"
@@ -23,6 +23,7 @@ COLORS = {
     "cuDNN": "#17becf",
     "tokamax Triton": "#9467bd",
     "tokamax Mosaic": "#c5b0d5",
+    "tokamax XLA": "#e377c2",
     "torch.compile": "#ff7f0e",
     "SDPA": "#ffbb78",
     "FlexAttention": "#bcbd22",
@@ -49,7 +50,7 @@ def rows_table(rows: Sequence[Row]) -> rich.table.Table:
         floor = row["rival"] in FLOORS
         table.add_row(
             row["rival"],
-            f"{row['seconds'] * 1e6:,.1f} µs" if row["seconds"] < 1e-3 else f"{row['seconds'] * 1e3:,.2f} ms",
+            time(row),
             rate(row),
             f"{row['share']:.1%}",
             "" if floor else f"{row['error']:.1e}{wrong}",
@@ -58,6 +59,12 @@ def rows_table(rows: Sequence[Row]) -> rich.table.Table:
         )
     table.caption_justify, table.caption = "left", "\n".join(f"{r['rival']}: {r['gap']}" for r in rows if "gap" in r)
     return table
+
+
+def time(row: Row) -> str:
+    seconds = row["seconds"]
+    text = f"{seconds * 1e6:,.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:,.2f} ms"
+    return text + " by the host's clock" * (row.get("clock") == "host")
 
 
 def rate(row: Row) -> str:
@@ -178,7 +185,7 @@ def write(root: Path = results.ROOT, readme: Path = README, folder: Path = PLOTS
         raise ValueError(f"{readme} lacks the line {MARKS[0].strip()} or, after it, {MARKS[1].strip()}")
     for path in results.newest(root=root):
         found = results.read(path)
-        by_table = [(t, [r for r in found["rows"] if r["table"] == t]) for t in ("core", "sizes", "widths")]
+        by_table = [(t, [r for r in found["rows"] if r["table"] == t]) for t in cases.TABLES]
         parts = [f"# {found['chip']}", heading(found)]
         for table, rows in by_table:
             if rows:
@@ -208,6 +215,12 @@ def every_figure(rows: Sequence[Row]) -> str:
 
 # As plots
 
+SWEEPS = {
+    "sizes": "% of a copy's speed, by bytes of the first operand",
+    "widths": "% of a copy's speed, by width of a row",
+    "sequences": "Attention, % of cuBLAS's speed, by length of sequences",
+}
+
 
 def plots(rows: Sequence[Row]) -> list[tuple[str, str, Any]]:
     """Name, title and how to draw each plot that these rows have something for."""
@@ -219,9 +232,9 @@ def plots(rows: Sequence[Row]) -> list[tuple[str, str, Any]]:
             if chosen:
                 name = f"{'memory' if unit == 'B' else 'products'}_{direction.replace(' ', '_')}"
                 found.append((name, f"{direction.capitalize()}, % of {floor}", lambda title, c=chosen: _bars(c, title)))
-    for table, label in ("sizes", "bytes of the first operand"), ("widths", "width of a row"):
+    for table, title in SWEEPS.items():
         if chosen := [row for row in rows if row["table"] == table]:
-            found.append((table, f"% of a copy's speed, by {label}", lambda title, c=chosen: _lines(c, title)))
+            found.append((table, title, lambda title, c=chosen: _lines(c, title)))
     return found
 
 
@@ -277,11 +290,15 @@ def _lines(rows: Sequence[Row], title: str):
 def _place(at: int, table: str) -> str:
     if table == "widths":
         return f"{at:,}"
+    if table == "sequences":
+        return f"{at >> 10}k"
     return f"{at >> 30} GiB" if at >= 2**30 else f"{at >> 20} MiB"
 
 
 def _variant(row: Row) -> str:
-    """What a case's name has beside the op and the numbers of its size."""
+    """What a case's name has beside the op and the numbers of its size; of sweeps over sequences the head dim too."""
+    if row["table"] == "sequences":
+        return re.sub(r" [\d×]*×(\d+)", r"head dim \1", row["case"].removeprefix(row["op"]))
     return re.sub(r"\s*\d[\d×/^]*\s*", " ", row["case"].removeprefix(row["op"])).strip()
 
 

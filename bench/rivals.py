@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
+import math
 import operator
 import sys
 import types
@@ -17,6 +18,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 import jtile
 from bench.cases import BOTH, FORWARD, PASSES, Case
@@ -24,11 +26,16 @@ from bench.cases import BOTH, FORWARD, PASSES, Case
 
 @dataclasses.dataclass(frozen=True)
 class Rival:
-    """Whose kernels, on whose arrays, from which package on PyPI."""
+    """Whose kernels, on whose arrays, from which package on PyPI.
+
+    One that is `apart` runs in another process, one for each framework: there PyTorch has the Triton that it was made
+    for, and what brings the process down is one rival's gap.
+    """
 
     framework: Literal["jax", "torch"]
     package: str
     needs: tuple[str, ...] = ()  # modules
+    apart: bool = False
 
     def missing(self) -> str | None:
         """Why it cannot run here."""
@@ -46,12 +53,13 @@ RIVALS = {
     "jtile": Rival("jax", "jtile", ("triton",)),
     "XLA": Rival("jax", "jax"),
     "cuDNN": Rival("jax", "jax"),
-    "tokamax Triton": Rival("jax", "tokamax", ("tokamax",)),
-    "tokamax Mosaic": Rival("jax", "tokamax", ("tokamax",)),
-    "torch.compile": Rival("torch", "torch", ("torch",)),
-    "SDPA": Rival("torch", "torch", ("torch",)),
-    "FlexAttention": Rival("torch", "torch", ("torch",)),
-    "Liger-Kernel": Rival("torch", "liger-kernel", ("torch", "liger_kernel")),
+    "tokamax Triton": Rival("jax", "tokamax", ("tokamax",), apart=True),
+    "tokamax Mosaic": Rival("jax", "tokamax", ("tokamax",), apart=True),
+    "tokamax XLA": Rival("jax", "tokamax", ("tokamax",), apart=True),
+    "torch.compile": Rival("torch", "torch", ("torch",), apart=True),
+    "SDPA": Rival("torch", "torch", ("torch",), apart=True),
+    "FlexAttention": Rival("torch", "torch", ("torch",), apart=True),
+    "Liger-Kernel": Rival("torch", "liger-kernel", ("torch", "liger_kernel"), apart=True),
 }
 
 
@@ -99,26 +107,117 @@ def gaps(case: Case) -> dict[str, str]:
 # JAX
 
 
+def _slopes(heads: int) -> list[float]:
+    """ALiBi's, of each head (Press et al., 2021, arXiv:2108.12409)."""
+    return [2.0 ** (-8 * (head + 1) / heads) for head in range(heads)]
+
+
+def _alibi_bias(query, key):
+    """(1, heads, queries, keys), for those who take it from memory."""
+    apart = jnp.arange(key.shape[1]) - jnp.arange(query.shape[1])[:, None]
+    return (jnp.array(_slopes(query.shape[2]))[None, :, None, None] * apart).astype(query.dtype)
+
+
 @enter(REFERENCE, "dot_product_attention")
-def _(is_causal):
-    def one_head(query, key, value):  # (sequence, head dim)
-        out = jtile.dot_product_attention(
-            *(x[:, None] for x in (query, key, value)), is_causal=is_causal, implementation="xla"
-        )
-        return out[:, 0]
+def _(is_causal, window=None, cap=None, alibi=False):
+    """In plain JAX, some queries of one head at a time."""
+    block = 1024
 
-    def of_heads(query, key, value):
-        key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
-        heads = tuple(jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], x.shape[3]) for x in (query, key, value))
-        out = jax.lax.map(lambda head: jax.checkpoint(one_head)(*head), heads)
-        return jnp.moveaxis(out.reshape(query.shape[0], query.shape[2], *out.shape[1:]), 1, 2)
+    def of_block(query, start, key, value, slope, ids):
+        at, keys = start + jnp.arange(len(query))[:, None], jnp.arange(len(key))
+        scores = query @ key.T / math.sqrt(query.shape[-1])
+        if alibi:
+            scores += slope * (keys - at)
+        if cap is not None:
+            scores = cap * jnp.tanh(scores / cap)
+        seen = (keys <= at) if is_causal else True
+        if window is not None:
+            seen &= at - keys < window
+        if ids is not None:
+            seen &= lax.dynamic_slice_in_dim(ids, start, len(query))[:, None] == ids
+        return jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)) @ value
 
-    return of_heads
+    def of_head(head):
+        query, key, value, slope, ids = head
+        blocks = query.reshape(-1, min(block, len(query)), query.shape[1])
+        starts = jnp.arange(len(blocks)) * blocks.shape[1]
+        part = jax.checkpoint(lambda part: of_block(*part, key, value, slope, ids))
+        return lax.map(part, (blocks, starts)).reshape(-1, value.shape[1])
+
+    def attention(query, key, value, segment_ids=None):
+        batch, _, heads, _ = query.shape
+        key, value = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (key, value))
+        rows = [jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], x.shape[3]) for x in (query, key, value)]
+        ids = None if segment_ids is None else jnp.repeat(segment_ids, heads, axis=0)
+        out = lax.map(of_head, (*rows, jnp.tile(jnp.array(_slopes(heads)), batch), ids))
+        return jnp.moveaxis(out.reshape(batch, heads, *out.shape[1:]), 1, 2)
+
+    return attention
+
+
+def _jtile_attention(implementation):
+    def make(is_causal, window=None, cap=None, alibi=False):
+        def with_alibi(query, key, value):
+            slopes = jnp.array(_slopes(query.shape[2]))
+            return jtile.flex_attention(
+                query,
+                key,
+                value,
+                score_mod=lambda score, b, h, i, j: score + slopes[h] * (j - i),
+                block_mask=jtile.create_block_mask(_causal, None, None, query.shape[1], key.shape[1]),
+                implementation=implementation,
+            )
+
+        def attention(query, key, value, segment_ids=None):
+            scores = 4 * query.shape[0] * query.shape[2] * query.shape[1] * key.shape[1]
+            if implementation == "xla" and scores > 2**34:
+                raise NotImplementedError(f"it keeps all scores, of {scores / 2**30:.0f} GiB, more than once")
+            return jtile.dot_product_attention(
+                query,
+                key,
+                value,
+                is_causal=is_causal,
+                local_window_size=None if window is None else (window - 1, 0),
+                logits_soft_cap=cap,
+                query_segment_ids=segment_ids,
+                implementation=implementation,
+            )
+
+        return with_alibi if alibi else attention
+
+    return make
+
+
+def _causal(batch, head, query, key):
+    return query >= key
+
+
+enter("jtile", "dot_product_attention")(_jtile_attention("triton"))
+enter("XLA", "dot_product_attention")(_jtile_attention("xla"))
 
 
 @enter("cuDNN", "dot_product_attention")
-def _(is_causal):
-    return functools.partial(jax.nn.dot_product_attention, is_causal=is_causal, implementation="cudnn")
+def _(is_causal, window=None, cap=None, alibi=False):
+    if cap is not None:
+        raise NotImplementedError("jax.nn.dot_product_attention has no soft cap")
+
+    def attention(query, key, value, segment_ids=None):
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            bias=_alibi_bias(query, key) if alibi else None,
+            mask=None if segment_ids is None else _same(segment_ids),
+            is_causal=is_causal,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation="cudnn",
+        )
+
+    return attention
+
+
+def _same(ids):
+    return (ids[:, :, None] == ids[:, None, :])[:, None]
 
 
 @enter("XLA", "silu_mul")
@@ -152,16 +251,11 @@ def _():
     return mean
 
 
-@enter("tokamax Mosaic", "linear_cross_entropy_mean")
+@enter("tokamax XLA", "linear_cross_entropy_mean")  # it has kernels for it on TPUs alone
 def _():
-    import tokamax
-
-    def mean(x, weight, labels):
-        return tokamax.linear_softmax_cross_entropy_loss(
-            x, labels, weight, reduction="mean", implementation="mosaic_gpu"
-        )
-
-    return mean
+    return lambda x, weight, labels: _tokamax().linear_softmax_cross_entropy_loss(
+        x, labels, weight, reduction="mean", implementation="chunked_xla"
+    )
 
 
 def _adamw(sqrt):
@@ -207,14 +301,28 @@ def _():
     return lambda x, scale, bias: _tokamax().layer_norm(x, scale, bias, implementation="triton")
 
 
-@enter("tokamax Triton", "dot_product_attention")
-def _(is_causal):
-    return functools.partial(_tokamax().dot_product_attention, is_causal=is_causal, implementation="triton")
+def _tokamax_attention(implementation):
+    def make(is_causal, window=None, cap=None, alibi=False):
+        def attention(query, key, value, segment_ids=None):
+            return _tokamax().dot_product_attention(
+                query,
+                key,
+                value,
+                bias=_alibi_bias(query, key) if alibi else None,
+                mask=None if segment_ids is None else _same(segment_ids),
+                is_causal=is_causal,
+                local_window_size=None if window is None else (window - 1, 0),
+                logits_soft_cap=cap,
+                implementation=implementation,
+            )
+
+        return attention
+
+    return make
 
 
-@enter("tokamax Mosaic", "dot_product_attention")
-def _(is_causal):
-    return functools.partial(_tokamax().dot_product_attention, is_causal=is_causal, implementation="mosaic")
+enter("tokamax Triton", "dot_product_attention")(_tokamax_attention("triton"))
+enter("tokamax Mosaic", "dot_product_attention")(_tokamax_attention("mosaic"))
 
 
 # PyTorch
@@ -312,6 +420,26 @@ def _():
     return compiled(rope)
 
 
+@enter("torch.compile", "qk_norm_rope")
+def _():
+    import torch
+
+    def rotated(x, scale, cos, sin):
+        wide = x.float()
+        wide = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * scale
+        first, second = wide.chunk(2, -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+    def qk_norm_rope(q, k, q_scale, k_scale, positions):
+        pairs = q.shape[-1] // 2
+        frequencies = 10_000.0 ** (-torch.arange(pairs, device=q.device, dtype=torch.float32) / pairs)
+        angles = (positions[..., None].float() * frequencies)[:, :, None, :]
+        cos, sin = angles.cos(), angles.sin()
+        return rotated(q, q_scale, cos, sin), rotated(k, k_scale, cos, sin)
+
+    return compiled(qk_norm_rope)
+
+
 @enter("torch.compile", "gated_activation", "silu_mul")
 def _(activation="silu"):
     import torch.nn.functional as F
@@ -325,7 +453,7 @@ def _(activation):
     from liger_kernel.transformers import functional
 
     if activation != "silu":
-        raise NotImplementedError(f"it has no gated {activation}")
+        raise NotImplementedError(f"its gated {activation} is the approximation by tanh")
     return lambda gate, up: functional.liger_swiglu(gate, up)
 
 
@@ -386,30 +514,55 @@ def _():
     return lambda x, weight, labels: functional.liger_fused_linear_cross_entropy(x, weight.t(), labels.long())
 
 
-def _heads_first(function: Callable) -> Callable:
-    return lambda query, key, value: function(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
-
-
 @enter("SDPA", "dot_product_attention")
-def _(is_causal):
+def _(is_causal, **features):
     import torch.nn.functional as F
 
-    def attention(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1])
+    if features:
+        raise NotImplementedError(f"it has no {', '.join(features)} but by a mask in memory")
 
-    return _heads_first(attention)
+    def attention(query, key, value, segment_ids=None):
+        if segment_ids is not None:
+            raise NotImplementedError("it has no segments but by a mask in memory")
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2)
+
+    return attention
 
 
 @enter("FlexAttention", "dot_product_attention")
-def _(is_causal):
+def _(is_causal, window=None, cap=None, alibi=False):
+    import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    flex, masks = compiled(flex_attention), {}
+    flex, prepared = compiled(flex_attention), {}
 
-    def attention(q, k, v):
-        lengths = q.shape[2], k.shape[2]
-        if is_causal and lengths not in masks:
-            masks[lengths] = create_block_mask(lambda b, h, i, j: i >= j, None, None, *lengths, device=q.device)
-        return flex(q, k, v, block_mask=masks.get(lengths), enable_gqa=q.shape[1] != k.shape[1])
+    def score_mod(heads, device):
+        slopes = torch.tensor(_slopes(heads), device=device)
 
-    return _heads_first(attention)
+        def changed(score, b, h, i, j):
+            if alibi:
+                score = score + slopes[h] * (j - i)
+            return score if cap is None else cap * torch.tanh(score / cap)
+
+        return changed if alibi or cap is not None else None
+
+    def block_mask(q, k, ids):
+        def seen(b, h, i, j):
+            visible = i >= j
+            if window is not None:
+                visible = visible & (i - j < window)
+            return visible if ids is None else visible & (ids[b, i] == ids[b, j])
+
+        batch = None if ids is None else q.shape[0]
+        return create_block_mask(seen, batch, None, q.shape[2], k.shape[2], device=q.device) if is_causal else None
+
+    def attention(query, key, value, segment_ids=None):
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        at = None if segment_ids is None else segment_ids.data_ptr()
+        if at not in prepared:  # as a model does once for all of its layers
+            prepared[at] = dict(score_mod=score_mod(q.shape[1], q.device), block_mask=block_mask(q, k, segment_ids))
+        return flex(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **prepared[at]).transpose(1, 2)
+
+    return attention

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import results
+from bench.apart import import_torchs_triton
 
 CONTENDERS = ("jtile", "XLA and cuDNN", "torch.compile", "torch.compile and Liger-Kernel")
 WARM_UP, PROFILED, KERNELS_SHOWN = 3, 2, 12
@@ -45,33 +47,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=10, help="steps that are timed")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--limit", type=float, default=180, help="seconds for all of them together")
+    parser.add_argument("--compile-only", action="store_true", help="no times: fill the caches on disk")
     parser.add_argument("--output", type=Path, help="file to write (default: in bench/results/<chip>/)")
     parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)  # in this process
     given = parser.parse_args(arguments)
     if given.only:
-        given.output.write_text(json.dumps(train(given.only, given)))
+        measured = prepare(given.only, given) if given.compile_only else train(given.only, given)
+        given.output.write_text(json.dumps(measured))
         return 0
     deadline = time.monotonic() + given.limit
-    rows = []
-    for name in given.contenders:
-        rows.append(in_a_process(name, given, deadline - time.monotonic()))
-        print(line(rows[-1]), flush=True)
-    chip = next((row["chip"] for row in rows if "chip" in row), "unknown")
-    about = {
-        "chip": chip,
+    found = {
+        "chip": "unknown",
         "size": given.size,
         "batch": given.batch,
         "seq": given.seq,
         "versions": results.versions(),
         "commit": results.commit(),
         "command": " ".join(["python", "-m", "bench.training", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": [],
     }
-    found = about | {"date": time.strftime("%Y-%m-%d"), "rows": rows}
-    path = given.output or results.of_today(chip, f"training_{given.size}_")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    for name in given.contenders:
+        row = in_a_process(name, given, deadline - time.monotonic())
+        print(line(row), flush=True)
+        found["rows"].append(row)
+        found["chip"] = row.get("chip", found["chip"])
+        if not given.compile_only:  # what was measured before an interruption is there
+            path = given.output or results.of_today(found["chip"], f"training_{given.size}_")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(found, indent=1) + "\n")
+    if given.compile_only:
+        return 0
     print(f"\n{markdown(found)}\n\nwrote {path}")
-    return 1 if any("gap" in row for row in rows if row["contender"] == "jtile") else 0
+    return 1 if any("gap" in row for row in found["rows"] if row["contender"] == "jtile") else 0
 
 
 def in_a_process(name: str, given: argparse.Namespace, seconds: float) -> dict[str, Any]:
@@ -83,8 +91,10 @@ def in_a_process(name: str, given: argparse.Namespace, seconds: float) -> dict[s
         command = [sys.executable, "-m", "bench.training", "--only", name, "--output", str(output)]
         for option in ("size", "batch", "seq", "steps"):
             command += [f"--{option}", str(getattr(given, option))]
+        command += ["--compile-only"] * given.compile_only
+        environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", **os.environ}  # alone on the device
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
         except subprocess.TimeoutExpired:
             return {"contender": name, "gap": f"took longer than the {seconds:.0f} s that were left"}
         if done.returncode or not output.exists():
@@ -92,6 +102,16 @@ def in_a_process(name: str, given: argparse.Namespace, seconds: float) -> dict[s
             told = next((text for text in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", text)), lines[-1])
             return {"contender": name, "gap": f"fails: {told[:300]}"}
         return json.loads(output.read_text())
+
+
+def prepare(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Compile a contender's programs, which PyTorch does when it runs them first."""
+    start = time.perf_counter()
+    if name.startswith("torch"):
+        _Torch(name, given).run(1)
+    else:
+        _Jax(name, given).compile()
+    return {"contender": name, "compile_seconds": time.perf_counter() - start}
 
 
 def train(name: str, given: argparse.Namespace) -> dict[str, Any]:
@@ -144,7 +164,9 @@ class _Jax:
 
         self.jax, self.chip = jax, jax.devices()[0].device_kind
         implementation = {"jtile": "triton", "XLA and cuDNN": "cudnn"}[name]
-        config = dataclasses.replace(llama.SIZES[given.size], dtype="bfloat16", implementation=implementation)
+        config = dataclasses.replace(
+            llama.SIZES[given.size], dtype="bfloat16", implementation=implementation, linear_loss=name == "jtile"
+        )
         graph, _ = nnx.split(nnx.eval_shape(lambda: llama.Llama(config, rngs=nnx.Rngs(0))), nnx.Param)
         optimizer = optax.adamw(1e-4, b1=0.9, b2=0.95, weight_decay=0.1)
 
@@ -168,6 +190,10 @@ class _Jax:
     def state(self):
         return self.initial()
 
+    def compile(self) -> None:
+        self.initial.lower().compile()
+        self.step.lower(self.jax.eval_shape(self.initial), self.batches[0]).compile()
+
     def run(self, steps: int) -> float:
         for i in range(steps):
             self.state, loss = self.step(self.state, self.batches[i % 2])
@@ -187,6 +213,7 @@ class _Jax:
 
 class _Torch:
     def __init__(self, name: str, given: argparse.Namespace):
+        import_torchs_triton()
         import torch
         import transformers
 
@@ -241,6 +268,8 @@ class _Torch:
 def line(row: dict[str, Any]) -> str:
     if "gap" in row:
         return f"{row['contender']}: gap: {row['gap']}"
+    if "compile_seconds" in row:
+        return f"{row['contender']}: compiled in {row['compile_seconds']:.0f} s"
     return (
         f"{row['contender']}: {row['tokens_per_second']:,.0f} tokens/s, {row['peak_bytes'] / 2**30:.1f} GiB, "
         f"{row['seconds'] * 1e3:.1f} ms a step, the first after {row['first_step_seconds']:.0f} s, "

@@ -10,8 +10,10 @@ import functools
 import importlib
 import importlib.util
 import operator
+import os
 import pathlib
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -79,6 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tune_parser.add_argument("--seq", type=_positive, default=2048, help="tokens of each")
     tune_parser.add_argument("--args", default="", help="the function's arguments, as `inspect` takes them")
     tune_parser.add_argument("--output", metavar="FILE", type=pathlib.Path, default="tiles.json")
+    tune_parser.add_argument(
+        "--processes", type=_positive, default=min(8, os.cpu_count() or 1), help="that compile (default: %(default)s)"
+    )
+    tune_parser.add_argument("--compile-only", action="store_true", help="measure nothing: fill the cache on disk")
+    tune_parser.add_argument("--part", type=int, help=argparse.SUPPRESS)  # compile this part of so many processes
     given = parser.parse_args(arguments)
     if given.command is None:
         parser.print_help()
@@ -140,8 +147,15 @@ def tune(given: argparse.Namespace) -> int:
     done = {(entry.chip, entry.problem) for entry in known}
     left = [call for call in calls if (call.chip.model, call.problem) not in done]
     print(f"{len(calls)} calls have tiles to choose" + f", {len(calls) - len(left)} of them known" * (left != calls))
-    start = time.perf_counter()
+    if given.part is not None:
+        search.prepare(left, given.part, given.processes)
+        return 0
     try:
+        if left and given.processes > 1:
+            compile_in_processes(given)
+        if given.compile_only:
+            return 0
+        start = time.perf_counter()
         for i, found in enumerate(search.search(left, _show_step)):
             known |= Tuning([found.entry])
             known.save(given.output)
@@ -153,6 +167,27 @@ def tune(given: argparse.Namespace) -> int:
         return 130
     print(f"wrote {given.output}: with jtile.tuning.load({str(given.output)!r}): ...")
     return 0
+
+
+def compile_in_processes(given: argparse.Namespace) -> None:
+    """What the search will compile, for the cache on disk: most of a compilation is Python, which has one thread."""
+    command = [sys.executable, "-m", "jtile", "tune"]
+    for name in ("model", "function", "batch", "seq", "args", "output", "processes"):
+        if (value := getattr(given, name)) is not None:
+            command += [f"--{name}", str(value)]
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    start, parts = time.perf_counter(), []
+    try:
+        for part in range(given.processes):
+            quiet = subprocess.DEVNULL
+            parts.append(subprocess.Popen([*command, "--part", str(part)], stdout=quiet, env=environment))
+        for part in parts:
+            if part.wait():
+                raise RuntimeError(f"a process that compiles tiles ended with exit code {part.returncode}")
+    finally:
+        for part in parts:
+            part.kill()
+    print(f"compiled in {given.processes} processes, {_duration(time.perf_counter() - start)}", flush=True)
 
 
 def _show_step(call, done: int, of: int) -> None:

@@ -43,8 +43,9 @@ class Config:
     """A model's shape, under the names of Hugging Face's config.json, and how it computes.
 
     `dtype` is what activations are computed in, `param_dtype` what parameters are kept in. `remat` recomputes each
-    block's activations in the backward pass. `implementation` goes to every op of jtile; "cudnn" is "xla" with the
-    attention of `jax.nn` on cuDNN, to compare with.
+    block's activations in the backward pass. `linear_loss` takes the loss from hidden states, some thousand tokens at a
+    time; without it, all logits are there at once. `implementation` goes to every op of jtile; "cudnn" is "xla" with
+    the attention of `jax.nn` on cuDNN, to compare with.
     """
 
     vocab_size: int
@@ -67,6 +68,7 @@ class Config:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: bool = False
+    linear_loss: bool = True
     implementation: Literal["triton", "xla", "cudnn"] | None = None
 
     @property
@@ -286,6 +288,11 @@ class Llama(nnx.Module):
     def logits(self, hidden):
         return self.embed.attend(hidden) if self.head is None else self.head(hidden)
 
+    def head_matrix(self) -> Float[Array, "hidden vocab"]:
+        """What `logits` multiplies by, in `config.dtype`."""
+        matrix = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+        return matrix.astype(self.config.dtype)
+
 
 IGNORED = -1  # a label that does not count
 
@@ -301,10 +308,14 @@ def loss(
     if segment_ids is not None:
         ids, segment_ids = segment_ids, segment_ids[:, :-1]
         labels = jnp.where((ids[:, 1:] == segment_ids) & (segment_ids != 0), labels, IGNORED)
-    losses = jtile.softmax_cross_entropy(
-        model(tokens[:, :-1], segment_ids), labels, ignore_index=IGNORED, implementation=model.config.op_implementation
-    )
-    return losses.sum() / jnp.maximum(1, jnp.sum(labels != IGNORED))
+    counted, config = labels != IGNORED, model.config
+    options: Any = dict(ignore_index=IGNORED, implementation=config.op_implementation)
+    count = jnp.maximum(1, jnp.sum(counted))
+    if config.linear_loss:
+        hidden, _ = model.hidden(tokens[:, :-1], jnp.arange(labels.shape[1]), segment_ids=segment_ids)
+        # With the weights of tokens known, gradients are formed together with the loss.
+        return jtile.linear_cross_entropy(hidden, model.head_matrix(), labels, token_weights=counted / count, **options)
+    return jtile.softmax_cross_entropy(model(tokens[:, :-1], segment_ids), labels, **options).sum() / count
 
 
 def example(size: str, batch: int, sequence: int) -> tuple[Callable, tuple[Any, Any]]:

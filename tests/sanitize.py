@@ -5,12 +5,16 @@
     python -m tests.sanitize --tool racecheck -- tests/laws.py -k "attention and kernel"
 
 compute-sanitizer comes with CUDA's toolkit, and on PyPI as nvidia-cuda-sanitizer-api. It runs programs 10 to 100 times
-slower. XLA's own kernels, which are told by their names, are watched by initcheck alone, since reads make sense only
-where writes are seen; what it says of them is left out.
+slower, so the tests are dealt out to several processes, each under a compute-sanitizer of its own: one that follows
+child processes attaches to every run of ptxas, and has crashed on so many. XLA's own kernels, which are told by their
+names, are watched by initcheck alone, since reads make sense only where writes are seen; what it says of them is left
+out.
 """
 
 import argparse
 import collections
+import concurrent.futures
+import functools
 import os
 import pathlib
 import re
@@ -65,44 +69,69 @@ def executable() -> str:
     return found
 
 
-def sanitize(tool: str, arguments: list[str]) -> bool:
-    """Runs pytest under a tool; returns whether the tests passed and the tool found nothing."""
+def collect(arguments: list[str]) -> list[str]:
+    """The names of the tests that pytest selects."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--collect-only", *arguments]
+    output = subprocess.run(command, capture_output=True, text=True)
+    tests = [line for line in output.stdout.splitlines() if "::" in line]
+    if output.returncode or not tests:
+        raise SystemExit(f"pytest collected no tests:\n{output.stdout}{output.stderr}")
+    return tests
+
+
+def watch(tool: str, tests: list[str], folder: pathlib.Path) -> tuple[int, str]:
+    """Runs tests in one process under a tool; returns how pytest ended and the tool's log."""
     environment = os.environ | {
         # Each array an allocation of its own, so that its ends are known, and launches not hidden in CUDA graphs.
         "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
         "XLA_FLAGS": "--xla_gpu_enable_command_buffer= --xla_gpu_autotune_level=0",
     }
+    names, log = folder / "tests", folder / "log"
+    names.write_text("\n".join(tests))
     exclude = [] if tool == "initcheck" else ["--kernel-name-exclude", f"regex={XLA.pattern}"]
-    with tempfile.TemporaryDirectory() as folder:
-        command = [executable(), "--tool", tool, "--log-file", f"{folder}/log", "--report-api-errors", "no"]
-        command += ["--require-cuda-init", "no", "--print-limit", "0", "--show-backtrace", "device", *exclude]
-        command += [sys.executable, "-m", "pytest", "-m", "gpu"]
-        tests = subprocess.run([*command, "-q", *arguments], env=environment).returncode
-        path = pathlib.Path(folder, "log")
-        log = path.read_text(errors="replace") if path.exists() else ""
-    found = reports(log)
+    command = [executable(), "--tool", tool, "--target-processes", "application-only", "--log-file", str(log)]
+    command += ["--report-api-errors", "no", "--print-limit", "0", "--show-backtrace", "device", *exclude]
+    command += [sys.executable, "-m", "pytest", "-m", "gpu", "-v", f"@{names}"]
+    ended = subprocess.run(command, env=environment).returncode
+    return ended, log.read_text(errors="replace") if log.exists() else ""
+
+
+def sanitize(tool: str, tests: list[str], processes: int) -> bool:
+    """Runs tests under a tool; returns whether they passed and the tool found nothing."""
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(processes) as executor:
+        shares = [tests[i::processes] for i in range(min(processes, len(tests)))]
+        folders = [pathlib.Path(folder, str(i)) for i in range(len(shares))]
+        for path in folders:
+            path.mkdir()
+        ends = list(executor.map(functools.partial(watch, tool), shares, folders))
+    found = [report for _, log in ends for report in reports(log)]
     alike = collections.Counter(re.sub("0x[0-9a-f]+", "0x…", text) for text in found)
     for text, count in alike.most_common(20):
         print(f"{count} times:\n{text}\n")
-    summaries = re.findall(r" SUMMARY: (.*)", log)
-    ours, outcome = f"{len(found)} of them on kernels that are not XLA's", "failed" if tests else "passed"
-    print(f"{tool}: {', '.join(summaries) or 'no summary'}, {ours}; the tests {outcome}", flush=True)
-    return bool(summaries) and not found and not tests
+    clean = not found
+    for share, (ended, log) in zip(shares, ends, strict=True):
+        summary = ", ".join(re.findall(r" SUMMARY: (.*)", log))
+        if not summary:
+            print(f"{tool} ended without a summary. Its log's end:\n{log[-4000:]}")
+        clean = clean and bool(summary) and not ended
+        outcome = f"pytest ended with {ended}" if ended else "passed"
+        print(f"{tool}, {len(share)} tests: {summary or 'no summary'}; {outcome}")
+    print(f"{tool}: {len(tests)} tests, {len(found)} reports on kernels that are not XLA's", flush=True)
+    return clean
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tool", choices=TOOLS, action="append", help="of several, one; by default all three")
-    parser.add_argument("--processes", type=int, default=1, help="of pytest, at once")
+    parser.add_argument("--processes", type=int, default=1, help="at once")
     parser.add_argument("pytest", nargs="*", help="after `--`: arguments for pytest in place of the usual selection")
     options = parser.parse_args()
-    processes = ["-n", str(options.processes)] if options.processes > 1 else []
 
-    def tests(tool: str) -> list[str]:
+    def selected(tool: str) -> list[str]:
         unseen = f"({SELECTION}) and not ({WRITTEN_UNSEEN})"
-        return options.pytest or [*TESTS, "-k", unseen if tool == "initcheck" else SELECTION]
+        return collect(options.pytest or [*TESTS, "-k", unseen if tool == "initcheck" else SELECTION])
 
-    return 0 if all([sanitize(tool, tests(tool) + processes) for tool in options.tool or TOOLS]) else 1
+    return 0 if all([sanitize(tool, selected(tool), options.processes) for tool in options.tool or TOOLS]) else 1
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ token's loss must be known by then, which is why the reduction is part of the op
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ from jaxtyping import Array, Float, Int
 from jtile.compiler.primitives import store
 from jtile.op import Implementation, TileOp, over_devices
 from jtile.ops import softmax_cross_entropy as of_logits
-from jtile.ops.products import Part, dot, on_tiles, tile_of
+from jtile.ops.products import Part, Tile, dot, on_tiles, tiles
 from jtile.ops.softmax_cross_entropy import Options
 
 # Spec. `forward` and `backward` are those of softmax_cross_entropy with the product inside; `gradients` is both, where
@@ -110,15 +111,37 @@ SLAB = 3 * 2**25  # logits whose gradients are there at once, when they are form
 TOKENS = 2048  # whose logits are there at once, when gradients are formed in the forward pass
 
 
+class BackwardTiles(NamedTuple):
+    logits: Tile
+    dweight: Tile
+
+
+@forward.tiles
+@gradients.tiles
+def forward_tiles(x, weight, *_, **options) -> Iterator[Tile]:
+    yield from tiles(len(x), weight.shape[1], x.shape[1], x.dtype)
+
+
+@backward.tiles
+def backward_tiles(x, weight, *_, **options) -> Iterator[BackwardTiles]:
+    """One product's tile at a time differs from the untuned one; the tuner puts the best of both together."""
+    (rows, d), v = x.shape, weight.shape[1]
+    logits, dweight = list(tiles(rows, v, d, x.dtype)), list(tiles(d, v, rows, x.dtype))
+    yield from (BackwardTiles(tile, dweight[0]) for tile in logits)
+    yield from (BackwardTiles(logits[0], tile) for tile in dweight)
+
+
 def _whole(n: int, step: int) -> int:
     return pl.cdiv(n, step) * step
 
 
-def _on_logits(name: str, finish: Callable, x, weight, bias, of_token: list, outputs: list, size: int, start=None):
+def _on_logits(
+    name: str, finish: Callable, tile: Tile, x, weight, bias, of_token: list, outputs: list, size: int, start=None
+):
     """`finish(logits, columns, of_token, outputs)` on every tile of logits of `size` classes from `start` on, a whole
     number of tiles. `outputs` are pairs of a kind, as below, and a dtype."""
     rows, d = x.shape
-    block, lanes, step = tile_of(rows, size, d, x.dtype)
+    block, lanes, step, *_ = tile
     across = pl.cdiv(size, lanes)
     given = [value for value in of_token if value is not None]
 
@@ -142,6 +165,7 @@ def _on_logits(name: str, finish: Callable, x, weight, bias, of_token: list, out
         name,
         with_bias,
         (rows, size, d),
+        tile,
         Part(x, (block, _whole(d, step)), lambda row, column, first: (row, 0)),
         Part(weight, (_whole(d, step), lanes), lambda *place: (0, of_class(*place))),
         (1, 0),
@@ -154,7 +178,7 @@ def _on_logits(name: str, finish: Callable, x, weight, bias, of_token: list, out
     )
 
 
-def _statistics(x, weight, labels, bias, cap, total: bool, keep: bool):
+def _statistics(tile: Tile, x, weight, labels, bias, cap, total: bool, keep: bool):
     """Of each token, as `forward` has them; and its logits, if they are to be kept."""
     v = weight.shape[1]
 
@@ -176,19 +200,19 @@ def _statistics(x, weight, labels, bias, cap, total: bool, keep: bool):
 
     part = ("part of row", jnp.float32)
     outputs = [part, ("row", jnp.float32), *[part] * total, *[("tile", x.dtype)] * keep]
-    lse, picked, *more = _on_logits("linear_cross_entropy", finish, x, weight, bias, [labels], outputs, v)
+    lse, picked, *more = _on_logits("linear_cross_entropy", finish, tile, x, weight, bias, [labels], outputs, v)
     picked = jnp.where(of_logits._inside(labels, v), picked, 0.0)
     sums = jnp.sum(more[0], axis=0) if total else None
     return (jax.nn.logsumexp(lse, axis=0), picked, sums), more[-1] if keep else None
 
 
 @forward.kernel
-def forward_kernel(x, weight, labels, bias, *, logits_soft_cap, total):
-    return _statistics(x, weight, labels, bias, logits_soft_cap, total, keep=False)[0]
+def forward_kernel(x, weight, labels, bias, *, tile, logits_soft_cap, total):
+    return _statistics(tile, x, weight, labels, bias, logits_soft_cap, total, keep=False)[0]
 
 
 @backward.kernel
-def backward_kernel(x, weight, labels, bias, *of_token, logits_soft_cap):
+def backward_kernel(x, weight, labels, bias, *of_token, tile, logits_soft_cap):
     (rows, d), v = x.shape, weight.shape[1]
     size = min(v, max(SLAB // rows // 256, 1) * 256)
 
@@ -204,6 +228,7 @@ def backward_kernel(x, weight, labels, bias, *of_token, logits_soft_cap):
         (dlogits,) = _on_logits(
             "linear_cross_entropy_dlogits",
             gradient,
+            tile.logits,
             x,
             weight,
             bias,
@@ -213,11 +238,12 @@ def backward_kernel(x, weight, labels, bias, *of_token, logits_soft_cap):
             start,
         )
         dx = dx + dot(dlogits, lax.dynamic_slice_in_dim(weight, start, size, axis=1), ((1,), (1,)), jnp.float32)
-        block, lanes, step = tile_of(d, size, rows, x.dtype)
+        block, lanes, step, *_ = tile.dweight
         (dweight,) = on_tiles(
             "linear_cross_entropy_dweight",
             write,
             (d, size, rows),
+            tile.dweight,
             Part(x, (_whole(rows, step), block), lambda row, column, first: (0, row)),
             Part(dlogits, (_whole(rows, step), lanes), lambda row, column, first: (0, column)),
             (0, 0),
@@ -243,11 +269,11 @@ def backward_kernel(x, weight, labels, bias, *of_token, logits_soft_cap):
 
 
 @gradients.kernel
-def gradients_kernel(x, weight, labels, bias, token_weights, *, options, vocabulary):
+def gradients_kernel(x, weight, labels, bias, token_weights, *, tile, options, vocabulary):
     cap, total = options.logits_soft_cap, options.label_smoothing > 0
 
     def some(sums, x, labels, token_weights):
-        statistics, logits = _statistics(x, weight, labels, bias, cap, total, keep=True)
+        statistics, logits = _statistics(tile, x, weight, labels, bias, cap, total, keep=True)
         lse = over_devices(statistics[0], "v", "logsumexp")
         cotangents = _cotangents(options, vocabulary, token_weights, lse, *statistics[1:])
         (dlogits,) = of_logits.backward_kernel(

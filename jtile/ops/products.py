@@ -1,9 +1,9 @@
 """Products of matrices whose tiles are finished while they are in registers."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,31 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jtile.compiler.params import CompilerParams
 
-STAGES = 3
-GROUP = 16  # tiles below each other that are made at the same time, so that what they read stays in the cache
+
+class Tile(NamedTuple):
+    """What a program makes of a product at a time: its sides, how many terms are added in a step, how many steps are on
+    their way; and how many tiles below each other are made at the same time, so that what they read stays in the
+    cache."""
+
+    rows: int
+    columns: int
+    terms: int
+    num_warps: int = 8
+    num_stages: int = 3
+    group: int = 16
+
+
+def tiles(rows: int, columns: int, terms: int, dtype) -> Iterator[Tile]:
+    """For a product of this size. Sides that are powers of two up to 256 divide what is made in several products."""
+    narrow = (
+        *(Tile(128, 256, 64, 8, stages, group) for stages, group in ((3, 16), (3, 12), (3, 8), (3, 32), (4, 16))),
+        *(Tile(128, 128, 64, 4, stages) for stages in (3, 4)),
+        Tile(256, 128, 64),
+    )
+    wide = Tile(64, 64, 32), Tile(64, 64, 32, 4), Tile(64, 128, 32), Tile(128, 64, 32)
+    for tile in narrow if dtype.itemsize <= 2 else wide:
+        fit = (min(side, max(16, pl.next_power_of_2(n))) for side, n in zip(tile, (rows, columns, terms), strict=False))
+        yield Tile(*fit, *tile[3:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +59,11 @@ def dot(a, b, contract: tuple, dtype):
     return lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=dtype)
 
 
-def tile_of(rows: int, columns: int, terms: int, dtype) -> tuple[int, int, int]:
-    """The sides of a tile, and how many terms are added in a step."""
-    sides = (128, 256, 64) if dtype.itemsize <= 2 else (64, 64, 32)
-    fit = (min(side, max(16, pl.next_power_of_2(n))) for side, n in zip(sides, (rows, columns, terms), strict=True))
-    return tuple(fit)  # type: ignore[return-value]
-
-
 def on_tiles(
     name: str,
     finish: Callable,
     sizes: tuple[int, int, int],
+    tile: Tile,
     a: Part,
     b: Part,
     contract: tuple[int, int],
@@ -61,7 +78,8 @@ def on_tiles(
     Args:
         name: the kernel's.
         finish: `place` is the tile's row and column among tiles and the part.
-        sizes: rows, columns and terms of the product. `tile_of` them is the tile.
+        sizes: rows, columns and terms of the product.
+        tile: one that is offered for it.
         a: blocks of the tile's rows and all terms, rounded up to whole steps.
         b: blocks of the tile's columns and all terms.
         contract: the axes of a and of b along which terms lie.
@@ -70,13 +88,13 @@ def on_tiles(
         part: an integer, traced or not, which places depend on.
         aliases: which of `inputs` gives its memory to which of `outputs`.
     """
-    (rows, columns, terms), (block, lanes, step) = sizes, tile_of(*sizes, a.array.dtype)
+    (rows, columns, terms), (block, lanes, step, *_, group) = sizes, tile
     down, across, steps = pl.cdiv(rows, block), pl.cdiv(columns, lanes), pl.cdiv(terms, step)
     prefetched = [] if part is None else [jnp.reshape(part, (1,)).astype(jnp.int32)]
 
     def place(i, part_ref=None):
-        first = i // (GROUP * across) * GROUP
-        within, height = i % (GROUP * across), jnp.minimum(down - first, GROUP)
+        first = i // (group * across) * group
+        within, height = i % (group * across), jnp.minimum(down - first, group)
         return first + within % height, within // height, 0 if part_ref is None else part_ref[0]
 
     def kernel(*refs):
@@ -106,6 +124,6 @@ def on_tiles(
         ),
         out_shape=[jax.ShapeDtypeStruct(p.array.shape, p.array.dtype) for p in outputs],
         input_output_aliases={len(prefetched) + 2 + i: o for i, o in aliases.items()},
-        compiler_params=CompilerParams(num_warps=8, num_stages=STAGES, persistent=True),
+        compiler_params=CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages, persistent=True),
         name=name,
     )(*prefetched, *(p.array for p in (a, b, *inputs)))

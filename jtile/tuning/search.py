@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import contextvars
 import dataclasses
 import functools
@@ -104,6 +105,14 @@ def search(calls: Sequence[Call], step: Callable[[Call, int, int], None] = lambd
         yield _tuned(call, functools.partial(step, call))
 
 
+def prepare(calls: Sequence[Call], part: int, parts: int) -> None:
+    """Compiles this part of all that a search would, for the cache on disk."""
+    every = [(call, tile) for call in calls for tile in candidates(call)]
+    for call, tile in every[part::parts]:
+        with contextlib.suppress(Exception):  # a tile that does not fit: the search will say why
+            _Trial(call).built(tile)
+
+
 def _key(call: Call) -> str:
     """Of what was measured for a call, on disk."""
     import triton
@@ -166,14 +175,16 @@ class _Trial:
 
     def __init__(self, call: Call):
         self.call = call
-        given = [x for x in call.operands if x is not None]
-        size = sum(x.size * x.dtype.itemsize for x in given)
+        size = sum(x.size * x.dtype.itemsize for x in call.operands if x is not None)
         bandwidth = call.chip.memory_bandwidth or 2e12
         # Several calls in one program, each on operands of its own: more than a cache holds, and enough for the host to
         # keep up.
         least = max(2, math.ceil(4 * CACHE / max(1, size)), math.ceil(HOST * bandwidth / max(1, size)))
         self.count = min(MOST_CALLS, least)
-        self.sets = [_operands(call, seed) for seed in range(self.count)]
+
+    @functools.cached_property
+    def sets(self) -> list[list[jax.Array]]:
+        return [_operands(self.call, seed) for seed in range(self.count)]
 
     def function(self, *operands, implementation="triton"):
         """The op, of the operands that are there."""
@@ -182,35 +193,41 @@ class _Trial:
         results = self.call.op(*full, implementation=implementation, **dict(self.call.options))
         return [r for r in results if r is not None]
 
-    def compiled(
-        self, tiles: Sequence, refused: dict[str, str], step: Callable[[int, int], None]
-    ) -> dict[Any, Callable]:
-        """A program for each tile that fits, of those that launch the same kernels the first alone."""
-        workers = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
-        with workers:
+    def fitting(self, tiles: Sequence, refused: dict[str, str], step: Callable[[int, int], None]) -> list:
+        """The tiles that fit and spill no more than they must; of those that launch the same kernels, the first."""
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as workers:
             done = {}
             # What is in force is a thread's own; so is the choice made in it.
-            futures = {tile: workers.submit(contextvars.copy_context().run, self._built, tile) for tile in tiles}
+            futures = {tile: workers.submit(contextvars.copy_context().run, self.built, tile) for tile in tiles}
             for i, (tile, future) in enumerate(futures.items()):
                 try:
                     done[tile] = future.result()
                 except Exception as error:  # too large, mostly; Triton also fails on some tiles
                     refused[str(tile)] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
                 step(i + 1, len(tiles))
-            spills = {tile: sum(one.compiled.spill_bytes for one in launched) for tile, launched in done.items()}
-            least = min(spills.values(), default=0)
-            kept: dict[Any, Any] = {}
-            for tile, launched in done.items():
-                if spills[tile] > least and tile != tiles[0]:
-                    refused[str(tile)] = f"spills {spills[tile]} bytes"
-                    continue
-                same = tuple((one.compiled.cubin, one.grid) for one in launched)
-                if same not in kept.values():
-                    kept[tile] = same
+        spills = {tile: sum(one.compiled.spill_bytes for one in launched) for tile, launched in done.items()}
+        least = min(spills.values(), default=0)
+        kept: dict[Any, Any] = {}
+        for tile, launched in done.items():
+            if spills[tile] > least and tile != tiles[0]:
+                refused[str(tile)] = f"spills {spills[tile]} bytes"
+                continue
+            same = tuple((one.compiled.cubin, one.grid) for one in launched)
+            if same not in kept.values():
+                kept[tile] = same
+        return list(kept)
+
+    def compiled(
+        self, tiles: Sequence, refused: dict[str, str], step: Callable[[int, int], None]
+    ) -> dict[Any, Callable]:
+        """A program for each tile that fits."""
+        kept = self.fitting(tiles, refused, step)
+        _ = self.sets  # before several threads ask for them
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as workers:
             programs = {tile: workers.submit(self._program, tile) for tile in kept}
             return {tile: program.result() for tile, program in programs.items()}
 
-    def _built(self, tile: Any) -> list:
+    def built(self, tile: Any) -> list:
         shapes = [x for x in self.call.operands if x is not None]
         with Tuning([self.call.entry(tile)]):
             return launches(self.function, shapes, self.call.chip)

@@ -9,8 +9,8 @@ import pytest
 
 from bench import __main__ as command
 from bench import cases, measure, report, results, rivals, timing, trace
+from bench.apart import Apart
 from bench.cases import BACKWARD, BOTH, CASES, FORWARD
-from jtile.tuning.timing import seconds
 
 SMALL = cases.rms_norm(16, 64)
 IDS = [f"{case.table} {case.name}" for case in CASES]
@@ -27,7 +27,7 @@ def test_a_table_has_each_case_once():
 def test_work_is_what_operands_and_results_say(case):
     """Forward: every operand is read once and every result written once. What there is little of may be left out."""
     shapes = jax.eval_shape(lambda key: {n: make(key) for n, make in case.operands.items()}, jax.random.key(0))
-    function = rivals.entry("XLA", case.op).make(**case.options)
+    function = rivals.entry(rivals.REFERENCE, case.op).make(**case.options)
     out = jax.eval_shape(lambda operands: function(**operands), shapes)
     moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((shapes, out)))
     if case.unit == "B":
@@ -66,7 +66,8 @@ def test_attention_is_judged_by_a_reference_that_holds_one_head_at_a_time():
 def on_cpu(monkeypatch, tmp_path):
     """As if the CPU were the GPU: jtile's kernels do not run, and the profiler sees none."""
     monkeypatch.setattr(command, "gpu", lambda: jax.devices()[0])
-    monkeypatch.setattr(timing, "kernel_seconds", lambda works, **options: seconds(works, rounds=1, settle=0, timed=0))
+    monkeypatch.setattr(command, "set_up", lambda cold: None)
+    monkeypatch.setattr(timing, "MOST_CALLS", 1)
     monkeypatch.setattr(cases, "CASES", [SMALL, cases.softmax_cross_entropy(8, 300)])
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setattr(measure, "MOST_SETS", 2)
@@ -86,7 +87,7 @@ def test_a_run_writes_every_pass_and_names_the_gaps(on_cpu, capsys):
         elif rival == "torch.compile":
             assert row["gap"] == "not installed: pip install torch"
         else:
-            assert row["seconds"] > 0 and row["right"] and row["share"] > 0
+            assert row["seconds"] > 0 and row["right"] and row["share"] > 0 and row["clock"] == "host"
     assert rows[SMALL.name, BACKWARD, "XLA"]["error"] < 1e-2
     assert 16 * 64 * 2 <= rows[SMALL.name, FORWARD, "XLA"]["extra_bytes"] <= 16 * 64 * 8
     assert found["runs"][0]["versions"]["jax"] == jax.__version__
@@ -103,32 +104,82 @@ def test_a_second_run_replaces_its_own_rows_alone(on_cpu):
     assert {row["case"] for row in rows if row["run"] == 1} == {SMALL.name}
 
 
+def test_no_case_is_begun_when_time_is_up(on_cpu, capsys):
+    assert command.main(["run", "--rivals", "XLA", "--limit", "0"]) == 0
+    assert "time is up: 2 cases are left, from rms_norm 16×64 on" in capsys.readouterr().out
+
+
 def test_compiling_alone_measures_nothing(on_cpu, capsys):
     assert command.main(["run", "--compile-only", "--rivals", "XLA", "torch.compile", "--filter", "rms_norm"]) == 0
     printed = capsys.readouterr().out
-    assert "rms_norm 16×64, backward: copy 0.0 s, XLA" in printed and "torch.compile gap" in printed
+    assert "rms_norm 16×64, backward: XLA 0." in printed and "torch.compile not installed" in printed
     assert not list(on_cpu.rglob("*.json"))
 
 
+def entered(monkeypatch, name, function):
+    monkeypatch.setitem(rivals.ENTRIES, (name, "rms_norm"), rivals.Entry(lambda: function))
+    options = measure.Options(rivals=[name], passes=[FORWARD], rounds=1, settle=0.0, timed=0.0)
+    [[_, row]] = measure.measure(SMALL, options, {})
+    return row
+
+
 def test_a_rival_that_is_wrong_is_found_out(monkeypatch):
-    monkeypatch.setitem(rivals.ENTRIES, ("cuDNN", "rms_norm"), rivals.Entry(lambda: lambda x, scale: 1.1 * x * scale))
-    monkeypatch.setattr(timing, "kernel_seconds", lambda works, **options: dict.fromkeys(works, 1.0))
-    [rows] = measure.measure(SMALL, measure.Options(rivals=["cuDNN"], passes=[FORWARD]))
-    assert rows[1]["error"] > 0.05 and not rows[1]["right"]
-    assert rows[0]["rival"] == "copy" and rows[0]["right"]
+    row = entered(monkeypatch, "cuDNN", lambda x, scale: 1.1 * x * scale)
+    assert row["error"] > 0.05 and not row["right"] and row["seconds"] > 0
 
 
-def test_without_a_gpu_and_without_such_a_case_it_says_so():
+def test_a_rival_that_fails_is_a_gap_with_its_reason(monkeypatch):
+    def fail(x, scale):
+        raise ValueError("it does not like it\nat all")
+
+    def lack(x, scale):
+        raise NotImplementedError("it has no norms")
+
+    assert entered(monkeypatch, "cuDNN", fail)["gap"] == "fails: ValueError: it does not like it"
+    assert entered(monkeypatch, "cuDNN", lack)["gap"] == "it has no norms"
+
+
+def test_a_rival_that_fails_while_it_is_timed_is_a_gap():
+    calls = iter([jnp.ones(8)])  # the first call, and no more
+    good, bad = timing.Work(jnp.negative, [(jnp.ones(8),)]), timing.Work(lambda x: next(calls), [(jnp.ones(8),)])
+    turns = timing.Turns({"good": good, "bad": bad})
+    times = timing.kernel_seconds([turns], rounds=1, settle=0.0, timed=0.0)
+    assert times["good"].seconds > 0 and times["bad"].gap == "fails: StopIteration: "
+
+
+def test_operands_that_a_function_overwrites_are_made_anew():
+    donated = jax.jit(jnp.negative, donate_argnums=0)
+    work = timing.Work(donated, [(jnp.arange(8.0),)], measure._fresh, 32)
+    times = timing.kernel_seconds([timing.Turns({"f": work})], rounds=2, settle=0.0, timed=0.0)
+    assert times["f"].gap is None and work.inputs[0][0].sum() == 28
+
+
+def test_another_process_is_asked_and_its_end_is_a_gap():
+    apart = Apart("jax")
+    try:
+        for _ in range(2):  # the second time in a new process
+            apart.forget()
+            for name in ("no such rival", rivals.REFERENCE, "XLA"):
+                apart.ask(SMALL, name, FORWARD, 1)
+            with pytest.raises(timing.Told, match="KeyError: 'no such rival'"):
+                apart.answer("no such rival")
+            assert apart.answer(rivals.REFERENCE).error == 0 and 0 < apart.answer("XLA").error < 1e-2
+            turns = apart.turns()
+            times = timing.kernel_seconds([turns], rounds=1, settle=0.0, timed=0.0)
+            assert set(times) == {"XLA", rivals.REFERENCE} and times["XLA"].seconds > 0
+            apart.process.kill()
+            times = timing.kernel_seconds([turns], rounds=1, settle=0.0, timed=0.0)
+            assert times["XLA"].gap == "fails: the process of jax ended with exit code -9 (start)"
+    finally:
+        apart.close()
+
+
+def test_without_a_gpu_and_without_such_a_case_it_says_so(monkeypatch):
+    monkeypatch.setattr(command, "set_up", lambda cold: None)
     with pytest.raises(SystemExit, match="JAX sees only cpu"):
         command.main(["run"])
-    with pytest.raises(SystemExit, match="no case contains 'nothing'; there are: rms_norm"):
+    with pytest.raises(SystemExit, match="no case matches 'nothing'; there are: rms_norm"):
         command.pick(CASES, "nothing")
-
-
-def test_kernels_that_the_profiler_misses_are_an_error():
-    f, x = jax.jit(jnp.negative), jnp.ones(8)
-    with pytest.raises(RuntimeError, match="0 kernels"):
-        timing.kernel_seconds({"f": (f, [(x,)])}, rounds=1, settle=0.0, timed=0.0)
 
 
 def test_a_trace_sums_the_kernels():

@@ -12,8 +12,10 @@ import pytest
 import safetensors
 import safetensors.numpy
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 import jtile
+from jtile.compiler.target import Target
 from models import llama
 from tests import small_llama
 
@@ -68,6 +70,35 @@ def test_remat_changes_no_gradient():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), plain, recomputed)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_of_hidden_states_is_that_of_logits(tied):
+    tokens, ids = some_tokens(2, 12), jnp.array([[1] * 5 + [2] * 7, [1] * 8 + [0] * 4])
+    found = [
+        nnx.jit(nnx.value_and_grad(llama.loss))(make(linear_loss=linear, tie_word_embeddings=tied), tokens, ids)
+        for linear in (True, False)
+    ]
+    # The same products in float32, summed in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *found)
+
+
+def test_a_training_step_keeps_no_logits():
+    """In the program for an H200, where logits of 8192 tokens take 512 MiB in bfloat16."""
+    config = dataclasses.replace(SMALL, vocab_size=32768, dtype="bfloat16", num_hidden_layers=1)
+    [device] = Target.named("NVIDIA H200").topology().devices
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device))  # noqa: E731
+    tokens = place(jax.ShapeDtypeStruct((8, 1025), jnp.int32))
+
+    def memory(**changes):
+        model = nnx.eval_shape(lambda: llama.Llama(dataclasses.replace(config, **changes), rngs=nnx.Rngs(0)))
+        graph, params = nnx.split(model, nnx.Param)
+        step = jax.value_and_grad(lambda params, tokens: llama.loss(nnx.merge(graph, params), tokens))
+        compiled = jax.jit(step).lower(jax.tree.map(place, params), tokens).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    lean, full = memory(), memory(linear_loss=False)
+    assert full > 8192 * 32768 * 2 and lean < full / 2
+
+
 @pytest.mark.parametrize("implementation", ["triton", None])
 def test_implementation_reaches_every_op(monkeypatch, implementation):
     asked = {}
@@ -76,7 +107,7 @@ def test_implementation_reaches_every_op(monkeypatch, implementation):
         asked.setdefault(name, set()).add(options.pop("implementation"))
         return op(*operands, **options)
 
-    ops = ("rms_norm", "rope", "dot_product_attention", "gated_activation", "softmax_cross_entropy")
+    ops = ("rms_norm", "rope", "dot_product_attention", "gated_activation", "linear_cross_entropy")
     for name in ops:
         monkeypatch.setattr(jtile, name, functools.partial(record, name, getattr(jtile, name)))
     llama.loss(make(implementation=implementation), some_tokens(1, 9))
@@ -91,9 +122,9 @@ def test_on_a_gpu_a_training_step_is_made_of_kernels():
     kernels = {kernel.name for kernel in jtile.inspect(step, params, tokens, target="NVIDIA H200")}
     # Rotating back is rotating by the opposite angle: rope has no backward kernel.
     assert kernels == {
-        *("rms_norm", "rope", "attention", "gated_activation", "softmax_cross_entropy"),
+        *("rms_norm", "rope", "attention", "gated_activation", "linear_cross_entropy"),
         *("rms_norm_backward", "attention_dquery", "attention_dkey_dvalue", "gated_activation_backward"),
-        "softmax_cross_entropy_backward",
+        "softmax_cross_entropy_backward",  # of some tokens' logits
     }
 
 

@@ -257,6 +257,12 @@ def _inline_asm(text, constraints="", args=(), **_):
         raise NotImplementedError(text)
 
 
+def _load(pointer):
+    offset = np.asarray(pointer.offset)
+    assert (offset >= 0).all() and (offset < pointer.array.size).all(), "a load outside of an array"
+    return tensor(pointer.array[offset]) if offset.ndim else pointer.array[offset].item()
+
+
 def _store(pointer, value, mask=True):
     offset, value, mask = np.broadcast_arrays(pointer.offset, value, mask)
     assert (offset[mask] >= 0).all() and (offset[mask] < pointer.array.size).all(), "a store outside of an array"
@@ -270,7 +276,8 @@ def _warp_specialize(partitions, warps, registers):
     def run(function, args, count):
         local.__dict__.update(parent, machine=machine, warps=count, products=[], stores=[], named=named)
         try:
-            function(*args)
+            with np.errstate(all="ignore"):
+                function(*args)
             assert not local.products and not local.stores, "a partition ends with work under way"
         except BaseException as error:
             machine.error = machine.error or error
@@ -301,9 +308,13 @@ def _decorator(function=None, **_):
     return function if function else lambda f: f
 
 
+def _any_array(*values):
+    return any(isinstance(x, np.ndarray) for x in values)
+
+
 def _number(function):
     """Of numbers a number, of arrays an array."""
-    return lambda a, b: function(a, b) if any(isinstance(x, np.ndarray) for x in (a, b)) else int(function(a, b))
+    return lambda a, b: function(a, b) if _any_array(a, b) else int(function(a, b))
 
 
 gl = types.SimpleNamespace(
@@ -319,9 +330,10 @@ gl = types.SimpleNamespace(
     arange=lambda start, stop, layout: tensor(np.arange(start, stop, dtype=np.int32)),
     zeros=lambda shape, dtype, layout: tensor(np.zeros(shape, dtype)),
     full=lambda shape, value, dtype, layout: tensor(np.full(shape, value, dtype)),
-    where=lambda c, a, b: tensor(np.where(c, a, b), np.float32) if isinstance(c, np.ndarray) else (a if c else b),
+    where=lambda c, a, b: tensor(np.where(c, a, b), np.float32) if _any_array(c, a, b) else (a if c else b),
     maximum=_number(np.maximum),
     minimum=_number(np.minimum),
+    cast=lambda x, dtype: dtype.type(x),
     cdiv=lambda a, b: -(-a // b),
     max=lambda x, axis: tensor(np.max(x, axis)),
     sum=lambda x, axis: tensor(np.sum(x, axis)),
@@ -329,7 +341,7 @@ gl = types.SimpleNamespace(
     log2=lambda x: np.log2(x),
     convert_layout=lambda x, layout: x,
     allocate_shared_memory=_allocate,
-    load=lambda pointer: int(pointer.array[pointer.offset]),
+    load=_load,
     store=_store,
     inline_asm=_inline_asm,
     inline_asm_elementwise=lambda text, constraints, args, **_: np.exp2(args[0]),
@@ -382,9 +394,40 @@ def load(module):
     return namespace
 
 
+def _elementwise_asm(asm, args, **_):
+    assert asm == "tanh.approx.f32 $0, $1;", asm
+    return np.tanh(args[0])
+
+
+# What functions of scores are written with.
+tl = types.SimpleNamespace(
+    load=_load,
+    where=lambda c, a, b: tensor(np.where(c, a, b)),
+    cast=lambda x, dtype: tensor(np.asarray(x, dtype)),
+    broadcast=lambda a, b: tuple(map(tensor, np.broadcast_arrays(a, b))),
+    minimum=lambda a, b, **_: np.minimum(a, b),
+    maximum=lambda a, b, **_: np.maximum(a, b),
+    abs=np.abs,
+    exp=np.exp,
+    sigmoid=lambda x: 1 / (1 + np.exp(-x)),
+    inline_asm_elementwise=_elementwise_asm,
+    PropagateNan=types.SimpleNamespace(ALL=None),
+    float32=np.float32,
+    int32=np.int32,
+    int1=np.bool_,
+)
+
+
+def written(text, name):
+    """In place of `jtile.ops.attention.hopper.functions._load`: a function of a module that was written for Triton."""
+    body = "\n".join(line for line in text.splitlines() if not line.startswith(("import ", "from ")))
+    namespace = {"tl": tl, "gluon": gluon}
+    exec(body, namespace)
+    return namespace[name]
+
+
 def run(kernel, programs, *args):
     """Runs a kernel's programs one after the other."""
-    with np.errstate(all="ignore"):
-        for program in range(programs):
-            local.program, local.programs = program, programs
-            kernel(*args)
+    for program in range(programs):
+        local.program, local.programs = program, programs
+        kernel(*args)

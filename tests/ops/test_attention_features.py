@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jtile.ops.attention import dot_product_attention
 from jtile.ops.random_bits import key_words, random_bits
@@ -175,11 +177,13 @@ def test_bias_gradients_of_broadcast_shapes(axes):
 
 
 @pytest.mark.parametrize("implementation", ["interpret", "xla"])
-@pytest.mark.parametrize("what", ["lengths", "mask", "segments"])
+@pytest.mark.parametrize("what", ["causal", "window", "lengths", "mask", "segments"])
 def test_masked_keys_may_hold_anything(what, implementation):
     """NaN and infinity in masked keys and values reach no result and no gradient, also of queries in the same block."""
     seen = 19
     options = {
+        "causal": dict(is_causal=True, query_offset=seen - QUERIES),
+        "window": dict(local_window_size=(30, 2), query_offset=seen - QUERIES - 2),
         "lengths": dict(key_value_seq_lengths=jnp.array([seen, seen])),
         "mask": dict(mask=jnp.arange(KEYS)[None, None, None] < seen),
         "segments": dict(
@@ -195,15 +199,20 @@ def test_masked_keys_may_hold_anything(what, implementation):
     expected, actual = run(call, options, clean), run(call, options, dirty)
     for name in expected:
         np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
+    assert not expected["key"][:, seen:].any() and not expected["value"][:, seen:].any()
 
 
-def test_a_masked_value_is_not_a_number_to_those_that_see_it():
-    inputs = operands()
-    inputs["value"] = inputs["value"].at[:, 30].set(jnp.nan)
-    mask = (jnp.arange(QUERIES)[:, None] < 20) | (jnp.arange(KEYS) != 30)
-    for implementation in "interpret", "xla":
-        out = dot_product_attention(**inputs, mask=~mask | (jnp.arange(KEYS) == 1), implementation=implementation)
-        assert jnp.isfinite(out[:, :20]).all() and jnp.isnan(out[:, 20:]).all()
+@pytest.mark.parametrize("implementation", ["interpret", "xla"])
+def test_what_is_not_a_number_is_so_to_those_that_see_it(implementation):
+    """In one block of queries and keys."""
+    inputs, call = operands(), functools.partial(dot_product_attention, implementation=implementation)
+    for name in "key", "value":
+        dirty = inputs | {name: inputs[name].at[:, 30].set(jnp.nan)}
+        mask = (jnp.arange(QUERIES)[:, None] >= 20) | (jnp.arange(KEYS) != 30)
+        for first, options in (20, dict(mask=mask)), (30, dict(is_causal=True)):
+            out = call(**dirty, **options)
+            np.testing.assert_array_equal(out[:, :first], call(**inputs, **options)[:, :first])
+            assert jnp.isnan(out[:, first:]).all()
 
 
 @pytest.mark.parametrize("implementation", ["interpret", "xla"])
@@ -231,6 +240,31 @@ def test_packed_documents_are_separate_calls(implementation):
     for start, size in zip(np.cumsum((0, *sizes)), sizes, strict=False):
         alone = call(**{name: x[:, start : start + size] for name, x in inputs.items()})
         np.testing.assert_allclose(packed[:, start : start + size], alone, rtol=0, atol=4e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("head_dim", [16, 128])
+def test_packed_documents_on_gpu(head_dim, dtype):
+    """Results and gradients, of a sequence of 4092."""
+    sizes, padding = (1, 17, 257, 2048, 1500), 269
+    ids = jnp.asarray(np.repeat([*range(1, len(sizes) + 1), 0], (*sizes, padding)))
+    shapes = dict(query=4, key=2, value=2)
+    inputs = {n: normal(i, 1, ids.size, heads, head_dim).astype(dtype) for i, (n, heads) in enumerate(shapes.items())}
+    dout = normal(5, 1, ids.size, 4, head_dim).astype(dtype)
+
+    @functools.partial(jax.jit, static_argnames="packed")
+    def attend(inputs, dout, packed):
+        segments = dict(query_segment_ids=ids) if packed else {}
+        call = functools.partial(dot_product_attention, is_causal=True, implementation="triton", **segments)
+        out, pull = jax.vjp(lambda inputs: call(**inputs), inputs)
+        return dict(out=out, **pull(dout)[0])
+
+    packed = attend(inputs, dout, True)
+    for start, size in zip(np.cumsum((0, *sizes)), sizes, strict=False):
+        part = slice(start, start + size)
+        alone = attend({name: x[:, part] for name, x in inputs.items()}, dout[:, part], False)
+        assert_same({name: x[:, part] for name, x in packed.items()}, alone, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("queries, keys", [(1, 257), (257, 17)])
@@ -262,8 +296,8 @@ def test_means_what_jax_nn_does():
 
 def test_blocks_that_nothing_sees_are_not_visited():
     """The ranges of blocks of eight documents, of a window, and of both passes."""
-    from jtile.ops.attention.features import kernels, visits
-    from jtile.ops.attention.features.variant import Operand, Variant
+    from jtile.ops.attention import kernels, visits
+    from jtile.ops.attention.variant import Operand, Variant
 
     sizes = kernels.Sizes(512, 512, 64, 64)
     ids = jnp.repeat(jnp.array([3, 4, 7, 0]), 128)[None]
@@ -275,7 +309,7 @@ def test_blocks_that_nothing_sees_are_not_visited():
     assert of_keys[:, 2].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]  # all but the last is visible as a whole
     of_queries = visits.ranges(variant, x, 512, 512, sizes, of_keys=False)[0]
     assert of_queries[:, 3].tolist() == [2, 2, 4, 4, 6, 6, 8, 8]
-    windowed = visits.static_range(Variant(1.0, window=(100, 0)), 256, 512, 64, 64, of_keys=True)
+    windowed = visits.static_range(Variant(1.0, window=(100, 0)), 0, 256, 512, 64, 64, of_keys=True)
     assert [int(n) for n in windowed] == [2, 4, 4, 5]
 
 
@@ -290,6 +324,46 @@ def test_dropout_is_a_function_of_key_and_place():
     np.testing.assert_array_equal(again == 0, weights == 0)
     none = dot_product_attention(**inputs, dropout_rate=1.0, dropout_key=jax.random.key(1))
     assert not none.any()
+
+
+MESH = {"batch": 2, "queries": 2, "heads": 2}
+
+
+def split(inputs, mesh):
+    """Batches, heads and queries shared out among devices, keys whole."""
+    specs = dict(query=P("batch", "queries", "heads"), key=P("batch", None, "heads"), value=P("batch", None, "heads"))
+    return {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_what_depends_on_the_place_is_the_same_on_devices(kind):
+    """Positions, lengths and what dropout leaves are those of the whole."""
+    mesh = jax.make_mesh(tuple(MESH.values()), tuple(MESH), axis_types=(kind,) * 3)
+    options = together(("causal", "window", "lengths", "segments", "dropout"))
+    call = functools.partial(dot_product_attention, return_lse=True, implementation="interpret")
+    expected = run(call, options, operands())
+    with jax.set_mesh(mesh):
+        assert_same(run(call, options, split(operands(), mesh)), expected, 2e-6)
+
+
+def test_a_part_of_the_queries_in_shard_map():
+    """Lengths, positions and what dropout leaves are those of the whole; the rows of a mask this device's."""
+    mesh = jax.make_mesh((4,), ("i",), axis_types=(AxisType.Auto,))
+    options = together(("causal", "window", "lengths", "mask", "dropout"))
+    expected = run(functools.partial(dot_product_attention, return_lse=True, implementation="xla"), options, operands())
+
+    def call(query, key, value, mask, **rest):
+        own = functools.partial(dot_product_attention, **rest, axis_name="i", return_lse=True)
+        rows, whole = P(None, "i"), P()
+        split = jax.shard_map(
+            functools.partial(own, implementation="interpret"),
+            mesh=mesh,
+            in_specs=(rows, whole, whole, None, P(None, None, "i")),
+            out_specs=rows,
+        )
+        return split(query, key, value, None, mask)
+
+    assert_same(run(call, options, operands()), expected, TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])

@@ -4,6 +4,7 @@ compiled for an H200; and on one, what it computes."""
 import functools
 import re
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ import pytest
 
 import jtile
 from jtile.compiler.target import Target
-from jtile.ops.attention import hopper
+from jtile.ops.attention import hopper, op, reference
+from jtile.ops.attention.hopper import features as on_hopper
+from jtile.ops.attention.hopper import functions
 from tests.ops import gluon_on_cpu
 
 BF16 = ml_dtypes.bfloat16
@@ -106,14 +109,97 @@ def test_backward_by_numpy(monkeypatch, shape, band):
     origin, low, high = BANDS[band]
     out, lse, *gradients = expected(query, key, value, dout, origin, low, high)
     got = hopper.backward(
-        *(jnp.asarray(x) for x in (query, key, value, np.int32(origin), out.astype(BF16), lse, dout)),
+        *(jnp.asarray(x) for x in (query, key, value, out.astype(BF16), lse, dout)),
         None,
+        origin=jnp.int32(origin),
         tile=hopper.BackwardTile(block_q, stages=2, together=1),
         scale=query.shape[-1] ** -0.5,
         low=low,
         high=high,
     )
     close(got, gradients)
+
+
+def slopes(heads):
+    return 2.0 ** -np.arange(1, heads + 1, dtype=np.float32)
+
+
+def documents(*lengths):
+    return jnp.asarray(np.repeat(np.arange(len(lengths)), lengths)[None])
+
+
+def flex(score_mod=None, mask_mod=None, block_size=None):
+    """A call of flex_attention, with lists of blocks if they have a size."""
+
+    def call(query, key, value, **options):
+        sizes = query.shape[1], key.shape[1]
+        mask = block_size and jtile.create_block_mask(mask_mod, None, None, *sizes, block_size=block_size)
+        given = dict(block_mask=mask) if block_size else dict(mask_mod=mask_mod)
+        return jtile.flex_attention(query, key, value, score_mod=score_mod, **given, **options)
+
+    return call
+
+
+def alibi(heads):
+    return lambda score, b, h, q, k: score + jnp.asarray(slopes(heads))[h] * (k - q)
+
+
+def attend(**options):
+    return functools.partial(jtile.dot_product_attention, **options)
+
+
+# Of 300 queries and keys in two heads.
+TABLE = jnp.asarray(np.random.default_rng(3).standard_normal((2, 601)), jnp.float32)
+FEATURES = {
+    "window": attend(is_causal=True, local_window_size=(70, 0)),
+    "offset window": attend(local_window_size=(50, 30), query_offset=7),
+    "offsets": attend(is_causal=True, query_offset=jnp.array([-40])),
+    "cap": attend(is_causal=True, logits_soft_cap=2.0),
+    "segments": attend(is_causal=True, query_segment_ids=documents(100, 37, 140, 23)),
+    "shared segments": attend(query_segment_ids=documents(200, 100)[0], logits_soft_cap=5.0),
+    "lengths": attend(query_seq_lengths=jnp.array([170]), key_value_seq_lengths=jnp.array([33])),
+    "sinks": attend(is_causal=True, sinks=jnp.array([0.5, 3.0])),
+    "alibi": flex(alibi(2), lambda b, h, q, k: q >= k, 128),
+    "prefix": flex(None, lambda b, h, q, k: (q >= k) | (k < 130), 128),
+    "empty lists": flex(None, lambda b, h, q, k: (k < 130) & (q > 128), 128),
+    "no lists": flex(None, lambda b, h, q, k: (q + k) % 3 == 0),
+    "table": flex(lambda score, b, h, q, k: score * 0.5 + TABLE[h, q - k + 300]),
+    "of keys": flex(lambda score, b, h, q, k: TABLE[h, k], lambda b, h, q, k: q != 7),
+}
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Calls of attention give what the schedule computes, and what its meaning is."""
+
+    target = Target.named("NVIDIA H200")
+
+    def forward(query, key, value, *arrays, variant, **_):
+        named = variant.named(arrays)
+        if "origin" in named:  # a device's part of the queries, from the twentieth on
+            arrays = [*(named | {"origin": jnp.int32(-20)}).values()]
+        assert on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target) is None
+        tile = next(iter(on_hopper.forward_tiles(query, key, value, variant=variant, target=target)))
+        got = on_hopper.forward(query, key, value, *arrays, tile=tile._replace(programs=3), variant=variant)
+        wanted = reference.forward(query, key, value, *arrays, variant=variant)
+        out, lse = wanted
+        dout, dlse = jnp.flip(query, 1), jnp.where(jnp.isfinite(lse), jnp.sin(lse), 0.0)
+        tile = next(iter(on_hopper.backward_tiles(query, key, value, variant=variant)))
+        results = dict(out=out, lse=lse, dout=dout, dlse=dlse)
+        got += on_hopper.backward(query, key, value, *arrays, **results, tile=tile, variant=variant)
+        return got, wanted + reference.backward(query, key, value, *arrays, out, lse, dout, dlse, variant=variant)
+
+    monkeypatch.setattr(hopper, "triton_call", by_numpy)
+    monkeypatch.setattr(functions, "_load", gluon_on_cpu.written)
+    monkeypatch.setattr(op, "ops", lambda *_: types.SimpleNamespace(forward=forward))
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features_by_numpy(on_cpu, feature):
+    """The output, the log-sum-exp, and the gradients of query, key and value."""
+    query, key, value, _ = map(jnp.asarray, operands(1, 300, 300, 2, 1, 64))
+    got, wanted = FEATURES[feature](query, key, value, return_lse=True)
+    close(got, [np.asarray(x, np.float32) for x in wanted])
 
 
 def gradients(query, key, value, dout, **options):
@@ -179,3 +265,37 @@ def test_on_a_gpu(shape, is_causal):
     out, _, *gradients_ = expected(*map(np.asarray, arrays), 0, None, 0 if is_causal else None)
     close(got, [out, *gradients_])
     assert all(bool(jnp.all(a == b)) for a, b in zip(run(*arrays), got, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features_on_a_gpu(feature, head_dim):
+    """The schedule's output and the gradients that the backward pass makes of it."""
+    query, key, value, dout = (jnp.asarray(x) for x in operands(1, 300, 300, 2, 1, head_dim))
+
+    @functools.partial(jax.jit, static_argnums=4)
+    def run(query, key, value, dout, implementation):
+        call = functools.partial(FEATURES[feature], return_lse=True, implementation=implementation)
+        (out, lse), pull = jax.vjp(call, query, key, value)
+        return out, lse, *pull((dout, jnp.where(jnp.isfinite(lse), 1.0, 0.0)))
+
+    got = run(query, key, value, dout, "triton")
+    close(got, [np.asarray(x, np.float32) for x in run(query, key, value, dout, "xla")])
+    assert all(bool(jnp.all(a == b)) for a, b in zip(run(query, key, value, dout, "triton"), got, strict=True))
+
+
+@pytest.mark.gpu
+def test_nan_of_another_document_on_a_gpu():
+    """What is in one document reaches no result of another, though they share blocks."""
+    first, length = 100, 300
+    query, key, value, dout = (jnp.asarray(x) for x in operands(1, length, length, 2, 1, 64))
+    dirty = [x.at[:, first + 7].set(jnp.nan).at[:, first + 8].set(jnp.inf) for x in (query, key, value)]
+    run = jax.jit(
+        functools.partial(
+            gradients, is_causal=True, query_segment_ids=documents(first, length - first), implementation="triton"
+        )
+    )
+    for got, wanted in zip(run(*dirty, dout), run(query, key, value, dout), strict=True):
+        assert jnp.isnan(got[:, first:]).any()
+        close([got[:, :first]], [np.asarray(wanted[:, :first], np.float32)])

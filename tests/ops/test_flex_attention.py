@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jtile
-from jtile.ops.attention.features.flex import create_block_mask, flex_attention
+from jtile.ops.attention.flex import create_block_mask, flex_attention
 from tests.ops.test_attention_features import HEADS, KEYS, QUERIES, assert_same, normal, operands, run
 
 SLOPES, TABLE = 2.0 ** -jnp.arange(1.0, HEADS + 1), normal(4, HEADS, QUERIES + KEYS)

@@ -155,6 +155,7 @@ def test_tune_goes_on_where_it_was_interrupted(calls, measured, monkeypatch, tmp
         raise KeyboardInterrupt
 
     command = ["tune", "--function", "jtile:rms_norm", "--args", "f32[8, 8], f32[8]", "--output", str(tmp_path / "t")]
+    command += ["--processes", "1"]
     assert main(command) == 130
     assert "[1/2]" in capsys.readouterr().out and len(tuning.load(tmp_path / "t")) == 1
     monkeypatch.setattr(search, "_tuned", tuned)
@@ -162,6 +163,22 @@ def test_tune_goes_on_where_it_was_interrupted(calls, measured, monkeypatch, tmp
     printed = capsys.readouterr().out
     assert "2 calls have tiles to choose, 1 of them known" in printed and "[1/1]" in printed and "0 s left" in printed
     assert len(tuning.load(tmp_path / "t")) == 2
+
+
+def test_processes_compile_a_part_of_the_tiles_each(calls, measured, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(search._Trial, "built", lambda self, tile: compiled.append(tile))
+    for part in range(2):
+        search.prepare(calls, part, 2)
+    assert sorted(compiled) == sorted(table.candidates(calls[0])) and compiled[:3] == table.candidates(calls[0])[::2]
+
+
+def test_a_process_that_fails_to_compile_is_an_error(calls, monkeypatch, tmp_path):
+    """Each of them finds no GPU."""
+    monkeypatch.setattr(search, "calls_of", lambda fn, *args: calls)
+    command = ["tune", "--function", "jtile:rms_norm", "--args", "f32[8, 8], f32[8]", "--output", str(tmp_path / "t")]
+    with pytest.raises(RuntimeError, match="a process that compiles tiles ended with exit code 2"):
+        main([*command, "--processes", "2"])
 
 
 def test_a_model_is_found_by_name_and_size(monkeypatch, tmp_path, capsys):

@@ -1,20 +1,37 @@
 """Attention by blocks. The names of arrays are those of FlashAttention-2's algorithms, written out.
 
-Lanes past the end of an array read as 0. A query past the end is therefore harmless everywhere: its row of query and of
-dout is 0, and it adds nothing to a gradient. A key past the end would count as one of score 0 in sums over keys, and is
-masked there.
+Lanes past the end of an array read as 0. A query past the end is therefore harmless where scores are plain: its row of
+query and of dout is 0, and it adds nothing to a gradient. A key past the end would count as one of score 0 in sums over
+keys, and is masked there.
+
+What a call asks for beyond plain attention is in its `Variant`; what that leaves out is not in the kernel.
 """
 
 import functools
 import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jtile.ops.attention import hopper
+from jtile.ops.attention import hopper, visits
+from jtile.ops.attention.hopper import features as on_hopper
 from jtile.ops.attention.reference import row_sums
+from jtile.ops.attention.tiles import BackwardTiles, Tile
+from jtile.ops.attention.variant import FLOOR, LOG2_E, Place, Variant, both, first_query, over, with_slope
+
+
+class Sizes(NamedTuple):
+    queries: int
+    keys: int
+    block_q: int
+    block_k: int
+
+
+# Products
 
 
 def _dot(a, b, axes):
@@ -24,230 +41,637 @@ def _dot(a, b, axes):
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _mask(scores, query_start, key_start, keys, is_causal, *, query_axis):
-    """A block of scores, -inf where the key is past the end or not for the query to see."""
-    key_index = key_start + lax.broadcasted_iota(jnp.int32, scores.shape, 1 - query_axis)
-    visible = key_index < keys
-    if is_causal:
-        visible &= key_index <= query_start + lax.broadcasted_iota(jnp.int32, scores.shape, query_axis)
-    return jnp.where(visible, scores, -jnp.inf)
+def _chunks(ref) -> list[slice]:
+    """The head dim of a block. A wide one in parts whose sides are powers of two but for the last, which would else be
+    padded to twice; of float32, small ones, since a thread holds all that it multiplies along them."""
+    width = ref.shape[-1]
+    if width <= 256:
+        return [slice(None)]
+    most = 128 if ref.dtype.itemsize == 4 else width
+    parts, start = [], 0
+    while start < width:
+        size = max(16, min(most, 2 ** int(math.log2(width - start))))
+        parts.append(slice(start, min(width, start + size)))
+        start += size
+    return parts
 
 
-def _over_keys(step, carry, query_start, block_q, block_k, keys, is_causal):
-    """Run `step` for each block of keys that some query of a block sees. Blocks that all of them see need no mask."""
-    unmasked, seen = keys // block_k, pl.cdiv(keys, block_k)
-    if is_causal:
-        unmasked = jnp.clip(lax.div(query_start, block_k), 0, unmasked)
-        seen = jnp.clip(lax.div(query_start + block_q + block_k - 1, block_k), 0, seen)
-    carry = lax.fori_loop(0, unmasked, functools.partial(step, masked=False), carry)
-    return lax.fori_loop(unmasked, seen, functools.partial(step, masked=True), carry)
+def _read(ref, rows, *head) -> list:
+    """Rows of a block, in the chunks of its width."""
+    return [ref[(rows, *head, chunk)] for chunk in _chunks(ref)]
 
 
-def _first_query(origin_ref):
-    """The key beside the first query, and whether that matters: whether the mask is causal."""
-    return (0, False) if origin_ref is None else (-origin_ref[...], True)
+def _inner(a: list, b: list):
+    """The products of all rows of `a` with all rows of `b`."""
+    return functools.reduce(lambda x, y: x + y, (_dot(x, y, (1, 1)) for x, y in zip(a, b, strict=True)))
 
 
-def _query_block(i, blocks, is_causal):
+def _add(total: tuple, weights, rows: list) -> tuple:
+    """`total` plus `weights` times rows, chunk by chunk."""
+    return tuple(acc + _dot(weights.astype(x.dtype), x, (1, 0)) for acc, x in zip(total, rows, strict=True))
+
+
+def _zeros(ref) -> tuple:
+    """Sums for a block, in the chunks of its width."""
+    sizes = [ref.shape[-1] if c == slice(None) else c.stop - c.start for c in _chunks(ref)]
+    return tuple(jnp.zeros((ref.shape[0], size), jnp.float32) for size in sizes)
+
+
+def _write(ref, total: tuple, factor=1.0) -> None:
+    for acc, chunk in zip(total, _chunks(ref), strict=True):
+        ref[:, chunk] = (factor * acc).astype(ref.dtype)
+
+
+def _wide(rows: list) -> list:
+    """Float8 rows as bfloat16: the softmax's weights need its bits."""
+    return [x.astype(jnp.bfloat16) if x.dtype.itemsize == 1 else x for x in rows]
+
+
+def _finite(rows: list) -> tuple[list, jax.Array]:
+    """0 in place of rows in which something is not finite, for a weight of 0 times NaN would be NaN; and which."""
+    bad = ~both(*(jnp.all(jnp.isfinite(x.astype(jnp.float32)), axis=1) for x in rows))
+    return [jnp.where(bad[:, None], jnp.zeros_like(x), x) for x in rows], bad
+
+
+# The functions of a variant, on blocks
+
+
+class Elements:
+    """Score, visibility and dropout of a kernel's blocks, whose axes are `qk` or `kq`.
+
+    `refs` holds what the program has of the operands. Along the axes in `looped` it has more than one block, batch or
+    head, and takes one after the other; what has none of these is read once.
+    """
+
+    def __init__(self, variant: Variant, refs, axes: str, sizes: Sizes, looped: str, *, whole_rows: bool = False):
+        # Whether rows of queries past the end would count: they see keys that no other query does.
+        self.rows_count = (variant.modifies or variant.masks) and (axes == "kq" or whole_rows)
+        self.variant, self.refs, self.axes, self.sizes, self.looped = variant, refs, axes, sizes, looped
+        self.first = first_query(refs)
+        self.operands = [o for o in variant.operands if o.elementwise]
+        self.readers = {o.name: _reader(refs[o.name]) for o in variant.operands if o.rank is not None}
+        self.fixed = {o.name: self._load(o, {}) for o in self.operands if not set(o.axes) & set(looped)}
+
+    def _load(self, operand, index: dict[str, Any]):
+        at = tuple(index[a] if a in self.looped else slice(None) for a in operand.axes if a in f"qk{self.looped}")
+        value = self.refs[operand.name][at or (... if operand.axes else 0)]
+        own = "".join(a for a in self.axes if a in operand.axes)
+        return (value.T if own == "kq" else value), own
+
+    def at(self, query_start, key_start, head=None, batch=None) -> "Elements.Block":
+        rows, columns = pl.ds(query_start, self.sizes.block_q), pl.ds(key_start, self.sizes.block_k)
+        index = {"b": batch, "h": head, "q": rows, "k": columns}
+        x = {o.name: self.fixed.get(o.name) or self._load(o, index) for o in self.operands}
+        queries = self.first + query_start + lax.iota(jnp.int32, self.sizes.block_q)
+        keys = key_start + lax.iota(jnp.int32, self.sizes.block_k)
+        return Elements.Block(self, x, queries, keys)
+
+    class Block(NamedTuple):
+        of: "Elements"
+        x: dict[str, Any]
+        queries: jax.Array
+        keys: jax.Array
+
+        def map(self, function: Callable, *first):
+            """`function` of numbers: those in `first`, the place, and the operands."""
+            own = {name: value for name, value in self.x.items() if name not in ("batch_index", "head_index")}
+            number = lambda name: self.x.get(name, (jnp.int32(0), ""))  # noqa: E731
+            place = number("batch_index"), number("head_index"), (self.queries, "q"), (self.keys, "k")
+
+            def call(*values):
+                given, numbers, rest = values[: len(first)], values[len(first) :][:4], values[len(first) + 4 :]
+                return function(*given, Place(*numbers), {**self.of.readers, **dict(zip(own, rest, strict=True))})
+
+            return over(self.of.axes, call, *((value, self.of.axes) for value in first), *place, *own.values())
+
+        def scores(self, products, *, with_derivative: bool = False):
+            """Scores of scaled products, and with them their derivatives."""
+            score = self.of.variant.score
+            return self.map(with_slope(score) if with_derivative else score, products)
+
+        def by_operand(self, products, name: str):
+            """The derivative of scores by an operand."""
+
+            def slope(product, place, x):
+                score = lambda value: self.of.variant.score(product, place, {**x, name: value})  # noqa: E731
+                return jax.jvp(score, (x[name],), (jnp.ones_like(x[name]),))[1]
+
+            return self.map(slope, products)
+
+        def by_reads(self, products, name: str) -> list[tuple[jax.Array, jax.Array]]:
+            """For each time that scores read an array: which element, and the derivative by it."""
+            shape = self.of.refs[name].shape
+
+            def slopes(product, place, x):
+                reads = []
+
+                def record(*indices):
+                    value = x[name](*indices)
+                    reads.append((functools.reduce(lambda r, i: r * shape[i[0]] + i[1], enumerate(indices), 0), value))
+                    return value
+
+                def given(values):
+                    order = iter(values)
+                    return self.of.variant.score(product, place, {**x, name: lambda *_: next(order)})
+
+                self.of.variant.score(product, place, {**x, name: record})
+                values = [value for _, value in reads]
+                found = []
+                for k, (at, value) in enumerate(reads):
+                    score = lambda v, k=k: given([*values[:k], v, *values[k + 1 :]])  # noqa: E731
+                    found.append((jnp.int32(at), jax.jvp(score, (value,), (jnp.ones_like(value),))[1]))
+                return found
+
+            return self.map(slopes, products)
+
+        def visible(self):
+            """Which scores count, or True for all."""
+            variant, sizes = self.of.variant, self.of.sizes
+
+            def test(place, x):
+                ends = []
+                if self.of.axes == "qk" and sizes.keys % sizes.block_k:
+                    ends.append(place.key < sizes.keys)
+                if self.of.rows_count and sizes.queries % sizes.block_q:
+                    ends.append(place.query < self.of.first + sizes.queries)
+                return both(*ends, variant.visible(place, x))
+
+            if not variant.masks and not (self.of.axes == "qk" or self.of.rows_count):
+                return True
+            return self.map(test)
+
+        def kept(self):
+            """Which weights dropout leaves."""
+            key, (plane, _) = self.of.readers["dropout_key"], self.x["plane"]
+            keep = self.of.variant.keep((key(0), key(1)), plane, self.queries, self.keys)
+            return keep if self.of.axes == "qk" else keep.T
+
+
+def _reader(ref) -> Callable:
+    return lambda *indices: ref[indices or (0,)]
+
+
+def _loop(step: Callable, carry, refs: Mapping[str, Any], lists: str, side: int, found: Callable, each: int = 1):
+    """Run `step(number, carry, masked)` for every block to visit, `each` times in turn.
+
+    Blocks are those of a list, of `side` of the kernel's blocks a block in it, or else of a range.
+    """
+    if f"{lists}_blocks" in refs:
+        blocks, counts = refs[f"{lists}_blocks"], refs[f"{lists}_counts"]
+        turns = side * each
+
+        def listed(n, carry, masked):
+            at, rest = (n, 0) if turns == 1 else (lax.div(n, jnp.int32(turns)), lax.rem(n, jnp.int32(turns)))
+            return step(blocks[at] * turns + rest, carry, masked=masked)
+
+        parts = [(0, counts[0] * turns, False), (counts[0] * turns, counts[1] * turns, True)]
+        for low, high, masked in parts:
+            carry = lax.fori_loop(low, high, functools.partial(listed, masked=masked), carry)
+        return carry
+    given = refs.get(f"{lists}_range")
+    range_ = found() if given is None else visits.Range(*(given[i] for i in range(4)))
+    for low, high, masked in range_.parts:
+        carry = lax.fori_loop(low * each, high * each, functools.partial(step, masked=masked), carry)
+    return carry
+
+
+def _over_keys(step, carry, elements: Elements, query_start):
+    """For each block of keys that some query of a block sees. Those that all of them see need no mask."""
+    variant, sizes = elements.variant, elements.sizes
+
+    def found():
+        own_block, block = sizes.block_q, sizes.block_k
+        return visits.static_range(variant, elements.first, query_start, sizes.keys, own_block, block, of_keys=True)
+
+    side = variant.block_size[1] // sizes.block_k if variant.block_size else 1
+    return _loop(step, carry, elements.refs, "key", side, found)
+
+
+def _over_what_is_seen(walk: Callable, variant: Variant):
+    """Sums over blocks: `walk(guarded)` makes them, guarded against what is in keys and values that are not seen.
+
+    That costs time, and is seldom needed. 0 times NaN or infinity is NaN, which shows in the sums; then they are made
+    once more, with a guard.
+    """
+    sums = walk(guarded=False)
+    if not variant.masks:
+        return sums
+    sound = both(*(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums[-1])))
+    return lax.cond(sound, lambda: sums, lambda: walk(guarded=True))
+
+
+def _query_block(i, blocks, variant: Variant):
     """The block of queries of the i-th program. Under a causal mask the last ones see the most keys, and go first."""
-    return blocks - 1 - i if is_causal else i
+    return blocks - 1 - i if variant.window == (None, 0) else i
 
 
-def _forward_kernel(query_ref, key_ref, value_ref, origin_ref, out_ref, lse_ref, *, blocks, keys, block_k, scale):
-    block_q = query_ref.shape[0]
-    first, is_causal = _first_query(origin_ref)
-    query_start = first + block_q * _query_block(pl.program_id(0), blocks, is_causal)
+# Forward
+
+
+def _forward_kernel(query_ref, key_ref, value_ref, refs, out_ref, lse_ref, *, variant: Variant, sizes: Sizes):
+    block_q, block_k = sizes.block_q, sizes.block_k
+    query_start = block_q * _query_block(pl.program_id(0), pl.cdiv(sizes.queries, block_q), variant)
+    elements, scale = Elements(variant, refs, "qk", sizes, "k"), variant.scale
     # exp(scale · s − max(scale · s)) = 2^(slope · s − slope · max(s)), slope = |scale| · log₂ e: one multiply-add an
-    # element. The query takes the sign of scale.
-    slope = abs(scale) * math.log2(math.e)
-    query = query_ref[...] if scale > 0 else -query_ref[...]
+    # element. The query takes the sign of scale. Scores that are modified have their log₂ e already.
+    slope = 1.0 if variant.modifies else abs(scale) * LOG2_E
+    query = _read(query_ref, slice(None))
+    query = query if scale > 0 or variant.modifies else [-x for x in query]
+    scaled = lambda x: x if slope == 1.0 else slope * x  # noqa: E731
 
-    def step(j, carry, masked):
+    def step(j, carry, masked, guarded):
         total, peak, acc = carry
-        block = pl.ds(j * block_k, block_k)
-        scores = _dot(query, key_ref[block, :], (1, 1))
-        if masked:
-            scores = _mask(scores, query_start, j * block_k, keys, is_causal, query_axis=0)
-        new_peak = jnp.maximum(peak, slope * jnp.max(scores, axis=1))
-        weights = jnp.exp2(slope * scores - new_peak[:, None])
+        rows = pl.ds(j * block_k, block_k)
+        here = elements.at(query_start, j * block_k)
+        scores = _inner(query, _read(key_ref, rows))
+        if variant.modifies:
+            scores = LOG2_E * here.scores(scale * scores)
+        visible = here.visible() if masked else True
+        if visible is not True:
+            scores = jnp.where(visible, scores, -jnp.inf)
+        new_peak = jnp.maximum(peak, scaled(jnp.max(scores, axis=1)))
+        weights = jnp.exp2(scaled(scores) - new_peak[:, None])
         shrink = jnp.exp2(peak - new_peak)
-        total = shrink * total + jnp.sum(weights, axis=1)
-        value = value_ref[block, :]
-        acc = shrink[:, None] * acc + _dot(weights.astype(value.dtype), value, (1, 0))
-        return total, new_peak, acc
+        value, counted = _wide(_read(value_ref, rows)), weights
+        if masked and guarded:  # to the queries that see it, the sum tells that a value is not finite
+            value, bad = _finite(value)
+            counted = jnp.where(visible & bad[None, :], jnp.nan, weights)
+        total = shrink * total + jnp.sum(counted, axis=1)
+        if variant.dropout:
+            weights = jnp.where(here.kept(), weights, 0.0)
+        return total, new_peak, _add(tuple(shrink[:, None] * x for x in acc), weights, value)
 
-    # Every query sees key 0, so `peak` is finite from the first block on.
-    zeros = jnp.zeros(block_q, jnp.float32)
-    carry = zeros, zeros - jnp.inf, jnp.zeros(out_ref.shape, jnp.float32)
-    total, peak, acc = _over_keys(step, carry, query_start, block_q, block_k, keys, is_causal)
-    out_ref[...] = (acc / total[:, None]).astype(out_ref.dtype)
-    lse_ref[...] = math.log(2) * (peak + jnp.log2(total))
+    def walk(guarded):
+        # Where every query sees a key in the first block, `peak` rises above its floor there.
+        peak = jnp.full(block_q, FLOOR, jnp.float32)
+        total = jnp.zeros(block_q, jnp.float32)
+        if variant.has("sinks"):  # a key more, of this score and of no value
+            peak, total = peak * 0 + LOG2_E * refs["sinks"][...].astype(jnp.float32), total + 1.0
+        carry = total, peak, _zeros(out_ref)
+        return _over_keys(functools.partial(step, guarded=guarded), carry, elements, query_start)
+
+    total, peak, acc = _over_what_is_seen(walk, variant)
+    lse = math.log(2) * (peak + jnp.log2(total))
+    if variant.empties_rows or variant.modifies:
+        empty = total == 0
+        total, lse = jnp.where(empty, 1.0, total), jnp.where(empty, -jnp.inf, lse)
+    factor = variant.kept_factor if variant.dropout else 1.0
+    _write(out_ref, tuple(x / total[:, None] for x in acc), factor)
+    lse_ref[...] = lse
+
+
+def _exponent(lse, variant: Variant):
+    """What to take from scores, for weights that are 0 in rows that see nothing."""
+    return jnp.where(lse == -jnp.inf, jnp.inf, lse) if variant.empties_rows or variant.modifies else lse
+
+
+def _dscores(variant: Variant, here: Elements.Block, products, dweights, lse, delta, visible, guarded: bool):
+    """The derivative by scores, of (block_q, block_k), and the one of scores by scaled products, None for 1.
+
+    `products` are those of query and key, `dweights` those of dout and value; `lse` has the factor log₂ e.
+    """
+    if guarded:
+        products, dweights = (_seen(visible, x) for x in (products, dweights))
+    if variant.modifies:
+        scores, slope = here.scores(variant.scale * products, with_derivative=True)
+        scores = LOG2_E * scores - lse[:, None]
+    else:
+        scores, slope = (variant.scale * LOG2_E) * products - lse[:, None], None
+    if visible is not True:
+        scores = jnp.where(visible, scores, -jnp.inf)
+    if variant.dropout:
+        dweights = jnp.where(here.kept(), variant.kept_factor * dweights, 0.0)
+    dscores = jnp.exp2(scores) * (dweights - delta[:, None])
+    return (_seen(visible, dscores) if guarded else dscores), slope
+
+
+def _seen(visible, x):
+    return x if visible is True else jnp.where(visible, x, 0.0)
 
 
 def _dquery_kernel(
-    query_ref, key_ref, value_ref, origin_ref, lse_ref, delta_ref, dout_ref, dquery_ref, *, blocks, keys, block_k, scale
+    query_ref, key_ref, value_ref, lse_ref, delta_ref, dout_ref, refs, dquery_ref, *, variant: Variant, sizes: Sizes
 ):
-    block_q = query_ref.shape[0]
-    first, is_causal = _first_query(origin_ref)
-    query_start = first + block_q * _query_block(pl.program_id(0), blocks, is_causal)
-    slope = scale * math.log2(math.e)
-    query, dout, delta = query_ref[...], dout_ref[...], delta_ref[...]
-    lse = math.log2(math.e) * lse_ref[...]
+    block_q, block_k = sizes.block_q, sizes.block_k
+    query_start = block_q * _query_block(pl.program_id(0), pl.cdiv(sizes.queries, block_q), variant)
+    elements = Elements(variant, refs, "qk", sizes, "k")
+    query, dout, delta = _read(query_ref, slice(None)), _read(dout_ref, slice(None)), delta_ref[...]
+    lse = LOG2_E * _exponent(lse_ref[...], variant)
 
-    def step(j, acc, masked):
-        block = pl.ds(j * block_k, block_k)
-        key = key_ref[block, :]
-        scores = slope * _dot(query, key, (1, 1)) - lse[:, None]
-        if masked:
-            scores = _mask(scores, query_start, j * block_k, keys, is_causal, query_axis=0)
-        dweights = _dot(dout, value_ref[block, :], (1, 1))
-        dscores = jnp.exp2(scores) * (dweights - delta[:, None])
-        return acc + _dot(dscores.astype(key.dtype), key, (1, 0))
+    def step(j, carry, masked, guarded):
+        (acc,) = carry
+        rows = pl.ds(j * block_k, block_k)
+        key = _read(key_ref, rows)
+        products, dweights = _inner(query, key), _inner(dout, _read(value_ref, rows))
+        here = elements.at(query_start, j * block_k)
+        visible, guarded = here.visible() if masked else True, guarded and masked
+        dscores, slope = _dscores(variant, here, products, dweights, lse, delta, visible, guarded)
+        dscores = dscores if slope is None else dscores * slope
+        return (_add(acc, dscores, _finite(key)[0] if guarded else key),)
 
-    acc = jnp.zeros(dquery_ref.shape, jnp.float32)
-    acc = _over_keys(step, acc, query_start, block_q, block_k, keys, is_causal)
-    dquery_ref[...] = (scale * acc).astype(dquery_ref.dtype)
+    def walk(guarded):
+        return _over_keys(functools.partial(step, guarded=guarded), (_zeros(dquery_ref),), elements, query_start)
+
+    (acc,) = _over_what_is_seen(walk, variant)
+    _write(dquery_ref, acc, variant.scale)
 
 
 def _dkey_dvalue_kernel(
-    query_ref, key_ref, value_ref, origin_ref, minus_lse_ref, minus_delta_ref, dout_ref, dkey_ref, dvalue_ref,
-    *, group, queries, block_q, keys, scale,
+    query_ref, key_ref, value_ref, minus_lse_ref, minus_delta_ref, dout_ref, refs, dkey_ref, dvalue_ref,
+    *, variant: Variant, group: int, sizes: Sizes,
 ):  # fmt: skip
-    block_k = key_ref.shape[0]
-    query_start, is_causal = _first_query(origin_ref)
+    block_q, block_k, scale = sizes.block_q, sizes.block_k, variant.scale
     key_start = block_k * pl.program_id(0)
-    slope = scale * math.log2(math.e)
-    key, value = key_ref[...], value_ref[...]
+    elements = Elements(variant, refs, "kq", sizes, "qh")
+    slope = scale * LOG2_E
+    key, value = _read(key_ref, slice(None)), _read(value_ref, slice(None))
 
-    def step(n, carry, masked):
-        dkey, dvalue = carry
+    def step(n, carry, masked, guarded):
+        ((dkey, dvalue),) = carry
         i, head = lax.div(n, group), lax.rem(n, group)
         block = pl.ds(i * block_q, block_q)
-        query, dout = query_ref[block, head, :], dout_ref[block, head, :]
+        query, dout = _read(query_ref, block, head), _read(dout_ref, block, head)
+        here = elements.at(i * block_q, key_start, head)
+        visible, guarded = here.visible() if masked else True, guarded and masked
+        seen = functools.partial(_seen, visible) if guarded else lambda x: x
         # Blocks are (block_k, block_q), so that weights and dscores are left operands of the last products as they
         # stand. The first products start from a row statistic, which then holds no registers of its own.
-        scores = slope * (minus_lse_ref[head, block][None, :] + _dot(key, query, (1, 1)))
-        if masked:
-            scores = _mask(scores, query_start + i * block_q, key_start, keys, is_causal, query_axis=1)
-        weights = jnp.exp2(scores)
-        dvalue += _dot(weights.astype(dout.dtype), dout, (1, 0))
-        dscores = weights * (minus_delta_ref[head, block][None, :] + _dot(value, dout, (1, 1)))
-        dkey += _dot(dscores.astype(query.dtype), query, (1, 0))
-        return dkey, dvalue
+        if variant.modifies:
+            scores, factor = here.scores(scale * seen(_inner(key, query)), with_derivative=True)
+            scores = LOG2_E * scores + minus_lse_ref[head, block][None, :]
+        else:
+            scores = slope * (minus_lse_ref[head, block][None, :] + _inner(key, query))
+        if visible is not True:
+            scores = jnp.where(visible, scores, -jnp.inf)
+        weights = counted = jnp.exp2(scores)
+        if variant.dropout:
+            kept = here.kept()
+            counted = jnp.where(kept, weights, 0.0)
+            dweights = jnp.where(kept, variant.kept_factor * _inner(value, dout), 0.0)
+            dscores = weights * (minus_delta_ref[head, block][None, :] + dweights)
+        else:
+            dscores = weights * (minus_delta_ref[head, block][None, :] + _inner(value, dout))
+        dvalue = _add(dvalue, counted, dout)
+        dscores = seen(dscores)
+        if variant.modifies:
+            dscores = dscores * factor
+        return ((_add(dkey, dscores, _finite(query)[0] if guarded else query), dvalue),)
 
     # One loop over blocks and heads, not a loop in a loop: products accumulate across it without leaving registers.
-    blocks = pl.cdiv(queries, block_q)
-    first: int | jax.Array = 0
-    unmasked: int | jax.Array = 0
-    if is_causal:
-        ahead = key_start - query_start
-        first = jnp.clip(lax.div(ahead, block_q), 0, blocks)
-        unmasked = jnp.clip(lax.div(ahead + block_k + block_q - 1, block_q), 0, blocks)
-    carry = jnp.zeros(dkey_ref.shape, jnp.float32), jnp.zeros(dvalue_ref.shape, jnp.float32)
-    carry = lax.fori_loop(first * group, unmasked * group, functools.partial(step, masked=True), carry)
-    dkey, dvalue = lax.fori_loop(unmasked * group, blocks * group, functools.partial(step, masked=False), carry)
-    dkey_ref[...] = (scale * dkey).astype(dkey_ref.dtype)
-    dvalue_ref[...] = dvalue.astype(dvalue_ref.dtype)
+    def found():
+        size = sizes.queries if elements.rows_count else _round_up(sizes.queries, block_q)
+        return visits.static_range(variant, elements.first, key_start, size, block_k, block_q, of_keys=False)
+
+    def walk(guarded):
+        side = variant.block_size[0] // block_q if variant.block_size else 1
+        carry = ((_zeros(dkey_ref), _zeros(dvalue_ref)),)
+        return _loop(functools.partial(step, guarded=guarded), carry, refs, "query", side, found, group)
+
+    ((dkey, dvalue),) = _over_what_is_seen(walk, variant)
+    _write(dkey_ref, dkey, scale)
+    _write(dvalue_ref, dvalue, variant.kept_factor if variant.dropout else 1.0)
+
+
+# Calls
 
 
 def _round_up(size, block):
     return pl.cdiv(size, block) * block
 
 
-def _by_queries(query, key, tile, is_causal):
+def _padded(size: int, block: int, variant: Variant, side: int) -> int:
+    """A sequence as whole blocks, also of those that lists count in."""
+    return _round_up(size, max(block, variant.block_size[side] if variant.block_size else 0))
+
+
+class _Onto(NamedTuple):
+    """Results to write over, of so many elements of a batch."""
+
+    results: tuple[jax.Array, ...]
+    batch: jax.Array
+
+
+def _call(
+    kernel,
+    operands: list,
+    refs: Mapping[str, Any],
+    specs: list,
+    named: Callable,
+    *,
+    grid,
+    onto: _Onto | None = None,
+    **options,
+):
+    """`pallas_call` of a kernel whose last operand is a dictionary: those that it was given by name."""
+    given, count = dict(refs), len(operands)
+    if onto is not None:
+        kernel = functools.partial(_without, kernel, slice(count, count + len(onto.results)))
+        operands, specs = [*operands, *onto.results], [*specs, *jax.tree.leaves(options["out_specs"])]
+        options |= dict(input_output_aliases={count + i: i for i in range(len(onto.results))})
+        grid = (*grid[:-1], onto.batch)
+    in_specs = [*specs, {name: named(name) for name in given}]
+    return pl.pallas_call(kernel, grid=grid, in_specs=in_specs, **options)(*operands, given)
+
+
+def _without(kernel, some: slice, *refs):
+    kernel(*refs[: some.start], *refs[some.stop :])
+
+
+def _specs(variant: Variant, refs: Mapping[str, Any], place: Callable[..., dict[str, tuple]]) -> Callable:
+    """Block specs of operands by name. `place` gives for each axis its block and its index, of the program's ids."""
+    axes = {operand.name: operand.axes for operand in variant.operands if operand.rank is None}
+    axes |= {"key_range": "bi4", "query_range": "bj4"}
+
+    def named(name: str) -> pl.BlockSpec:
+        shape = refs[name].shape
+        if not axes.get(name):
+            return pl.BlockSpec(shape, lambda *ids: (0,) * len(shape))
+        # One that holds for all in a batch has a batch axis of size 1.
+        single = axes[name].startswith("b") and shape[0] == 1
+        sides = tuple(size if size is not None else None for size in (place()[a][0] for a in axes[name]))
+
+        def index(*ids):
+            at = place(*ids)
+            return tuple(0 if single and a == "b" else at[a][1] for a in axes[name])
+
+        return pl.BlockSpec(sides, index)
+
+    return named
+
+
+def _by_queries(query, key, refs, sizes: Sizes, variant: Variant):
     """For kernels whose programs take a block of one head's queries each and walk over its keys: the grid, the block of
-    an array (batch, queries, heads, ...), and that of an array (batch, keys, key_heads, width)."""
+    an array (batch, queries, heads, ...), that of an array (batch, keys, key_heads, width), and those of operands."""
     (batch, queries, heads, _), (_, keys, key_heads, _) = query.shape, key.shape
-    blocks, group = pl.cdiv(queries, tile.block_q), heads // key_heads
+    blocks, group = pl.cdiv(queries, sizes.block_q), heads // key_heads
+    padded = _padded(keys, sizes.block_k, variant, 1)
 
     def some_queries(*rest):
-        index = lambda i, h, b: (b, _query_block(i, blocks, is_causal), h, *(0 for _ in rest))  # noqa: E731
-        return pl.BlockSpec((None, tile.block_q, None, *rest), index)
+        index = lambda i, h, b: (b, _query_block(i, blocks, variant), h, *(0 for _ in rest))  # noqa: E731
+        return pl.BlockSpec((None, sizes.block_q, None, *rest), index)
 
     def all_keys(width):
-        return pl.BlockSpec(
-            (None, _round_up(keys, tile.block_k), None, width), lambda i, h, b: (b, 0, lax.div(h, group), 0)
-        )
+        return pl.BlockSpec((None, padded, None, width), lambda i, h, b: (b, 0, lax.div(h, group), 0))
+
+    side = variant.block_size[0] // sizes.block_q if variant.block_size else 1
+
+    def place(i=0, h=0, b=0):
+        i = _query_block(i, blocks, variant)
+        listed = i if side == 1 else lax.div(i, side)
+        lists = refs["key_blocks"].shape[-1] if "key_blocks" in refs else 0
+        counted = {"4": (4, 0), "2": (2, 0), "j": (lists, 0)}
+        return {
+            "b": (None, b),
+            "h": (None, h),
+            "q": (sizes.block_q, i),
+            "k": (padded, 0),
+            "i": (None, listed),
+        } | counted
 
     # Blocks of queries vary fastest: programs that run at the same time share the keys of a few heads in the cache.
-    return (blocks, heads, batch), some_queries, all_keys
+    return (blocks, heads, batch), some_queries, all_keys, _specs(variant, refs, place)
 
 
-def _origin_spec(origin):
-    return None if origin is None else pl.BlockSpec((), lambda *_: ())
+# Which operands a kernel is given.
+NOT_OF_SCORES = ("sinks",)
+OF_KEYS, OF_QUERIES = ("key_blocks", "key_counts"), ("query_blocks", "query_counts")
 
 
-def forward(query, key, value, origin, *, tile, scale):
-    if isinstance(tile, hopper.ForwardTile):
-        high = None if origin is None else 0
-        return hopper.forward(query, key, value, origin, tile=tile, scale=scale, low=None, high=high)
-    keys, head_dim, value_dim = key.shape[1], query.shape[-1], value.shape[-1]
-    grid, some_queries, all_keys = _by_queries(query, key, tile, origin is not None)
-    return pl.pallas_call(
-        functools.partial(_forward_kernel, blocks=grid[0], keys=keys, block_k=tile.block_k, scale=scale),
+def _refs(variant: Variant, arrays, *without: str) -> dict[str, jax.Array]:
+    named = {name: x for name, x in variant.named(arrays).items() if name not in without}
+    return {name: x if name == "origin" else jnp.atleast_1d(x) for name, x in named.items()}
+
+
+def _with_range(variant: Variant, refs, sizes: Sizes, *, of_keys: bool) -> dict[str, jax.Array]:
+    """The operands, and the ranges of blocks where operands tell them."""
+    if not variant.has(*visits.TELLING):
+        return refs
+    name = "key_range" if of_keys else "query_range"
+    axes = {operand.name: operand.axes for operand in variant.operands}
+    x = {n: refs[n] if axes[n].startswith("b") else refs[n][None] for n in visits.TELLING if n in refs}
+    x |= {"origin": refs["origin"]} if "origin" in refs else {}
+    return refs | {name: visits.ranges(variant, x, sizes.queries, sizes.keys, sizes, of_keys=of_keys)}
+
+
+def _sizes(tile: Tile, query, value) -> Sizes:
+    return Sizes(query.shape[1], value.shape[1], tile.block_q, tile.block_k)
+
+
+# The schedule for Hopper lets NaN in a key, value or query that operands mask leak to those in its block. Where results
+# tell so, all is computed once more, by blocks as large: XLA then finds the same ones to visit for both.
+
+
+def forward(query, key, value, *arrays, tile: Tile | hopper.ForwardTile, variant: Variant):
+    if not isinstance(tile, hopper.ForwardTile):
+        return _forward(query, key, value, arrays, tile, variant)
+    out, lse = on_hopper.forward(query, key, value, *arrays, tile=tile, variant=variant)
+    if not variant.masks_by_data:
+        return out, lse
+    onto = _Onto((out, lse), jnp.where(jnp.any(jnp.isnan(lse)), query.shape[0], 0))
+    return _forward(query, key, value, arrays, Tile(64 * tile.groups, tile.block_k, 8, 1), variant, onto)
+
+
+def _forward(query, key, value, arrays, tile: Tile, variant: Variant, onto: _Onto | None = None):
+    head_dim, value_dim = query.shape[-1], value.shape[-1]
+    sizes = _sizes(tile, query, value)
+    refs = _with_range(variant, _refs(variant, arrays, *OF_QUERIES), sizes, of_keys=True)
+    grid, some_queries, all_keys, named = _by_queries(query, key, refs, sizes, variant)
+    out_dtype = jnp.bfloat16 if query.dtype.itemsize == 1 else query.dtype
+    return _call(
+        functools.partial(_forward_kernel, variant=variant, sizes=sizes),
+        [query, key, value],
+        refs,
+        [some_queries(head_dim), all_keys(head_dim), all_keys(value_dim)],
+        named,
         grid=grid,
-        in_specs=[some_queries(head_dim), all_keys(head_dim), all_keys(value_dim), _origin_spec(origin)],
+        onto=onto,
         out_specs=[some_queries(value_dim), some_queries()],
         out_shape=[
-            jax.ShapeDtypeStruct((*query.shape[:-1], value_dim), query.dtype),
+            jax.ShapeDtypeStruct((*query.shape[:-1], value_dim), out_dtype),
             jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32),
         ],
         compiler_params=tile.compiler_params,
         name="attention",
-    )(query, key, value, origin)
+    )
 
 
-def backward(query, key, value, origin, out, lse, dout, dlse, *, tile, scale):
-    if isinstance(tile, hopper.BackwardTile):
-        band = dict(low=None, high=None if origin is None else 0)
-        return hopper.backward(query, key, value, origin, out, lse, dout, dlse, tile=tile, scale=scale, **band)
+def backward(query, key, value, *rest, tile: BackwardTiles | hopper.BackwardTile, variant: Variant):
+    *arrays, out, lse, dout, dlse = rest
     delta = row_sums(out, dout, dlse)
-    dquery = _dquery(query, key, value, origin, lse, delta, dout, tile.dquery, scale)
-    return dquery, *_dkey_dvalue(query, key, value, origin, lse, delta, dout, tile.dkey_dvalue, scale)
+    given = query, key, value, lse, delta, dout, arrays
+    if isinstance(tile, BackwardTiles):
+        return _dquery(*given, tile.dquery, variant), *_dkey_dvalue(*given, tile.dkey_dvalue, variant)
+    results = dict(out=out, lse=lse, dout=dout, dlse=dlse)
+    dquery, dkey, dvalue = on_hopper.backward(query, key, value, *arrays, **results, tile=tile, variant=variant)
+    if not variant.masks_by_data:
+        return dquery, dkey, dvalue
+    leaked = jnp.any(jnp.isnan(dquery)) | jnp.any(jnp.isnan(dkey))
+    batch, block_k = jnp.where(leaked, query.shape[0], 0), hopper.BACKWARD_BLOCK_K
+    dquery = _dquery(*given, Tile(128, block_k, 8, 1), variant, _Onto((dquery,), batch))
+    of_keys = _Onto((dkey, dvalue), batch)
+    return dquery, *_dkey_dvalue(*given, Tile(tile.block_q, block_k, 8, 1), variant, of_keys)
 
 
-def _dquery(query, key, value, origin, lse, delta, dout, tile, scale):
-    keys, head_dim, value_dim = key.shape[1], query.shape[-1], value.shape[-1]
-    grid, some_queries, all_keys = _by_queries(query, key, tile, origin is not None)
-    return pl.pallas_call(
-        functools.partial(_dquery_kernel, blocks=grid[0], keys=keys, block_k=tile.block_k, scale=scale),
-        grid=grid,
-        in_specs=[
-            *(some_queries(head_dim), all_keys(head_dim), all_keys(value_dim), _origin_spec(origin)),
+def _dquery(query, key, value, lse, delta, dout, arrays, tile: Tile, variant: Variant, onto: _Onto | None = None):
+    head_dim, value_dim = query.shape[-1], value.shape[-1]
+    sizes = _sizes(tile, query, value)
+    refs = _with_range(variant, _refs(variant, arrays, *NOT_OF_SCORES, *OF_QUERIES), sizes, of_keys=True)
+    grid, some_queries, all_keys, named = _by_queries(query, key, refs, sizes, variant)
+    return _call(
+        functools.partial(_dquery_kernel, variant=variant, sizes=sizes),
+        [query, key, value, lse, delta, dout],
+        refs,
+        [
+            *(some_queries(head_dim), all_keys(head_dim), all_keys(value_dim)),
             *(some_queries(), some_queries(), some_queries(value_dim)),
         ],
+        named,
+        grid=grid,
+        onto=onto,
         out_specs=some_queries(head_dim),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         compiler_params=tile.compiler_params,
         name="attention_dquery",
-    )(query, key, value, origin, lse, delta, dout)
+    )
 
 
-def _dkey_dvalue(query, key, value, origin, lse, delta, dout, tile, scale):
+def _dkey_dvalue(query, key, value, lse, delta, dout, arrays, tile: Tile, variant: Variant, onto: _Onto | None = None):
     (batch, keys, key_heads, head_dim), value_dim = key.shape, value.shape[-1]
     queries, group = query.shape[1], query.shape[2] // key_heads
-    padded_queries = _round_up(queries, tile.block_q)
+    sizes = _sizes(tile, query, value)
+    refs = _with_range(variant, _refs(variant, arrays, *NOT_OF_SCORES, *OF_KEYS), sizes, of_keys=False)
+    padded = _padded(queries, sizes.block_q, variant, 0)
 
     def some_keys(width):
-        return pl.BlockSpec((None, tile.block_k, None, width), lambda j, h, b: (b, j, h, 0))
+        return pl.BlockSpec((None, sizes.block_k, None, width), lambda j, h, b: (b, j, h, 0))
 
     def all_queries(width):  # of all heads in the group: one program sums dkey and dvalue over them
-        return pl.BlockSpec((None, padded_queries, group, width), lambda j, h, b: (b, 0, h, 0))
+        return pl.BlockSpec((None, padded, group, width), lambda j, h, b: (b, 0, h, 0))
 
-    statistics = pl.BlockSpec((None, group, padded_queries), lambda j, h, b: (b, h, 0))
-    return pl.pallas_call(
-        functools.partial(
-            _dkey_dvalue_kernel,
-            **dict(group=group, queries=queries, block_q=tile.block_q, keys=keys, scale=scale),
-        ),
-        grid=(pl.cdiv(keys, tile.block_k), key_heads, batch),
-        in_specs=[
-            *(all_queries(head_dim), some_keys(head_dim), some_keys(value_dim), _origin_spec(origin)),
+    side = variant.block_size[1] // sizes.block_k if variant.block_size else 1
+
+    def place(j=0, h=0, b=0):
+        listed = j if side == 1 else lax.div(j, side)
+        lists = refs["query_blocks"].shape[-1] if "query_blocks" in refs else 0
+        counted = {"4": (4, 0), "2": (2, 0), "i": (lists, 0), "j": (None, listed)}
+        return {"b": (None, b), "h": (group, h), "g": (None, h), "q": (padded, 0), "k": (sizes.block_k, j)} | counted
+
+    statistics = pl.BlockSpec((None, group, padded), lambda j, h, b: (b, h, 0))
+    minus_lse = -LOG2_E * _exponent(lse, variant) if variant.modifies else -_exponent(lse, variant) / variant.scale
+    return _call(
+        functools.partial(_dkey_dvalue_kernel, variant=variant, group=group, sizes=sizes),
+        # A program reads these for many queries of few heads: with the queries innermost they are contiguous.
+        [query, key, value, jnp.swapaxes(minus_lse, 1, 2), jnp.swapaxes(-delta, 1, 2), dout],
+        refs,
+        [
+            *(all_queries(head_dim), some_keys(head_dim), some_keys(value_dim)),
             *(statistics, statistics, all_queries(value_dim)),
         ],
+        _specs(variant, refs, place),
+        grid=(pl.cdiv(keys, sizes.block_k), key_heads, batch),
+        onto=onto,
         out_specs=[some_keys(head_dim), some_keys(value_dim)],
         out_shape=[jax.ShapeDtypeStruct(key.shape, key.dtype), jax.ShapeDtypeStruct(value.shape, value.dtype)],
         compiler_params=tile.compiler_params,
         name="attention_dkey_dvalue",
-        # A program reads these for many queries of few heads: with the queries innermost they are contiguous.
-    )(query, key, value, origin, jnp.swapaxes(-lse / scale, 1, 2), jnp.swapaxes(-delta, 1, 2), dout)
+    )

@@ -7,10 +7,10 @@ Gluon has the inline assembly and the aggregates that the kernels are written wi
 
 import dataclasses
 import functools
-import importlib.metadata
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,10 @@ from jtile.compiler.target import Target
 from jtile.compiler.triton_call import triton_call
 from jtile.ops.attention.reference import row_sums
 
+if TYPE_CHECKING:
+    from jtile.ops.attention.hopper.functions import Functions
+
+WIDEST = 256  # head dim
 CACHE = 50 << 20  # bytes, of the chips that this is for
 
 
@@ -90,13 +94,46 @@ class _Call:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lists:
+    """Where a block of queries finds its list: rows from one batch and one head to the next, blocks of queries that
+    share a list, blocks of keys to one in a list, and the length of a list."""
+
+    batch: int
+    head: int
+    rows: int
+    columns: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Forward(_Call):
     """
     Attributes:
         loops: whether there are fewer programs than blocks.
+        functions: what modifies scores, and masks them beyond the band.
+        masks_anywhere: whether these may mask a key in any block.
+        ranges: where an array tells the blocks to visit, how many there are from one batch to the next.
+        lists: where lists tell them.
+        sinks: the number of the array of sinks.
+        tells_nan: whether the log-sum-exp is NaN where the output is.
     """
 
     loops: bool
+    functions: "Functions | None" = None
+    masks_anywhere: bool = False
+    ranges: int | None = None
+    lists: Lists | None = None
+    sinks: int | None = None
+    tells_nan: bool = False
+
+    @property
+    def slope(self) -> float:
+        return super().slope if self.functions is None else self.functions.slope
+
+    @property
+    def masks_first(self) -> bool:
+        """Whether some query may not see a key of the first blocks that it visits, which are the last to be visited."""
+        return self.low is not None or self.ranges is not None
 
     @property
     def groups(self) -> int:
@@ -114,10 +151,28 @@ class Forward(_Call):
 
 @dataclasses.dataclass(frozen=True)
 class Backward(_Call):
+    """
+    Attributes:
+        functions, masks_anywhere, ranges, lists: as of `Forward`, seen from blocks of keys.
+        numbers: where operands tell which blocks of queries to visit, an array tells as the how-manieth each comes to
+            them: how many of its matrices there are from one batch and from one key head to the next.
+    """
+
+    functions: "Functions | None" = None
+    masks_anywhere: bool = False
+    ranges: int | None = None
+    lists: Lists | None = None
+    numbers: tuple[int, int] | None = None
+
+    @property
+    def slope(self) -> float:
+        return super().slope if self.functions is None else self.functions.slope
+
     @property
     def masked(self) -> bool:
         """Whether some query does not see all keys of some block that it visits."""
-        return (self.low, self.high) != (None, None) or self.keys % self.block_k > 0
+        masks = self.functions is not None and self.functions.masks
+        return masks or (self.low, self.high) != (None, None) or self.keys % self.block_k > 0
 
     # Each group makes half of a block of dquery: half of its rows, or half of its columns.
 
@@ -141,11 +196,13 @@ def _width(head_dim: int) -> int:
 
 @functools.cache
 def _has_gluon() -> bool:
-    version = importlib.metadata.version("triton").split(".")
-    return (int(version[0]), int(version[1])) >= (3, 9)
+    import triton
+
+    major, minor, *_ = triton.__version__.split(".")
+    return (int(major), int(minor)) >= (3, 9)
 
 
-def obstacle(query, key, value, scale: float, target: Target | None, *, widest: int = 256) -> str | None:
+def obstacle(query, key, value, scale: float, target: Target | None, *, widest: int = WIDEST) -> str | None:
     """Why this schedule does not serve a call, as a clause, or None."""
     if target is None or target.compute_capability != 90:
         return "the chip is no Hopper"
@@ -163,7 +220,7 @@ def obstacle(query, key, value, scale: float, target: Target | None, *, widest: 
     return None
 
 
-def forward_tiles(query, key, value, *, low, high, target: Target) -> Iterator[ForwardTile]:
+def forward_tiles(query, key, value, *, low: int | None, high: int | None, target: Target) -> Iterator[ForwardTile]:
     wide = max(_width(query.shape[-1]), _width(value.shape[-1]))
     (batch, keys, key_heads, _), heads = key.shape, query.shape[2]
     head_bytes = keys * (key.shape[-1] + value.shape[-1]) * key.dtype.itemsize
@@ -221,7 +278,27 @@ def _sizes(query, key, value) -> dict[str, int]:
     return dict(batch=batch, queries=queries, keys=keys, heads=heads, key_heads=key_heads, **widths)
 
 
-def forward(query, key, value, origin, *, tile: ForwardTile, scale: float, low: int | None, high: int | None):
+ARRAYS = 8  # of operands that the kernels have room for
+
+
+def _optional(arrays: Sequence, most: int) -> tuple:
+    return (*arrays, *[None] * (most - len(arrays)))
+
+
+def forward(
+    query,
+    key,
+    value,
+    origin,
+    *,
+    tile: ForwardTile,
+    scale: float,
+    low: int | None,
+    high: int | None,
+    visits: Sequence = (),
+    arrays: Sequence = (),
+    options: Mapping[str, Any] = MappingProxyType({}),
+):
     """The output, and the logarithm of the sum of exponentials of scores. `origin` is None or an int32 scalar."""
     from jtile.ops.attention.hopper.forward_kernel import attention
 
@@ -238,6 +315,7 @@ def forward(query, key, value, origin, *, tile: ForwardTile, scale: float, low: 
         stages=tile.stages,
         together=tile.together,
         loops=programs < blocks,
+        **options,
     )
     out = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), query.dtype)
     return triton_call(
@@ -245,6 +323,8 @@ def forward(query, key, value, origin, *, tile: ForwardTile, scale: float, low: 
         _descriptor(key, call.block_k),
         _descriptor(value, call.block_k),
         origin,
+        *_optional(visits, 2),
+        *_optional(arrays, ARRAYS),
         _descriptor(out, 64),
         kernel=attention,
         out_shape=(out, jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)),
@@ -253,7 +333,27 @@ def forward(query, key, value, origin, *, tile: ForwardTile, scale: float, low: 
     )
 
 
-def backward(query, key, value, origin, out, lse, dout, dlse, *, tile: BackwardTile, scale: float, low, high):
+BACKWARD_BLOCK_K = 128
+
+
+def backward(
+    query,
+    key,
+    value,
+    out,
+    lse,
+    dout,
+    dlse,
+    *,
+    origin,
+    tile: BackwardTile,
+    scale: float,
+    low: int | None,
+    high: int | None,
+    visits: Sequence = (),
+    arrays: Sequence = (),
+    options: Mapping[str, Any] = MappingProxyType({}),
+):
     """The gradients of query, key and value."""
     from triton.experimental.gluon import language as gl
 
@@ -265,17 +365,19 @@ def backward(query, key, value, origin, out, lse, dout, dlse, *, tile: BackwardT
         high=high,
         scale=scale,
         block_q=tile.block_q,
-        block_k=128,
+        block_k=BACKWARD_BLOCK_K,
         stages=tile.stages,
         together=tile.together,
+        **options,
     )
     batch, queries, heads, head_dim = query.shape
     # What the kernel subtracts from scores, in powers of two, and from the weights' gradients. A query that sees no key
     # has the weights 2^-inf.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, math.log2(math.e) * lse)
-    statistics = jnp.stack([lse, row_sums(out, dout, dlse)]).transpose(0, 1, 3, 2)
     padded = call.query_blocks * call.block_q
-    statistics = jnp.pad(statistics, [(0, 0)] * 3 + [(0, padded - queries)])
+    ends = [(0, 0), (0, padded - queries), (0, 0)]
+    lse = jnp.pad(lse, ends, constant_values=jnp.inf)  # nor has one past the end
+    statistics = jnp.stack([lse, jnp.pad(row_sums(out, dout, dlse), ends)]).transpose(0, 1, 3, 2)
     plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
     strides = (batch * heads * padded, heads * padded, padded, 1)
     sums = jax.ShapeDtypeStruct((batch, heads, queries, head_dim), jnp.float32)
@@ -289,6 +391,8 @@ def backward(query, key, value, origin, out, lse, dout, dlse, *, tile: BackwardT
         _descriptor(dout, call.block_q),
         _tensor(statistics, statistics.shape, strides, (2, 1, 1, call.block_q), plain),
         origin,
+        *_optional(visits, 3),
+        *_optional(arrays, ARRAYS),
         _tensor(sums, sums.shape, sums_strides, (1, 1, 64, call.dq_width)),
         *(_descriptor(x, 64) for x in like_key_and_value),
         kernel=attention_backward,

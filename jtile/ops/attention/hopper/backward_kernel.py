@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from jtile.ops.attention.hopper.band import first_key_block, query_blocks, visible
+from jtile.ops.attention.hopper.band import query_block, turn, visible, visiting
 from jtile.ops.attention.hopper.pipeline import arrive, matrix, ring, wait
 
 
@@ -67,7 +67,7 @@ def _place(S: gl.constexpr):
 @gluon.jit
 def _load(
     q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared, stat_shared, kv_full, origin,
-    S: gl.constexpr,
+    visits, S: gl.constexpr,
 ):  # fmt: skip
     j, b, kh = _place(S)
     mbarrier.expect(kv_full, 2 * (k_desc.nbytes_per_cta + v_desc.nbytes_per_cta))
@@ -75,11 +75,12 @@ def _load(
         place = [b, kh, j * S.block_k + half * 64, 0]
         tma.async_load(k_desc, place, kv_full, k_shared.index(half))
         tma.async_load(v_desc, place, kv_full, v_shared.index(half))
-    start, _, _, stop = query_blocks(j, origin, S)
+    start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
     step = 0
     for h in range(kh * S.group, (kh + 1) * S.group):
         for n in range(start, stop):
-            row = (start + stop - 1 - n) * S.block_q
+            i, _ = query_block(start + stop - 1 - n, whole_start, whole_stop, blocks, S)
+            row = i * S.block_q
             q.acquire(step, q_desc.nbytes_per_cta + stat_desc.nbytes_per_cta)
             tma.async_load(q_desc, [b, h, row, 0], q.barrier(step), q.slot(step))
             tma.async_load(stat_desc, [0, b, h, row], q.barrier(step), stat_shared.index(step % S.stages))
@@ -88,17 +89,17 @@ def _load(
 
 
 @gluon.jit
-def _add_dquery(dq_desc, turns, dq, origin, S: gl.constexpr):
+def _add_dquery(dq_desc, turns, dq, origin, visits, S: gl.constexpr):
     j, b, kh = _place(S)
-    start, _, _, stop = query_blocks(j, origin, S)
+    start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
     step = 0
     for h in range(kh * S.group, (kh + 1) * S.group):
         for n in range(start, stop):
-            i = start + stop - 1 - n
-            turn = turns + (b * S.heads + h) * S.query_blocks + i
+            i, _ = query_block(start + stop - 1 - n, whole_start, whole_stop, blocks, S)
+            own_turns = turns + (b * S.heads + h) * S.query_blocks + i
+            number = turn(i, j, b, kh, origin, visits[2], S)
             mbarrier.wait(dq.full.index(0), step % 2)
-            number = j - first_key_block(i, origin, S)
-            _wait_turn(turn, number)
+            _wait_turn(own_turns, number)
             for part in gl.static_range(2):
                 row = i * S.block_q + part * S.dq_rows
                 if number == 0:
@@ -108,17 +109,17 @@ def _add_dquery(dq_desc, turns, dq, origin, S: gl.constexpr):
             tma.store_wait(0)
             arrive(dq.empty.index(0))
             tma.store_wait(0, read_only=False)
-            _set_turn(turn, number + 1)
+            _set_turn(own_turns, number + 1)
             step += 1
 
 
 @gluon.jit
 def _step(
-    i, step, k, v, q_ring, do_ring, k_shared, stat_shared, ds_shared, dq, positions, cols, dk, dv,
-    masked, group: gl.constexpr, S: gl.constexpr,
+    i, h, step, k, v, q_ring, do_ring, k_shared, stat_shared, ds_shared, dq, origin, queries, cols, rows, arrays,
+    dk, dv, masked, group: gl.constexpr, S: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k.dtype
-    s_layout: gl.constexpr = positions.type.layout.parent
+    s_layout: gl.constexpr = queries.type.layout.parent
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.dq_width, 16])
     q, do = q_ring.block(step), do_ring.block(step)
     stat = stat_shared.index(step % S.stages).reinterpret(
@@ -130,15 +131,29 @@ def _step(
     do_ring.wait(step)
     dp = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
+    row = i * S.block_q + queries
+    factor = 1.0
+    if S.functions is not None:
+        if S.functions.modifies:
+            s, factor = S.functions.score(s, h, row, row + origin, rows, arrays)
     x = s * S.slope - stat.index(0).load(gl.SliceLayout(0, s_layout))[None, :]
     if S.masked:
         if masked:
-            x = gl.where(visible((i * S.block_q + positions)[None, :], cols[:, None], S), x, -float("inf"))
+            seen = visible((row + origin)[None, :], cols[:, None], S)
+            if S.functions is not None:
+                if S.functions.masks:
+                    seen = seen & S.functions.visible(h, row, row + origin, rows, arrays)
+            x = gl.where(seen, x, -float("inf"))
     p = gl.exp2(x)
     p_left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, dv.type.layout, 2))
     dv = warpgroup_mma(p_left, do, dv, is_async=True)
+    p = p * factor
     dp = warpgroup_mma_wait(1, deps=[dp])
-    ds = (p * (dp - stat.index(1).load(gl.SliceLayout(0, s_layout))[None, :])).to(dtype)
+    ds = p * (dp - stat.index(1).load(gl.SliceLayout(0, s_layout))[None, :])
+    if S.functions is not None:
+        if S.functions.masks:  # whatever is in a masked value
+            ds = gl.where(p == 0.0, 0.0, ds)
+    ds = ds.to(dtype)
     ds_left = gl.convert_layout(ds, gl.DotOperandLayout(0, dk.type.layout, 2))
     dk = warpgroup_mma(ds_left, q, dk, is_async=True)
 
@@ -168,28 +183,36 @@ def _step(
 @gluon.jit
 def _compute(
     dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin,
-    group: gl.constexpr, S: gl.constexpr,
+    visits, arrays, group: gl.constexpr, S: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k_shared.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.block_q, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.key_width, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.value_width, 16])
     j, b, kh = _place(S)
-    start, whole_start, whole_stop, stop = query_blocks(j, origin, S)
+    start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
     col = j * S.block_k + group * 64
-    positions = origin + gl.arange(0, S.block_q, gl.SliceLayout(0, s_layout))
+    queries = gl.arange(0, S.block_q, gl.SliceLayout(0, s_layout))
     cols = col + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
+    rows = None
+    if S.functions is not None:
+        rows = S.functions.rows(b, cols, arrays)
     k, v = matrix(k_shared.index(group)), matrix(v_shared.index(group))
     dk = gl.zeros([64, S.key_width], gl.float32, dk_layout)
     dv = gl.zeros([64, S.value_width], gl.float32, dv_layout)
     wait(kv_full, 0)
-    i = stop
+    n = stop
+    h = kh * S.group
     for step in range(S.group * (stop - start)):
-        i = gl.where(i == start, stop, i) - 1
-        masked = (i < whole_start) | (i >= whole_stop)
+        h += gl.where(n == start, 1, 0)
+        n = gl.where(n == start, stop, n) - 1
+        i, masked = query_block(n, whole_start, whole_stop, blocks, S)
+        # fmt: off
         dk, dv = _step(
-            i, step, k, v, q, do, k_shared, stat_shared, ds_shared, dq, positions, cols, dk, dv, masked, group, S
+            i, h, step, k, v, q, do, k_shared, stat_shared, ds_shared, dq, origin, queries, cols, rows, arrays, dk, dv,
+            masked, group, S,
         )
+        # fmt: on
     _meet()  # the other group reads this group's keys, which make room for dkey
     k.store((dk * S.scale).to(dtype))
     v.store(dv.to(dtype))
@@ -201,11 +224,15 @@ def _compute(
 
 @gluon.jit
 def attention_backward(
-    q_desc, k_desc, v_desc, do_desc, stat_desc, origin_ptr, dq_desc, dk_desc, dv_desc, turns, S: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, stat_desc, origin_ptr, visits, lists, numbers,
+    array_0, array_1, array_2, array_3, array_4, array_5, array_6, array_7,
+    dq_desc, dk_desc, dv_desc, turns, S: gl.constexpr,
 ):  # fmt: skip
     origin = 0
     if origin_ptr is not None:
         origin = gl.load(origin_ptr)
+    visits = (visits, lists, numbers)
+    arrays = (array_0, array_1, array_2, array_3, array_4, array_5, array_6, array_7)
     dtype: gl.constexpr = k_desc.dtype
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, S.block_q], dtype)
     q = ring(q_desc, S.stages, 2)
@@ -225,15 +252,18 @@ def attention_backward(
     gl.warp_specialize(
         [
             (_compute, (
-                dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin, 0, S,
+                dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin,
+                visits, arrays, 0, S,
             )),
             (_compute, (
-                dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin, 1, S,
+                dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin,
+                visits, arrays, 1, S,
             )),
             (_load, (
-                q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared, stat_shared, kv_full, origin, S,
+                q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared, stat_shared, kv_full, origin,
+                visits, S,
             )),
-            (_add_dquery, (dq_desc, turns, dq, origin, S)),
+            (_add_dquery, (dq_desc, turns, dq, origin, visits, S)),
         ],
         [4, 1, 1],
         [240, 24, 24],

@@ -42,7 +42,40 @@ def key_blocks(i, origin, S: gl.constexpr):
     if S.high is not None:
         stop = gl.minimum(stop, gl.maximum(position + S.block_q + S.high + S.block_k - 1, 0) // S.block_k)
         whole_stop = gl.minimum(whole_stop, gl.maximum(position + S.high + 1, 0) // S.block_k)
+    if S.masks_anywhere:
+        whole_stop = whole_start
     return start, whole_start, whole_stop, gl.maximum(stop, start + 1)
+
+
+@gluon.jit
+def listed(i, b, h, visits, S: gl.constexpr):
+    """Of a block of queries the row of lists, how many blocks in it all queries see whole, and how many it has."""
+    row = b * S.lists.batch + h * S.lists.head + i // S.lists.rows
+    return row, gl.load(visits[0] + row * 2) * S.lists.columns, gl.load(visits[0] + row * 2 + 1) * S.lists.columns
+
+
+@gluon.jit
+def visited(i, b, h, origin, visits, S: gl.constexpr):
+    """As `key_blocks`, of one batch and head; where operands tell, it is read. And the list, if there is one, which has
+    the blocks that all queries see whole first."""
+    if S.lists is not None:
+        row, whole_stop, stop = listed(i, b, h, visits, S)
+        return 0, 0, whole_stop, gl.maximum(stop, 1), visits[1] + row * S.lists.length
+    elif S.ranges is not None:
+        at = visits[0] + (b * S.ranges + i) * 4
+        start = gl.minimum(gl.load(at), S.key_blocks - 1)
+        return start, gl.load(at + 1), gl.load(at + 2), gl.maximum(gl.load(at + 3), start + 1), None
+    else:
+        start, whole_start, whole_stop, stop = key_blocks(i, origin, S)
+        return start, whole_start, whole_stop, stop, None
+
+
+@gluon.jit
+def key_block(n, blocks, S: gl.constexpr):
+    """The number of the n-th block of keys that is visited."""
+    if S.lists is not None:
+        n = gl.load(blocks + n // S.lists.columns) * S.lists.columns + n % S.lists.columns
+    return n
 
 
 @gluon.jit
@@ -61,4 +94,41 @@ def query_blocks(j, origin, S: gl.constexpr):
         stop = gl.minimum(stop, gl.maximum(col + S.block_k - 1 - S.low + S.block_q, 0) // S.block_q)
         whole_stop = gl.maximum(col - S.low + 1, 0) // S.block_q
     whole_stop = gl.where((j + 1) * S.block_k > S.keys, 0, whole_stop)
+    if S.masks_anywhere:
+        whole_stop = 0
     return start, whole_start, whole_stop, gl.maximum(stop, start)
+
+
+@gluon.jit
+def visiting(j, b, kh, origin, visits, S: gl.constexpr):
+    """As `query_blocks`, of one batch and key head; where operands tell, it is read. And the list, if there is one."""
+    if S.lists is not None:
+        row = b * S.lists.batch + kh * S.lists.head + j // S.lists.columns
+        return 0, 0, 0, gl.load(visits[0] + row) * S.lists.rows, visits[1] + row * S.lists.length
+    elif S.ranges is not None:
+        at = visits[0] + (b * S.ranges + j) * 4
+        start = gl.load(at)
+        return start, gl.load(at + 1), gl.load(at + 2), gl.maximum(gl.load(at + 3), start), None
+    else:
+        start, whole_start, whole_stop, stop = query_blocks(j, origin, S)
+        return start, whole_start, whole_stop, stop, None
+
+
+@gluon.jit
+def query_block(n, whole_start, whole_stop, blocks, S: gl.constexpr):
+    """The number of the n-th block of queries that visits, and whether some query does not see some key."""
+    if S.lists is not None:
+        entry = gl.load(blocks + n // S.lists.rows)
+        return entry // 2 * S.lists.rows + n % S.lists.rows, entry % 2 == 1
+    else:
+        return n, (n < whole_start) | (n >= whole_stop)
+
+
+@gluon.jit
+def turn(i, j, b, kh, origin, numbers, S: gl.constexpr):
+    """How many blocks of keys before block j block i of queries visits."""
+    if S.numbers is None:
+        return j - first_key_block(i, origin, S)
+    else:
+        at = (b * S.numbers[0] + kh * S.numbers[1]) * S.key_blocks + j
+        return gl.load(numbers + at * S.query_blocks + i)

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from jtile.ops.attention.hopper.band import key_blocks, visible
+from jtile.ops.attention.hopper.band import key_block, listed, visible, visited
 from jtile.ops.attention.hopper.pipeline import matrix, ring
 
 
@@ -37,14 +37,14 @@ def _tile(number, S: gl.constexpr):
 
 
 @gluon.jit
-def _load_block(number, n, step, q_desc, k_desc, v_desc, q, k, v, origin, S: gl.constexpr):
+def _load_block(number, n, step, q_desc, k_desc, v_desc, q, k, v, origin, visits, S: gl.constexpr):
     block, b, h = _tile(number, S)
-    start, _, _, stop = key_blocks(block, origin, S)
+    start, _, _, stop, blocks = visited(block, b, h, origin, visits, S)
     groups: gl.constexpr = S.groups
     for group in gl.static_range(groups):
         q.load(n * groups + group, q_desc, [b, h, block * S.block_q + group * 64, 0])
     for i in range(start, stop):
-        place = [b, h // S.group, (start + stop - 1 - i) * S.block_k, 0]
+        place = [b, h // S.group, key_block(start + stop - 1 - i, blocks, S) * S.block_k, 0]
         k.load(step, k_desc, place)
         v.load(step, v_desc, place)
         step += 1
@@ -52,35 +52,49 @@ def _load_block(number, n, step, q_desc, k_desc, v_desc, q, k, v, origin, S: gl.
 
 
 @gluon.jit
-def _load(q_desc, k_desc, v_desc, q, k, v, origin, S: gl.constexpr):
+def _load(q_desc, k_desc, v_desc, q, k, v, origin, visits, S: gl.constexpr):
     n = 0
     step = 0
     number = gl.program_id(0)
     if S.loops:
         while number < S.blocks:
-            step = _load_block(number, n, step, q_desc, k_desc, v_desc, q, k, v, origin, S)
+            step = _load_block(number, n, step, q_desc, k_desc, v_desc, q, k, v, origin, visits, S)
             n += 1
             number += gl.num_programs(0)
     else:
-        _load_block(number, n, step, q_desc, k_desc, v_desc, q, k, v, origin, S)
+        _load_block(number, n, step, q_desc, k_desc, v_desc, q, k, v, origin, visits, S)
 
 
 @gluon.jit
-def _softmax(s, peak, total, masked: gl.constexpr, S: gl.constexpr):
+def _scores(s, j, positions, cols, rows, arrays, masked: gl.constexpr, S: gl.constexpr):
+    """Scores of the products with block j of keys, -inf where a query does not see a key."""
+    keys = j * S.block_k + cols
+    if S.functions is not None:
+        if S.functions.modifies:
+            s = S.functions.score(s, keys, rows, arrays)
+    if masked:
+        seen = visible(positions[:, None], keys[None, :], S)
+        if S.functions is not None:
+            if S.functions.masks:
+                seen = seen & S.functions.visible(keys, rows, arrays)
+        s = gl.where(seen, s, -float("inf"))
+    return s
+
+
+@gluon.jit
+def _softmax(s, peak, total, S: gl.constexpr):
     """Of a block of scores the weights, relative to the rows' largest scores so far; these and the sums of weights so
     far; and the factor by which what was summed before shrinks."""
     new_peak = gl.maximum(peak, gl.max(s, 1) * S.slope)
-    zero = new_peak
-    if masked:  # the weights of a row that has seen no key are 0
-        zero = gl.where(new_peak == -float("inf"), 0.0, new_peak)
-    x = s * S.slope - zero[:, None]
-    p = gl.exp2(x)
-    shrink = gl.exp2(peak - zero)
+    p = gl.exp2(s * S.slope - new_peak[:, None])
+    shrink = gl.exp2(peak - new_peak)
     return p, new_peak, total * shrink + gl.sum(p, 1), shrink
 
 
 @gluon.jit
-def _step(j, step, q, k, v, positions, cols, peak, total, p, o, masked: gl.constexpr, S: gl.constexpr):
+def _step(
+    j, step, q, k, v, positions, cols, rows, arrays, peak, total, p, o, masked: gl.constexpr, S: gl.constexpr,
+):  # fmt: skip
     """Sends off the scores of block j and the output of the block before, and makes the weights of j meanwhile."""
     k.wait(step)
     zeros = gl.zeros([64, S.block_k], gl.float32, positions.type.layout.parent)
@@ -89,9 +103,8 @@ def _step(j, step, q, k, v, positions, cols, peak, total, p, o, masked: gl.const
     o = warpgroup_mma(p, v.block(step - 1), o, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
     k.release(step)
-    if masked:
-        s = gl.where(visible(positions[:, None], (j * S.block_k + cols)[None, :], S), s, -float("inf"))
-    weights, peak, total, shrink = _softmax(s, peak, total, masked, S)
+    s = _scores(s, j, positions, cols, rows, arrays, masked, S)
+    weights, peak, total, shrink = _softmax(s, peak, total, S)
     v.wait(step - 1)  # it is there: the branch in this keeps the assembler from moving the next wait before the softmax
     o = warpgroup_mma_wait(0, deps=[o])
     v.release(step - 1)
@@ -101,7 +114,8 @@ def _step(j, step, q, k, v, positions, cols, peak, total, p, o, masked: gl.const
 
 @gluon.jit
 def _compute_block(
-    number, n, step, o_desc, lse_ptr, q_ring, k, v, o_shared, origin, group: gl.constexpr, S: gl.constexpr,
+    number, n, step, o_desc, lse_ptr, q_ring, k, v, o_shared, origin, visits, arrays,
+    group: gl.constexpr, S: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = o_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.block_k, 16])
@@ -110,10 +124,13 @@ def _compute_block(
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     cols = gl.arange(0, S.block_k, gl.SliceLayout(0, s_layout))
     block, b, h = _tile(number, S)
-    start, whole_start, whole_stop, stop = key_blocks(block, origin, S)
+    start, whole_start, whole_stop, stop, blocks = visited(block, b, h, origin, visits, S)
     row = block * S.block_q + group * 64
-    rows = row + gl.arange(0, 64, row_layout)
-    positions = rows + origin
+    queries = row + gl.arange(0, 64, row_layout)
+    positions = queries + origin
+    rows = None
+    if S.functions is not None:
+        rows = S.functions.rows(b, h, queries, positions, arrays)
 
     # The last block, which has no other's products to run beside.
     q_ring.wait(n * S.groups + group)
@@ -121,9 +138,23 @@ def _compute_block(
     k.wait(step)
     s = warpgroup_mma(q, k.block(step).permute((1, 0)), gl.zeros([64, S.block_k], gl.float32, s_layout), use_acc=False)
     k.release(step)
-    s = gl.where(visible(positions[:, None], ((stop - 1) * S.block_k + cols)[None, :], S), s, -float("inf"))
-    peak = gl.full([64], -float("inf"), gl.float32, row_layout)
-    p, peak, total, _ = _softmax(s, peak, gl.zeros([64], gl.float32, row_layout), True, S)
+    j = key_block(stop - 1, blocks, S)
+    if S.lists is None:
+        s = _scores(s, j, positions, cols, rows, arrays, True, S)
+    else:  # where the list ends with blocks to see whole, this is one, and where it is empty, none
+        _, whole, count = listed(block, b, h, visits, S)
+        plain = _scores(s, j, positions, cols, rows, arrays, False, S)
+        s = gl.where(whole == count, plain, _scores(s, j, positions, cols, rows, arrays, True, S))
+        s = gl.where(count == 0, -float("inf"), s)
+    # What scores stay under counts as masked; where every query sees a key in this block, its peak rises above.
+    peak = gl.full([64], -1e38, gl.float32, row_layout)
+    total = gl.zeros([64], gl.float32, row_layout)
+    if S.sinks is not None:  # a key more, of this score and of no value
+        peak = gl.full(
+            [64], gl.cast(gl.load(arrays[S.sinks] + h), gl.float32) * 1.4426950408889634, gl.float32, row_layout
+        )
+        total += 1.0
+    p, peak, total, _ = _softmax(s, peak, total, S)
     p = gl.convert_layout(p.to(dtype), p_layout)
     o = gl.zeros([64, S.value_width], gl.float32, o_layout)
     step += 1
@@ -131,16 +162,17 @@ def _compute_block(
     whole_stop = gl.minimum(whole_stop, stop - 1)
     whole_start = gl.minimum(whole_start, whole_stop)
     for i in range(whole_stop, stop - 1):
-        j = whole_stop + stop - 2 - i
-        peak, total, p, o = _step(j, step, q, k, v, positions, cols, peak, total, p, o, True, S)
+        j = key_block(whole_stop + stop - 2 - i, blocks, S)
+        peak, total, p, o = _step(j, step, q, k, v, positions, cols, rows, arrays, peak, total, p, o, True, S)
         step += 1
-    for _ in range(whole_start, whole_stop):
-        peak, total, p, o = _step(0, step, q, k, v, positions, cols, peak, total, p, o, False, S)
+    for i in range(whole_start, whole_stop):
+        j = key_block(whole_start + whole_stop - 1 - i, blocks, S)
+        peak, total, p, o = _step(j, step, q, k, v, positions, cols, rows, arrays, peak, total, p, o, False, S)
         step += 1
-    if S.low is not None:
+    if S.masks_first:
         for i in range(start, whole_start):
-            j = start + whole_start - 1 - i
-            peak, total, p, o = _step(j, step, q, k, v, positions, cols, peak, total, p, o, True, S)
+            j = key_block(start + whole_start - 1 - i, blocks, S)
+            peak, total, p, o = _step(j, step, q, k, v, positions, cols, rows, arrays, peak, total, p, o, True, S)
             step += 1
 
     if not S.out_in_query:
@@ -148,8 +180,11 @@ def _compute_block(
     v.wait(step - 1)
     o = warpgroup_mma(p, v.block(step - 1), o)
     v.release(step - 1)
-    lse = 0.6931471805599453 * (peak + gl.log2(total))
-    gl.store(lse_ptr + (b * S.queries + rows) * S.heads + h, lse, rows < S.queries)
+    lse = gl.where(total == 0.0, -float("inf"), 0.6931471805599453 * (peak + gl.log2(total)))
+    if S.tells_nan:
+        nan = gl.max(gl.where(o == o, 0.0, 1.0), 1) > 0.0
+        lse = gl.where(gl.convert_layout(nan, row_layout), float("nan"), lse)
+    gl.store(lse_ptr + (b * S.queries + queries) * S.heads + h, lse, queries < S.queries)
     over_total = gl.where(total == 0.0, 0.0, 1.0 / total)
     o = o * gl.convert_layout(over_total, gl.SliceLayout(1, o_layout))[:, None]
     tma.store_wait(0)
@@ -163,25 +198,32 @@ def _compute_block(
 
 
 @gluon.jit
-def _compute(o_desc, lse_ptr, q, k, v, o_shared, origin, group: gl.constexpr, S: gl.constexpr):
+def _compute(
+    o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, group: gl.constexpr, S: gl.constexpr,
+):  # fmt: skip
     n = 0
     step = 0
     number = gl.program_id(0)
     if S.loops:
         while number < S.blocks:
-            step = _compute_block(number, n, step, o_desc, lse_ptr, q, k, v, o_shared, origin, group, S)
+            step = _compute_block(number, n, step, o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, group, S)
             n += 1
             number += gl.num_programs(0)
     else:
-        _compute_block(number, n, step, o_desc, lse_ptr, q, k, v, o_shared, origin, group, S)
+        _compute_block(number, n, step, o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, group, S)
     tma.store_wait(0)
 
 
 @gluon.jit
-def attention(q_desc, k_desc, v_desc, origin_ptr, o_desc, lse_ptr, S: gl.constexpr):
+def attention(
+    q_desc, k_desc, v_desc, origin_ptr, visits, lists, array_0, array_1, array_2, array_3, array_4, array_5, array_6,
+    array_7, o_desc, lse_ptr, S: gl.constexpr,
+):  # fmt: skip
     origin = 0
     if origin_ptr is not None:
         origin = gl.load(origin_ptr)
+    visits = (visits, lists)
+    arrays = (array_0, array_1, array_2, array_3, array_4, array_5, array_6, array_7)
     q = ring(q_desc, S.groups, 1)
     k = ring(k_desc, S.stages, S.groups)
     v = ring(v_desc, S.stages, S.groups)
@@ -192,9 +234,9 @@ def attention(q_desc, k_desc, v_desc, origin_ptr, o_desc, lse_ptr, S: gl.constex
     if S.groups == 2:
         gl.warp_specialize(
             [
-                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, 0, S)),
-                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, 1, S)),
-                (_load, (q_desc, k_desc, v_desc, q, k, v, origin, S)),
+                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, 0, S)),
+                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, 1, S)),
+                (_load, (q_desc, k_desc, v_desc, q, k, v, origin, visits, S)),
             ],
             [4, 1],
             [240, 24],
@@ -202,10 +244,10 @@ def attention(q_desc, k_desc, v_desc, origin_ptr, o_desc, lse_ptr, S: gl.constex
     else:
         gl.warp_specialize(
             [
-                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, 0, S)),
-                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, 1, S)),
-                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, 2, S)),
-                (_load, (q_desc, k_desc, v_desc, q, k, v, origin, S)),
+                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, 0, S)),
+                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, 1, S)),
+                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, 2, S)),
+                (_load, (q_desc, k_desc, v_desc, q, k, v, origin, visits, S)),
             ],
             [4, 4, 1],
             [160, 160, 32],

@@ -13,18 +13,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jtile.ops.attention.features import kernels, tiles, visits
-from jtile.ops.attention.features.variant import LOG2_E, Operand, Variant
+from jtile.ops.attention import kernels, visits
 from jtile.ops.attention.reference import row_sums
+from jtile.ops.attention.tiles import Tile
+from jtile.ops.attention.variant import LOG2_E, Operand, Variant
 
 CHUNK = 1024  # elements of an array that are set to 0 at once
 PARTS = 8  # of the queries of one head, for an array that all of them read
 
 
-def operand_gradient(query, key, value, *rest, variant: Variant, operand: str):
+def operand_gradient(query, key, value, *rest, tile: Tile, variant: Variant, operand: str):
     *arrays, out, lse, dout, dlse = rest
     delta = row_sums(out, dout, dlse)
-    sizes, tile = kernels._sizes(variant, tiles.DKEY_DVALUE, query, value)
+    sizes = kernels._sizes(tile, query, value)
     lists = (*kernels.OF_KEYS, *kernels.OF_QUERIES)
     refs = kernels._refs(variant, arrays, *kernels.NOT_OF_SCORES, *lists)
     program = _Program(variant, next(o for o in variant.operands if o.name == operand), sizes, query.shape, key.shape)
@@ -89,21 +90,22 @@ class _Program:
             rows, columns = here("q", i, sizes.block_q), here("k", j, sizes.block_k)
             batch = (b,) if "b" in looped else ()
             head, key_head = ((h,), (lax.div(h, self.group),)) if "h" in looped else ((), ())
-            read = lambda ref, at, head: [ref[(*batch, at, *head, c)] for c in kernels._chunks(ref.shape[-1])]  # noqa: E731
+            read = lambda ref, at, head: [ref[(*batch, at, *head, c)] for c in kernels._chunks(ref)]  # noqa: E731
             products = kernels._inner(read(query_ref, rows, head), read(key_ref, columns, key_head))
             dweights = kernels._inner(read(dout_ref, rows, head), read(value_ref, columns, key_head))
             lse = LOG2_E * kernels._exponent(lse_ref[(*batch, rows, *head)], variant)
             block = elements.at(i * sizes.block_q, j * sizes.block_k, h, b)
             delta = delta_ref[(*batch, rows, *head)]
-            dscores, _ = kernels._dscores(variant, block, products, dweights, lse, delta, True)
-            return self.sum(block, variant.scale * products, dscores, acc, out_ref)
+            visible = block.visible()
+            dscores, _ = kernels._dscores(variant, block, products, dweights, lse, delta, visible, True)
+            return self.sum(block, variant.scale * kernels._seen(visible, products), dscores, acc, out_ref)
 
         if self.reads:
             self.clear(out_ref)
-        first, last = self.turns(own)
+        first, last = self.turns(own, elements.first)
         self.write(out_ref, lax.fori_loop(first, last, step, self.zero()))
 
-    def turns(self, own):
+    def turns(self, own, first_query):
         """The numbers of the blocks to sum, one range. Blocks that nothing sees are left out where that is easy."""
         count = math.prod(self.counts[a] for a in self.looped)
         sizes = self.sizes
@@ -113,14 +115,14 @@ class _Program:
             return jnp.minimum(first, count), jnp.minimum(first + share, count)
         if self.variant.has("query_offset"):
             return 0, count
+        seen = functools.partial(visits.static_range, self.variant, first_query)
         if "k" in own and "q" not in own:
             start = own["k"] * sizes.block_k
-            found = visits.static_range(self.variant, start, sizes.queries, sizes.block_k, sizes.block_q, of_keys=False)
+            found = seen(start, sizes.queries, sizes.block_k, sizes.block_q, of_keys=False)
             return found.start, found.stop
         if "q" not in own:
             return 0, count
-        start = own["q"] * sizes.block_q
-        found = visits.static_range(self.variant, start, sizes.keys, sizes.block_q, sizes.block_k, of_keys=True)
+        found = seen(own["q"] * sizes.block_q, sizes.keys, sizes.block_q, sizes.block_k, of_keys=True)
         if "k" not in own:
             return found.start, found.stop
         return 0, jnp.where((found.start <= own["k"]) & (own["k"] < found.stop), count, 0)

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jtile.op import Implementation, check_known
-from jtile.ops.attention.features import op
-from jtile.ops.attention.features.dot_product import check, checked_scale
-from jtile.ops.attention.features.mods import Mod, trace
-from jtile.ops.attention.features.variant import Operand, Variant, over
+from jtile.ops.attention import op
+from jtile.ops.attention.dot_product import check, checked_scale
+from jtile.ops.attention.mods import Mod, trace
+from jtile.ops.attention.variant import Operand, Variant, over
 
 # A number of a score, and those of its place.
 ScoreMod = Callable[..., jax.Array]
@@ -150,6 +150,7 @@ def flex_attention(
     block_mask: BlockMask | None = None,
     scale: float | None = None,
     return_lse: Literal[False] = False,
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation = None,
 ) -> Array: ...
 
@@ -165,6 +166,7 @@ def flex_attention(
     block_mask: BlockMask | None = None,
     scale: float | None = None,
     return_lse: Literal[True],
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation = None,
 ) -> tuple[Array, Array]: ...
 
@@ -179,6 +181,7 @@ def flex_attention(
     block_mask: BlockMask | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation = None,
 ) -> (
     Float[Array, "*batch queries heads value_dim"]
@@ -204,6 +207,8 @@ def flex_attention(
             nothing is masked. Elsewhere `mask_mod` holds, by default the one that it was made of.
         scale: factor of the products, a number known when tracing; by default 1 / √head_dim.
         return_lse: also return the logarithm of the sum over keys of exp(score).
+        axis_name: inside `jax.shard_map`, the mesh axis or axes that split the queries, as in `dot_product_attention`;
+            not with a `block_mask`, whose lists are of all queries.
         implementation: `None`, `"triton"`, `"xla"` or `"interpret"`, see `jtile.TileOp`.
 
     Returns:
@@ -251,12 +256,11 @@ def flex_attention(
         _add_lists(operands, block_mask, lead, query.shape[-3], key.shape[-3], heads, key.shape[-2])
     variant = Variant(
         scale=scale,
-        operands=tuple(operand for operand, _ in operands.values()),
         score_mod=score,
         mask_mod=mask,
         block_size=None if block_mask is None else block_mask.block_size,
     )
-    out, lse = op.call(query, key, value, operands, variant, implementation)
+    out, lse = op.call(query, key, value, operands, variant, axis_name, implementation)
     return (out, lse) if return_lse else out
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jtile.ops.attention.features.mods import Mod
+from jtile.ops.attention.mods import Mod
 from jtile.ops.random_bits import BITS, COLUMNS, random_bits
 
 # A score below this counts as masked. The kernels' running maximum starts here, so that it is always finite.
@@ -44,7 +44,8 @@ class Operand(NamedTuple):
     """An operand of attention other than query, key and value.
 
     `axes` are those of `b h q k` that it has; lists of blocks have `i` and `j`, blocks of queries and of keys, and for
-    `k`'s heads `g`. An array of any other shape, read by indices, has none of them and its `rank`.
+    `k`'s heads `g`. An array of any other shape, read by indices, has none of them and its `rank`. `origin` is where
+    key 0 stands among the queries: it tells a device with a part of the queries that its first one is query -origin.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Operand(NamedTuple):
 
     @property
     def elementwise(self) -> bool:
-        return self.rank is None and self.name != "sinks" and not set("ij") & set(self.axes)
+        return self.rank is None and self.name not in ("sinks", "origin") and not set("ij") & set(self.axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +88,28 @@ class Variant:
 
     def named(self, arrays) -> dict[str, jax.Array]:
         return dict(zip((operand.name for operand in self.operands), arrays, strict=True))
+
+    @property
+    def bounds(self) -> tuple[int | None, int | None]:
+        """Query i sees keys from i + low to i + high, both included; None is no bound."""
+        left, right = self.window
+        return None if left is None else self.offset - left, None if right is None else self.offset + right
+
+    @property
+    def is_band(self) -> bool:
+        """Whether there is no more to it than scale and bounds."""
+        return not (self.modifies or self.dropout or self.masks_by_data or self.has("sinks", "query_offset"))
+
+    @property
+    def splits_queries(self) -> bool:
+        """Whether devices may share out the queries: lists of blocks are of all of them."""
+        return self.block_size is None
+
+    @property
+    def numbers_queries(self) -> bool:
+        """Whether it matters which query a query is."""
+        mods = self.score_mod is not None or self.mask_mod is not None
+        return self.window != (None, None) or self.dropout > 0 or mods or self.has("query_lengths")
 
     # What the schedules leave out where it is not asked for.
 
@@ -190,6 +213,11 @@ def with_slope(score: Callable) -> Callable:
         return jax.jvp(lambda s: score(s, *rest), (value,), (jnp.ones_like(value),))
 
     return both_of
+
+
+def first_query(x: Mapping[str, Any]):
+    """The number of a device's first query, of its operands or of references to them."""
+    return -x["origin"][...] if "origin" in x else 0
 
 
 LOG2_E = math.log2(math.e)

@@ -9,9 +9,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from jtile.op import Implementation, check_known
 from jtile.op.signature import Signature
-from jtile.ops.attention import plain
-from jtile.ops.attention.features import op
-from jtile.ops.attention.features.variant import Operand, Variant
+from jtile.ops.attention import op
+from jtile.ops.attention.variant import Operand, Variant
 from jtile.ops.random_bits import BITS, key_words
 
 NAME = "dot_product_attention"
@@ -100,9 +99,9 @@ def dot_product_attention(
 
     A score is scaled, has its bias added, is capped, and is masked, in this order. A query sees the keys that every
     argument lets it see. One that sees none has an output of 0, a log-sum-exp of -inf, and gradients of 0; a score
-    under about -7e37, such as with a bias of the least float32, counts as masked. What is in masked keys and values,
-    NaN included, reaches no result where lengths, segments or a mask say so; without these, NaN in a key reaches those
-    in its block before it too.
+    under about -7e37, such as with a bias of the least float32, counts as masked. What is in keys and values that a
+    query does not see, NaN and infinity included, reaches nothing of it (in `jax.nn`, 0 · NaN is NaN). Of a query that
+    sees a value that is not finite, the whole output may be NaN.
 
     Memory grows with the sequence, not with its square. Scores, softmax and all sums are float32. Float32 operands are
     multiplied in float32 (not TF32); with 16-bit operands the softmax's weights are rounded to their dtype before they
@@ -110,8 +109,7 @@ def dot_product_attention(
     of two or not. Operands may be float8, of either kind, without a gradient: the output is bfloat16.
 
     Blocks that a causal mask, a window, lengths or segment ids make invisible are not visited. Devices may share out
-    the queries of attention without other features than `is_causal`: they then gather keys and values, and sum the
-    gradients of these.
+    batches, heads and queries: for these they gather keys and values, and sum their gradients.
 
     Args:
         query: any leading shape, none included, then queries, heads and head dim.
@@ -139,11 +137,13 @@ def dot_product_attention(
         sinks: one number a head, the score of a key more whose value is 0 (Xiao et al., 2023, arXiv:2309.17453).
         dropout_rate: the probability that a weight is dropped; it counts as the nearest multiple of 2⁻¹⁶. The
             others are divided by what remains.
-        dropout_key: what is dropped depends on it and on a weight's place among those of all devices.
+        dropout_key: what is dropped depends on it and on a weight's place among those of all devices; of those in
+            `jax.shard_map` along `axis_name` alone. Where that splits batches or heads, fold `jax.lax.axis_index` in.
         return_lse: also return the logarithm of the sum over keys of exp(score), sinks included.
-        axis_name: inside `jax.shard_map`, the mesh axis or axes that split the queries: `query` is this device's part
-            of them, `key` and `value` are whole (`jax.lax.all_gather`). Elsewhere arrays know how they are split.
-            With other features than `is_causal` queries are not split; gather them.
+        axis_name: inside `jax.shard_map`, the mesh axis or axes that split the queries: `query`, and the rows of a
+            bias, of a mask and of `query_segment_ids`, are this device's part of them; `key` and `value` are whole
+            (`jax.lax.all_gather`), and lengths and positions count in the whole. Elsewhere arrays know how they are
+            split.
         implementation: `None`, `"triton"`, `"xla"` or `"interpret"`, see `jtile.TileOp`.
 
     Returns:
@@ -188,7 +188,7 @@ def dot_product_attention(
     for name, given in ("query_lengths", query_seq_lengths), ("key_lengths", key_value_seq_lengths):
         if given is not None:
             add(name, "b", _integers(name.replace("key", "key_value").replace("_l", "_seq_l"), given, lead))
-    offset = 0
+    window, offset = _window(local_window_size, bool(is_causal)), 0
     if isinstance(query_offset, int):
         offset = query_offset
     else:
@@ -210,27 +210,14 @@ def dot_product_attention(
         add("dropout_key", "", key_words(dropout_key), 1)
     if logits_soft_cap is not None and not 0 < logits_soft_cap < math.inf:
         raise ValueError(f"{NAME}: `logits_soft_cap` must be positive and finite, or None, got {logits_soft_cap}")
-    window = _window(local_window_size, bool(is_causal))
-    wide = max(query.shape[-1], value.shape[-1]) > plain.WIDEST or query.dtype.itemsize == 1
-    if not (operands or offset or logits_soft_cap or wide) and window in ((None, None), (None, 0)):
-        out, lse = plain.attention(
-            query, key, value, scale=scale, is_causal=window[1] == 0, axis_name=axis_name, implementation=implementation
-        )
-        return (out, lse) if return_lse else out
-    if axis_name is not None:
-        raise NotImplementedError(
-            f"{NAME}: `axis_name` splits queries of attention with a scale and a causal mask alone; gather them by "
-            "jax.lax.all_gather, or leave the split to jit"
-        )
     variant = Variant(
         scale=scale,
-        operands=tuple(operand for operand, _ in operands.values()),
         window=window,
-        offset=offset,
+        offset=offset if window != (None, None) else 0,
         soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
         dropout=threshold,
     )
-    out, lse = op.call(query, key, value, operands, variant, implementation)
+    out, lse = op.call(query, key, value, operands, variant, axis_name, implementation)
     return (out, lse) if return_lse else out
 
 

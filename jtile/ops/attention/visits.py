@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jtile.ops.attention.features.variant import Variant
+from jtile.ops.attention.variant import Variant, first_query
 
 
 class Range(NamedTuple):
@@ -79,24 +79,24 @@ class Band(NamedTuple):
 
 
 def _ordered(begin, whole_begin, whole_end, end) -> Range:
-    end = _larger(begin, end)
-    whole_begin = begin if _same(begin, whole_begin) else _smaller(_larger(begin, whole_begin), end)
-    whole_end = _smaller(_larger(whole_begin, whole_end), end)
-    return Range(begin, whole_begin, whole_end, end)
+    stop = _larger(begin, end)
+    whole_start = begin if _same(begin, whole_begin) else _smaller(_larger(begin, whole_begin), stop)
+    whole_stop = stop if _same(end, whole_end) else _smaller(_larger(whole_start, whole_end), stop)
+    return Range(begin, whole_start, whole_stop, stop)
 
 
 def band(variant: Variant, offset, *, of_keys: bool) -> Band:
-    """Which keys a query sees; or which queries a key is seen by."""
-    left, right = variant.window
-    own = variant.offset if offset is None else variant.offset + offset
-    if of_keys:
-        return Band(None if left is None else own - left, None if right is None else own + right)
-    return Band(None if right is None else -own - right, None if left is None else left - own)
+    """Which keys a query sees; or which queries a key is seen by. `offset` is added to the variant's."""
+    low, high = (None if bound is None else bound + offset for bound in variant.bounds)
+    return Band(low, high) if of_keys else Band(None if high is None else -high, None if low is None else -low)
 
 
-def static_range(variant: Variant, start, size: int, own_block: int, block: int, *, of_keys: bool) -> Range:
-    """The blocks that `own_block` positions from `start` visit of the other sequence, where no operand tells."""
-    found = band(variant, None, of_keys=of_keys).range(start, start + own_block, size, block)
+def static_range(variant: Variant, first, start, size: int, own_block: int, block: int, *, of_keys: bool) -> Range:
+    """The blocks that `own_block` positions from `start` visit of the other sequence, where no operand tells.
+
+    Queries count from a device's first, whose number is `first`.
+    """
+    found = band(variant, first, of_keys=of_keys).range(start, start + own_block, size, block)
     if variant.masks_anywhere:
         return found._replace(whole_start=found.start, whole_stop=found.start)
     return found
@@ -111,15 +111,21 @@ def ranges(variant: Variant, x: dict[str, jax.Array], queries: int, keys: int, t
     own_size, size = (queries, keys) if of_keys else (keys, queries)
     own_block, block = (tile.block_q, tile.block_k) if of_keys else (tile.block_k, tile.block_q)
     own, other = ("query", "key") if of_keys else ("key", "query")
-    column = lambda name: None if name not in x else x[name][:, None]  # noqa: E731
-    limit = column(f"{other}_lengths")
+    first = first_query(x)
+    lengths = {"query": None, "key": None}
+    if "query_lengths" in x:
+        lengths["query"] = x["query_lengths"][:, None] - first
+    if "key_lengths" in x:
+        lengths["key"] = x["key_lengths"][:, None]
+    limit = lengths[other]
     start = own_block * jnp.arange(pl.cdiv(own_size, own_block), dtype=jnp.int32)[None]
-    found = band(variant, column("query_offset"), of_keys=of_keys).range(
+    offset = first + (x["query_offset"][:, None] if "query_offset" in x else 0)
+    found = band(variant, offset, of_keys=of_keys).range(
         start,
         jnp.minimum(start + own_block, own_size),
         jnp.int32(size) if limit is None else jnp.clip(limit, 0, size),
         block,
-        column(f"{own}_lengths"),
+        lengths[own],
     )
     if "query_segments" in x:
         found = _within_segments(found, x[f"{own}_segments"], x[f"{other}_segments"], own_block, block)

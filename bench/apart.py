@@ -1,0 +1,175 @@
+"""Rivals in processes of their own, whose end is theirs alone. In its own, PyTorch finds the Triton it was made for."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import multiprocessing
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.cases import Case
+from bench.timing import Time, Told, brief
+
+LIMIT = 300.0  # seconds for one answer
+
+
+class Apart:
+    """What `measure.Bench` is, in another process, which starts with the first rival that needs it."""
+
+    def __init__(self, framework: str, limit: float = LIMIT):
+        self.framework, self.limit = framework, limit
+        self.process: Any = None
+        self.forget()
+
+    def forget(self) -> None:
+        self.asked: dict[str, tuple] = {}
+        self.names: list[str] = []
+        if self.process is not None:
+            with contextlib.suppress(Told):  # it has ended, and knows nothing any more
+                self.call("forget")
+
+    def ask(self, case: Case, name: str, direction: str, count: int | None) -> None:
+        self.asked[name] = case, name, direction, count
+        self._send("prepare", self.asked[name])
+
+    def answer(self, name: str):
+        """Of what was asked, in the same order. Whom another took along asks again."""
+        if self.process is None:
+            for given in self.asked.values():
+                self._send("prepare", given)
+        del self.asked[name]
+        prepared = self._receive("prepare")
+        self.names.append(name)
+        return prepared
+
+    def call(self, method: str, *given):
+        self._send(method, given)
+        return self._receive(method)
+
+    def turns(self) -> "RemoteTurns":
+        return RemoteTurns(self)
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.process = None
+
+    def _send(self, method: str, given: tuple) -> None:
+        if self.process is None:
+            context = multiprocessing.get_context("spawn")
+            self.connection, theirs = context.Pipe()
+            self.process = context.Process(target=serve, args=(theirs, self.framework), daemon=True)
+            self.process.start()
+            theirs.close()
+        with contextlib.suppress(ConnectionError):  # it has ended, as whoever waits for the answer will hear
+            self.connection.send((method, given))
+
+    def _receive(self, method: str):
+        """What the other process answers.
+
+        Raises:
+          Told: it ended, or did not answer in time, and is gone now; or the method raised an exception there.
+        """
+        try:
+            if not self.connection.poll(self.limit):
+                raise TimeoutError
+            right, answer = self.connection.recv()
+        except (EOFError, ConnectionError, TimeoutError) as failure:
+            self.names = []
+            late = isinstance(failure, TimeoutError)
+            if not late:
+                self.process.join()
+            how = f"did not answer in {self.limit:.0f} s" if late else f"ended with exit code {self.process.exitcode}"
+            self.close()
+            raise Told(f"the process of {self.framework} {how} ({method})") from None
+        if right:
+            return answer
+        kind, text = answer
+        raise NotImplementedError(text) if kind == "NotImplementedError" else Told(text)
+
+
+class RemoteTurns:
+    """The turns of a process apart. When it ends, each of its rivals has that as its gap."""
+
+    def __init__(self, apart: Apart):
+        self.apart, self.names = apart, list(apart.names)
+        self.gap: str | None = None
+
+    def start(self, timed: float) -> None:
+        self._call("start", timed)
+
+    def turn(self, number: int, name: str, settle: float) -> None:
+        self._call("turn", number, name, settle)
+
+    def finish(self) -> dict[str, Time]:
+        found = self._call("finish")
+        return found if self.gap is None else {name: Time(gap=self.gap) for name in self.names}
+
+    def _call(self, method: str, *given):
+        if not self.names or self.gap is not None:
+            return {}
+        try:
+            return self.apart.call(method, *given)
+        except Told as failure:
+            self.gap = f"fails: {failure}"
+
+
+# In the other process.
+
+
+def serve(connection, framework: str) -> None:
+    if framework == "torch":
+        import_torchs_triton()
+    served = Served()
+    while True:
+        try:
+            method, given = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = True, getattr(served, method)(*given)
+        except NotImplementedError as lack:
+            answer = False, ("NotImplementedError", str(lack))
+        except Exception as failure:
+            answer = False, (type(failure).__name__, brief(failure))
+        connection.send(answer)
+
+
+def import_torchs_triton() -> None:
+    """The one that was installed with PyTorch, where a path has another before it."""
+    torch = importlib.util.find_spec("torch")
+    beside = torch and torch.origin and Path(torch.origin).parents[1]
+    if not beside or not (beside / "triton").is_dir():
+        return
+    sys.path.insert(0, str(beside))
+    try:
+        import triton  # noqa: F401
+    finally:
+        sys.path.remove(str(beside))
+
+
+class Served:
+    """A `measure.Bench`, of which no arrays are sent."""
+
+    def __init__(self) -> None:
+        from bench import measure
+
+        self.bench = measure.Bench()
+
+    def prepare(self, *given):
+        return dataclasses.replace(self.bench.prepare(*given), work=None)
+
+    def forget(self) -> None:
+        self.bench.forget()
+
+    def start(self, timed: float) -> None:
+        self.turns = self.bench.turns()
+        self.turns.start(timed)
+
+    def turn(self, number: int, name: str, settle: float) -> None:
+        self.turns.turn(number, name, settle)
+
+    def finish(self) -> dict[str, Time]:
+        return self.turns.finish()

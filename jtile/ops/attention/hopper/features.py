@@ -1,0 +1,202 @@
+"""A variant's features in the schedule for Hopper: when it has them, and how their operands reach its kernel."""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jtile.compiler.target import Target
+from jtile.ops.attention import hopper, visits
+from jtile.ops.attention.hopper import functions
+from jtile.ops.attention.variant import Variant, first_query
+
+
+class _Blocks(NamedTuple):
+    block_q: int
+    block_k: int
+
+
+def band(variant: Variant) -> dict[str, int | None]:
+    """The bounds of the band of keys that queries see, where these are the same for all sequences."""
+    low, high = (None, None) if variant.has("query_offset") else variant.bounds
+    return dict(low=low, high=high)
+
+
+def _slots(variant: Variant) -> dict[str, int]:
+    """The numbers of the arrays that the kernel reads."""
+    read = [o.name for o in variant.operands if o.elementwise or o.rank is not None or o.name == "sinks"]
+    return {name: i for i, name in enumerate(read)}
+
+
+@functools.lru_cache(maxsize=256)
+def _traced(variant: Variant, types: tuple, sizes: functions.Sizes, *, with_derivative: bool):
+    shapes = {o.name: jax.ShapeDtypeStruct(*x) for o, x in zip(variant.operands, types, strict=True)}
+    return functions.trace(variant, shapes, _slots(variant), sizes, with_derivative=with_derivative)
+
+
+def _functions(query, key, arrays, variant: Variant, order: str) -> functions.Functions | None:
+    """Those of blocks with these axes, or None where there is no more than a scale and a band."""
+    if variant.is_band:
+        return None
+    return functions.write(*_trace(query, key, arrays, variant, with_derivative=order == "kq"), variant, order)
+
+
+def _trace(query, key, arrays, variant: Variant, *, with_derivative: bool):
+    types = tuple((x.shape if x.ndim else (1,), x.dtype) for x in arrays)
+    sizes = functions.Sizes(query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+    return *_traced(variant, types, sizes, with_derivative=with_derivative), sizes
+
+
+def obstacle(
+    query, key, value, *arrays, variant: Variant, target: Target | None, widest: int = hopper.WIDEST
+) -> str | None:
+    """Why this schedule does not serve a call, as a clause, or None."""
+    scale = 1.0 if variant.modifies else variant.scale
+    if found := hopper.obstacle(query, key, value, scale, target, widest=widest):
+        return found
+    if variant.dropout:
+        return "it has no dropout"
+    if variant.block_size and (variant.block_size[0] % 128 or variant.block_size[1] % 128):
+        return f"its blocks are 128 by 128, and those in lists are {variant.block_size}"
+    if whole := [o.name for o in variant.operands if set("qk") <= set(o.axes)]:
+        return f"`{whole[0]}` has an element for every score"
+    if len(_slots(variant)) > hopper.ARRAYS:
+        return f"it reads up to {hopper.ARRAYS} arrays"
+    jaxpr, _, _ = _trace(query, key, arrays, variant, with_derivative=True)
+    return functions.obstacle(jaxpr)
+
+
+def forward_tiles(query, key, value, *, variant: Variant, target: Target) -> Iterator[hopper.ForwardTile]:
+    sides = variant.block_size or (0, 0)
+    for tile in hopper.forward_tiles(query, key, value, **band(variant), target=target):
+        if tile.groups == 3 and (variant.modifies or variant.masks_by_data):
+            tile = tile._replace(groups=2, stages=3)  # functions of scores need the registers that three do not have
+        if not (sides[0] % (64 * tile.groups) or sides[1] % tile.block_k):
+            yield tile
+
+
+def _ranges(query, key, named, variant: Variant, blocks: _Blocks, *, of_keys: bool):
+    """The ranges of blocks to visit, (batch or 1, blocks, 4), where operands tell them."""
+    axes = {o.name: o.axes for o in variant.operands}
+    x = {n: a if axes[n].startswith("b") else a[None] for n, a in named.items() if n in visits.TELLING}
+    x |= {"origin": named["origin"]} if "origin" in named else {}
+    return visits.ranges(variant, x, query.shape[1], key.shape[1], blocks, of_keys=of_keys)
+
+
+def _steps(array, axes: int) -> int:
+    """Rows, of the last `axes` axes, from one element of the first axis to the next; 0 if there is but one for all."""
+    return math.prod(array.shape[1:-axes]) if array.shape[0] > 1 else 0
+
+
+def _with_heads(named, variant: Variant, *names: str):
+    """Lists with axes for batch and heads, of size 1 where they hold for all."""
+    for name in names:
+        axes = next(o.axes for o in variant.operands if o.name == name)
+        array = named[name]
+        array = array if "b" in axes else array[None]
+        yield array if axes.strip("b")[0] in "hg" else array[:, None]
+
+
+def _call(variant: Variant, named, options: dict[str, Any]) -> dict[str, Any]:
+    """What both passes are called with."""
+    arrays = [jnp.atleast_1d(named[name]) for name in _slots(variant)]
+    origin = first_query(named) if "origin" in named else None
+    return dict(origin=origin, scale=variant.scale, **band(variant), arrays=arrays, options=options)
+
+
+def forward(query, key, value, *arrays, tile: hopper.ForwardTile, variant: Variant):
+    """The output and the log-sum-exp. Where operands mask keys, NaN in a value that is masked may reach the output of
+    queries in its block, and their log-sum-exp then."""
+    named: dict[str, Any] = variant.named(arrays)
+    blocks = _Blocks(64 * tile.groups, tile.block_k)
+    options: dict[str, Any] = dict(
+        functions=_functions(query, key, arrays, variant, "qk"),
+        masks_anywhere=variant.masks_anywhere,
+        sinks=_slots(variant).get("sinks"),
+        tells_nan=variant.masks_by_data,
+    )
+    at = lists = None
+    if variant.has(*visits.TELLING):
+        at = _ranges(query, key, named, variant, blocks, of_keys=True)
+        options |= dict(ranges=_steps(at, 1))
+    elif variant.block_size:
+        lists, at = _with_heads(named, variant, "key_blocks", "key_counts")
+        options |= dict(
+            lists=hopper.Lists(
+                batch=_steps(lists, 1),
+                head=_steps(lists[0], 1),
+                rows=variant.block_size[0] // blocks.block_q,
+                columns=variant.block_size[1] // blocks.block_k,
+                length=lists.shape[-1],
+            )
+        )
+    return hopper.forward(query, key, value, visits=(at, lists), tile=tile, **_call(variant, named, options))
+
+
+def backward_tiles(query, key, value, *, variant: Variant) -> Iterator[hopper.BackwardTile]:
+    yield from hopper.backward_tiles(query, key, value, **band(variant))
+
+
+def backward(query, key, value, *arrays, out, lse, dout, dlse, tile: hopper.BackwardTile, variant: Variant):
+    """The gradients of query, key and value."""
+    named: dict[str, Any] = variant.named(arrays)
+    blocks = _Blocks(tile.block_q, hopper.BACKWARD_BLOCK_K)
+    options: dict[str, Any] = dict(
+        functions=_functions(query, key, arrays, variant, "kq"), masks_anywhere=variant.masks_anywhere
+    )
+    count = -(-query.shape[1] // blocks.block_q)
+    at = lists = numbers = None
+    if variant.has(*visits.TELLING):
+        at = _ranges(query, key, named, variant, blocks, of_keys=False)
+        options |= dict(ranges=_steps(at, 1))
+        visited = _between(at[:, None, :, 0], at[:, None, :, 3], count)
+    elif variant.block_size:
+        lists, counts = _with_heads(named, variant, "query_blocks", "query_counts")
+        lists, at, visited = _in_order(lists, counts)
+        options |= dict(
+            lists=hopper.Lists(
+                batch=_steps(lists, 1),
+                head=_steps(lists[0], 1),
+                rows=variant.block_size[0] // blocks.block_q,
+                columns=variant.block_size[1] // blocks.block_k,
+                length=lists.shape[-1],
+            )
+        )
+        key_blocks = -(-key.shape[1] // blocks.block_k)
+        visited = jnp.repeat(visited, options["lists"].columns, axis=2)[:, :, :key_blocks]
+        visited = jnp.repeat(visited, options["lists"].rows, axis=3)[..., :count]
+    if at is not None:
+        # A block of queries gets what its blocks of keys add one after the other.
+        numbers = jnp.cumsum(visited, axis=2, dtype=jnp.int32) - visited
+        options |= dict(numbers=(_steps(numbers, 2), _steps(numbers[0], 2)))
+    gradients = hopper.backward(
+        *(query, key, value, out, lse, dout, dlse),
+        visits=(at, lists, numbers),
+        tile=tile,
+        **_call(variant, named, options),
+    )
+    if at is None:
+        return gradients
+    dquery, *rest = gradients
+    seen = jnp.repeat(jnp.any(visited, axis=2), blocks.block_q, axis=2)[..., : query.shape[1]]
+    seen = jnp.repeat(seen, query.shape[2] // seen.shape[1], axis=1)
+    return jnp.where(jnp.swapaxes(seen, 1, 2)[..., None], dquery, 0), *rest
+
+
+def _between(start, stop, count: int):
+    places = jnp.arange(count, dtype=jnp.int32)
+    return (places >= start[..., None]) & (places < stop[..., None])
+
+
+def _in_order(lists, counts):
+    """Lists with their blocks in order, as 2 · block + whether it is to be masked; their lengths; and which blocks are
+    in them, (batch, heads, blocks of keys, blocks of queries)."""
+    place = jnp.argsort(lists, axis=-1).astype(jnp.int32)  # of each block in its list
+    whole, count = counts[..., :1], counts[..., 1:]
+    visited = place < count
+    entries = 2 * jnp.arange(lists.shape[-1], dtype=jnp.int32) + (place >= whole)
+    entries = jnp.where(visited, entries, jnp.iinfo(jnp.int32).max)
+    return jnp.sort(entries, axis=-1), count[..., 0], visited
