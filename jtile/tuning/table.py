@@ -10,7 +10,6 @@ import importlib.resources
 import json
 import math
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
+from jtile.compiler.cache import write_file
 from jtile.compiler.target import Target
 
 if TYPE_CHECKING:
@@ -177,15 +177,7 @@ class Tuning:
     def save(self, path: str | os.PathLike) -> None:
         """Writes a JSON file, one line for each call. Whoever reads it meanwhile sees the old one or the new."""
         path = Path(path)
-        handle, unfinished = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}")
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(self.as_text())
-            os.chmod(unfinished, 0o644)
-            os.replace(unfinished, path)
-        except BaseException:
-            os.unlink(unfinished)
-            raise
+        write_file(path, self.as_text().encode(), 0o644, f".{path.name}")
 
     def as_text(self) -> str:
         lines = ",\n".join(f"  {json.dumps(entry.as_json())}" for entry in self)

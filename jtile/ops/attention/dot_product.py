@@ -174,6 +174,7 @@ def dot_product_attention(
         logits_soft_cap=logits_soft_cap,
         dropout_rate=dropout_rate,
         return_lse=return_lse,
+        axis_name=axis_name,
     )
     query, key, value = map(jnp.asarray, (query, key, value))
     sizes, lead = check(NAME, query, key, value)
