@@ -58,6 +58,10 @@ DKEY_DVALUE = {
 }
 
 
+# Where there is more to scores than a band, and so less room in registers.
+DKEY_DVALUE_OF_MORE = DKEY_DVALUE | {(2, 128): Tile(32, 64, 4, 2)}
+
+
 class Problem(NamedTuple):
     """What a call's tiles depend on."""
 
@@ -127,7 +131,8 @@ def backward(query, key, value, *rest, target, variant: Variant) -> Iterator[Bac
     if on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target) is None:
         yield from on_hopper.backward_tiles(query, key, value, variant=variant)
     problem = Problem(query, value, arrays, variant, target)
-    untuned = BackwardTiles(problem.of(DQUERY, "dquery"), problem.of(DKEY_DVALUE, "dkey_dvalue"))
+    dkey_dvalue = problem.of(DKEY_DVALUE if variant.is_band else DKEY_DVALUE_OF_MORE, "dkey_dvalue")
+    untuned = BackwardTiles(problem.of(DQUERY, "dquery"), dkey_dvalue)
     yield untuned
     yield from (untuned._replace(dquery=tile) for tile in problem.others("dquery", *DQUERY_BLOCKS))
     yield from (untuned._replace(dkey_dvalue=tile) for tile in problem.others("dkey_dvalue", *DKEY_DVALUE_BLOCKS))
