@@ -1,10 +1,10 @@
 """Attention's schedule for Hopper, in Gluon, Triton's language for schedules.
 
-`forward_kernel.py` and `backward_kernel.py` are its kernels, `band.py` which blocks visit each other, `pipeline.py` how
-warps hand blocks on. Features are not in them: `functions.py` writes a variant's functions of scores as Gluon for the
-kernels to call, `features.py` hands over what these read and which blocks are visited. Here is when the schedule
-serves, its tiles, and how a call becomes a launch. It needs Triton 3.9, whose
-Gluon has the inline assembly and the aggregates that the kernels are written with.
+`forward_kernel.py`, `backward_kernel.py` and, above head dim 128, `wide_backward_kernel.py` are its kernels, `band.py`
+which blocks visit each other, `pipeline.py` how warps hand blocks on. Features are not in them: `functions.py` writes a
+variant's functions of scores as Gluon for the kernels to call, `features.py` hands over what these read and which
+blocks are visited. Here is when the schedule serves, its tiles, and how a call becomes a launch. It needs Triton 3.9,
+whose Gluon has the inline assembly and the aggregates that the kernels are written with.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class ForwardTile(NamedTuple):
 class BackwardTile(NamedTuple):
     """
     Attributes:
-        block_q: queries of a block, 64 or 128.
+        block_q: queries of a block: 128 at head dims up to 64, and 64 above.
         stages: blocks of queries that shared memory holds.
         together: key heads that are worked on at the same time, which share the cache.
     """
