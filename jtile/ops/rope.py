@@ -9,6 +9,7 @@ and steps of 1 with a frequency each: at p = 131,072 the angle is off by less th
 import math
 import operator
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,12 +104,30 @@ def write_pairs(ref, at: tuple, f: int, interleaved: bool, a, b, *rest) -> None:
         ref[(*at, pl.ds(2 * f, part.shape[-1]))] = part
 
 
+class Tile(NamedTuple):
+    """The tokens and heads that a program has."""
+
+    tokens: int
+    heads: int
+    num_warps: int
+
+
+@forward.tiles
+def forward_tiles(x, positions, *_, **options):
+    *_, heads, d = x.shape
+    heads, most = math.gcd(heads, 32), pl.next_power_of_2(positions.size)
+    for elements, warps in ((4096, 4), (4096, 2), (4096, 1), (8192, 4), (2048, 2), (2048, 1), (1024, 1)):
+        few = heads
+        while few * pl.next_power_of_2(d) > elements and few % 2 == 0:
+            few //= 2
+        yield Tile(max(1, min(elements // (few * pl.next_power_of_2(d)), most)), few, warps)
+
+
 @forward.kernel
-def forward_kernel(x, positions, step, leap, *, interleaved):
+def forward_kernel(x, positions, step, leap, *, tile, interleaved):
     *_, heads, d = x.shape
     tokens, f = positions.size, step.size
-    head_block = math.gcd(heads, 32)
-    block = max(1, min(4096 // (head_block * pl.next_power_of_2(d)), pl.next_power_of_2(tokens)))
+    block, head_block, num_warps = tile
     every = slice(None), slice(None)
 
     def rope_kernel(x_ref, positions_ref, step_ref, leap_ref, y_ref):
@@ -116,15 +135,15 @@ def forward_kernel(x, positions, step, leap, *, interleaved):
         a, b, *rest = read_pairs(x_ref, every, f, interleaved)
         write_pairs(y_ref, every, f, interleaved, *turned(a, b, sin, cos), *rest)
 
-    tile = pl.BlockSpec((block, head_block, d), lambda i, j: (i, j, 0))
+    part = pl.BlockSpec((block, head_block, d), lambda i, j: (i, j, 0))
     pairs = pl.BlockSpec((f,), lambda i, j: (0,))
     (y,) = pl.pallas_call(
         rope_kernel,
         grid=(pl.cdiv(tokens, block), heads // head_block),
-        in_specs=[tile, pl.BlockSpec((block,), lambda i, j: (i,)), pairs, pairs],
-        out_specs=[tile],
+        in_specs=[part, pl.BlockSpec((block,), lambda i, j: (i,)), pairs, pairs],
+        out_specs=[part],
         out_shape=[jax.ShapeDtypeStruct((tokens, heads, d), x.dtype)],
-        compiler_params=CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=CompilerParams(num_warps=num_warps, num_stages=1),
         name="rope",
     )(x.reshape(tokens, heads, d), positions.reshape(tokens), step, leap)
     return (y.reshape(x.shape),)

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
 from jtile.compiler.params import CompilerParams
+from jtile.compiler.primitives import approx_exp2
 from jtile.op import Implementation, TileOp, check_known
 
 # Spec. A mask has some of the dimensions of x; `of_mask` tells whether it has the leading ones, each of those that have
@@ -51,10 +52,10 @@ def _scores(x, mask, query, columns, scale):
     return z if query is None else jnp.where(columns <= query, z, -jnp.inf)
 
 
-def _normalized(z, top, total, log):
+def _normalized(z, top, total, log, exp=jnp.exp):
     """`top` is finite, and `total` = Σ exp(z − top), which is 0 where nothing counts."""
     total = jnp.where(total == 0, 1.0, total)
-    return z - top - jnp.log(total) if log else jnp.exp(z - top) * (1 / total)
+    return z - top - jnp.log(total) if log else exp(z - top) * (1 / total)
 
 
 def _summand(y, dy, log):
@@ -64,10 +65,10 @@ def _summand(y, dy, log):
     return jnp.where(y == -jnp.inf, 0.0, dy) if log else jnp.where(y == 0, 0.0, y * dy)
 
 
-def _gradient(y, dy, total, scale, log):
+def _gradient(y, dy, total, scale, log, exp=jnp.exp):
     wide, dtype = total.dtype, y.dtype
     y, dy = y.astype(wide), dy.astype(wide)
-    dz = jnp.where(y == -jnp.inf, 0.0, dy - jnp.exp(y) * total) if log else jnp.where(y == 0, 0.0, y * (dy - total))
+    dz = jnp.where(y == -jnp.inf, 0.0, dy - exp(y) * total) if log else jnp.where(y == 0, 0.0, y * (dy - total))
     return (scale * dz).astype(dtype)
 
 
@@ -104,6 +105,12 @@ def backward_reference(y, dy, *, scale, log):
 
 WIDEST = 32768
 CHUNK = 8192
+HOLD, REG, PROGRAMS, STAGES, CTAS = False, None, 0, 1, 1  # EXPLORATION
+
+
+def _exp(x):
+    """In kernels: what is less than the least normal number is 0."""
+    return approx_exp2(x * math.log2(math.e))
 
 
 class Tile(NamedTuple):
@@ -147,7 +154,8 @@ def forward_kernel(x, mask, query, *, tile, of_mask, scale, log):
             k = k // n
         return index
 
-    spec = pl.BlockSpec((None, block, lanes), lambda c, r, k: (k, r, c))
+    steps = pl.cdiv(pl.cdiv(rows, block), PROGRAMS) if PROGRAMS else 1
+    spec = pl.BlockSpec((None, steps * block, lanes), lambda c, r, k: (k, r, c))
     operands, specs = [x.reshape(outer, rows, d)], [spec]
     if mask is not None:
         operands.append(mask.reshape(-1, rows if has[-1] else 1, mask.shape[-1]))
@@ -158,24 +166,38 @@ def forward_kernel(x, mask, query, *, tile, of_mask, scale, log):
         operands.append(query)
         specs.append(pl.BlockSpec((block,), lambda c, r, k: (r,)))
 
-    def scores(x_ref, *refs):
+    def scores(x, *refs):
         columns = pl.program_id(0) * lanes + jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
         given = iter(refs)
         counts = None if mask is None else next(given)[...]
         queries = None if query is None else next(given)[...][:, None]
         if d % lanes:
             counts = columns < d if counts is None else counts & (columns < d)
-        return _scores(x_ref[...], counts, queries, columns, scale)
+        return _scores(x[...], counts, queries, columns, scale)
 
     def statistics(z):
         top = jnp.maximum(jnp.max(z, axis=1, keepdims=True), _least(z.dtype))
-        return top, jnp.sum(jnp.exp(z - top), axis=1, keepdims=True)
+        return top, jnp.sum(_exp(z - top), axis=1, keepdims=True)
 
     def softmax_kernel(*refs):
         *given, y_ref = refs
-        z = scores(*given)
+        if PROGRAMS:
+            def step(i, _):
+                at = pl.ds(i * block, block), slice(None)
+                z = _scores(given[0][at], None, None, None, scale)
+                top, total = statistics(z)
+                y_ref[at] = _normalized(z, top, total, log, _exp).astype(y_ref.dtype)
+            jax.lax.fori_loop(0, steps, step, None)
+            return
+        x = given[0][...]
+        z = scores(x, *given[1:])
         top, total = statistics(z)
-        y_ref[...] = _normalized(z, top, total, log).astype(y_ref.dtype)
+        if HOLD:
+            z = scores(jax.lax.optimization_barrier(x), *given[1:])
+            y = approx_exp2((z - top) * math.log2(math.e) - jnp.log2(jnp.where(total == 0, 1, total)))
+        else:
+            y = _normalized(z, top, total, log, _exp)
+        y_ref[...] = y.astype(y_ref.dtype)
 
     def statistics_kernel(*refs):
         *given, top_ref, total_ref = refs
@@ -183,16 +205,16 @@ def forward_kernel(x, mask, query, *, tile, of_mask, scale, log):
 
     def normalize_kernel(*refs):
         *given, top_ref, total_ref, y_ref = refs
-        y_ref[...] = _normalized(scores(*given), top_ref[...], total_ref[...], log).astype(y_ref.dtype)
+        y_ref[...] = _normalized(scores(*given), top_ref[...], total_ref[...], log, _exp).astype(y_ref.dtype)
 
     def call(kernel, more, more_specs, out_specs, out_shape, name=""):
         return pl.pallas_call(
             kernel,
-            grid=(chunks, pl.cdiv(rows, block), outer),
+            grid=(chunks, pl.cdiv(rows, steps * block), outer),
             in_specs=[*specs, *more_specs],
             out_specs=out_specs,
             out_shape=out_shape,
-            compiler_params=CompilerParams(num_warps=tile.num_warps, num_stages=1),
+            compiler_params=CompilerParams(num_warps=tile.num_warps, num_stages=STAGES, max_registers=REG, num_ctas=CTAS),
             name=f"{'log_' * log}softmax{name}",
         )(*operands, *more)
 
@@ -225,13 +247,16 @@ def backward_kernel(y, dy, *, tile, scale, log):
 
     def softmax_backward_kernel(y_ref, dy_ref, dx_ref):
         y, dy = y_ref[...], dy_ref[...]
-        dx_ref[...] = _gradient(y, dy, sum_of_row(y, dy), scale, log)
+        total = sum_of_row(y, dy)
+        if HOLD:
+            y, dy = jax.lax.optimization_barrier((y, dy))
+        dx_ref[...] = _gradient(y, dy, total, scale, log, _exp)
 
     def total_kernel(y_ref, dy_ref, total_ref):
         total_ref[...] = sum_of_row(y_ref[...], dy_ref[...])
 
     def gradient_kernel(y_ref, dy_ref, total_ref, dx_ref):
-        dx_ref[...] = _gradient(y_ref[...], dy_ref[...], total_ref[...], scale, log)
+        dx_ref[...] = _gradient(y_ref[...], dy_ref[...], total_ref[...], scale, log, _exp)
 
     def call(kernel, more, more_specs, out_spec, out_shape, name=""):
         return pl.pallas_call(
@@ -240,7 +265,7 @@ def backward_kernel(y, dy, *, tile, scale, log):
             in_specs=[spec, spec, *more_specs],
             out_specs=out_spec,
             out_shape=out_shape,
-            compiler_params=CompilerParams(num_warps=tile.num_warps, num_stages=1),
+            compiler_params=CompilerParams(num_warps=tile.num_warps, num_stages=1, max_registers=REG, num_ctas=CTAS),
             name=f"{'log_' * log}softmax_backward{name}",
         )(y, dy, *more)
 

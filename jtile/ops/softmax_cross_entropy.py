@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from jtile.compiler.params import CompilerParams
+from jtile.compiler.primitives import approx_exp2
 from jtile.op import Implementation, TileOp, check_known
 
 # Spec. `total` is a result only where it is asked for. A label outside of the vocabulary picks 0.
@@ -53,11 +54,11 @@ def _picked(logits, labels, cap):
     return jnp.where(_inside(labels, logits.shape[-1]), _capped(picked, cap), 0.0)
 
 
-def _gradient(logits, columns, labels, lse, dlse, dpicked, dtotal, *, cap):
+def _gradient(logits, columns, labels, lse, dlse, dpicked, dtotal, *, cap, exp=jnp.exp):
     """Of the logits in some columns. What there is one of for a token has a last dimension of 1."""
     x = _capped(logits, cap)
     lse = jnp.where(lse == -jnp.inf, 0.0, lse)  # without any probability exp(x - lse) is 0, and not 0 / 0
-    dx, counts = dlse * jnp.exp(x - lse), dlse != 0
+    dx, counts = dlse * exp(x - lse), dlse != 0
     if dpicked is not None:
         dx, counts = dx + jnp.where(columns == labels, dpicked, 0.0), counts | (dpicked != 0)
     if dtotal is not None:
@@ -87,6 +88,23 @@ def backward_reference(logits, *of_token, logits_soft_cap):
 # forward pass splits the vocabulary too, and the parts' log-sum-exps are put together at the end.
 
 PROGRAMS = 1056  # enough to fill the largest chips, eight for each multiprocessor
+GROUP = 16  # bytes of a thread's widest load, which begins at a multiple of it
+LOG2E = math.log2(math.e)
+FLAT, STAGES, UNALIGNED = False, 1, True  # EXPLORATION
+
+
+def _exp(x):
+    return approx_exp2(x * LOG2E)
+
+
+def unaligned(x) -> bool:
+    rows, d = x.shape
+    size = x.dtype.itemsize
+    return UNALIGNED and d * size % GROUP != 0 and rows * d * size % GROUP == 0 and rows * d < 2**31 - 2**20
+
+
+def aligned(start, near: int):
+    return start // near * near, start % near
 
 
 class Tile(NamedTuple):
@@ -110,44 +128,65 @@ def tiles(logits, *rest, **options):
 def forward_kernel(logits, labels, *, tile, logits_soft_cap, total):
     rows, v = logits.shape
     block, lanes, num_warps = tile
-    across = min(lanes, 1024)
-    steps = pl.cdiv(pl.cdiv(v, lanes), pl.cdiv(PROGRAMS, pl.cdiv(rows, block)))
+    shifted = block == 1 and unaligned(logits)
+    near = GROUP // logits.dtype.itemsize
+    steps = pl.cdiv(pl.cdiv(v + shifted * (near - 1), lanes), pl.cdiv(PROGRAMS, pl.cdiv(rows, block)))
     splits = pl.cdiv(v, steps * lanes)
+    # Each thread has a maximum and a sum of its own.
+    threads = min(lanes, max(1, 32 * num_warps // block))
+    parts = block, lanes // threads // min(near, lanes // threads), threads, min(near, lanes // threads)
 
     def softmax_cross_entropy_kernel(logits_ref, lse_ref, *sum_refs):
         first = pl.program_id(1) * (steps * lanes)
         columns = jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
+        if shifted:
+            begin, shift = aligned(pl.program_id(0) * v, near)
 
-        # Lanes keep a maximum and Σ exp(x - maximum) of their own, so that threads meet only at the end. The least
-        # finite number in place of -inf keeps -inf - -inf from arising.
+        # The least finite number in place of -inf keeps -inf - -inf from arising.
         def step(i, carry):
             top, scaled, *sums = carry
-            x = _capped(logits_ref[:, pl.ds(i * lanes, lanes)], logits_soft_cap)
-            inside = first + i * lanes + columns < v
-            sums = [s + jnp.sum(x.reshape(block, -1, across), axis=1) for s in sums]  # lanes outside are 0
-            x = jnp.where(inside, x, -jnp.inf).reshape(block, -1, across)
-            new_top = jnp.maximum(top, jnp.max(x, axis=1))
-            scaled = scaled * jnp.exp(top - new_top) + jnp.sum(jnp.exp(x - new_top[:, None, :]), axis=1)
+            at = first + i * lanes + columns
+            if shifted:
+                at = at - shift
+                x = logits_ref[:, pl.ds(begin + first + i * lanes, lanes)]
+                inside = (at >= 0) & (at < v)
+            else:
+                x = logits_ref[:, pl.ds(i * lanes, lanes)]
+                inside = at < v
+            x = _capped(x, logits_soft_cap)
+            sums = [s + jnp.sum(jnp.where(inside, x, 0.0).reshape(parts), axis=(1, 3)) for s in sums]
+            x = jnp.where(inside, x, -jnp.inf).reshape(parts)
+            new_top = jnp.maximum(top, jnp.max(x, axis=(1, 3)))
+            terms = approx_exp2((x - new_top[:, None, :, None]) * LOG2E)
+            scaled = scaled * approx_exp2((top - new_top) * LOG2E) + jnp.sum(terms, axis=(1, 3))
             return new_top, scaled, *sums
 
-        zeros = jnp.zeros((block, across), jnp.float32)
-        start = zeros + jnp.finfo(jnp.float32).min, zeros, *[zeros for _ in sum_refs]
-        top, scaled, *sums = jax.lax.fori_loop(0, steps, step, start)
+        zeros = jnp.zeros((block, threads), jnp.float32)
+        carry = zeros + jnp.finfo(jnp.float32).min, zeros, *[zeros for _ in sum_refs]
+        # In steps inside of a row the compiler sees that nothing is to be masked.
+        low, high = (int(shifted), v // lanes) if splits == 1 else (0, steps)
+        for i in range(low):
+            carry = step(i, carry)
+        carry = jax.lax.fori_loop(low, high, step, carry)
+        for i in range(max(low, high), steps):
+            carry = step(i, carry)
+        top, scaled, *sums = carry
         peak = jnp.max(top, axis=1)
         lse_ref[...] = peak + jnp.log(jnp.sum(scaled * jnp.exp(top - peak[:, None]), axis=1))
         for sum_ref, s in zip(sum_refs, sums, strict=True):
             sum_ref[...] = jnp.sum(s, axis=1)
 
     count = 2 if total else 1
+    spec = pl.BlockSpec((block, steps * lanes), lambda i, j: (i, j))
     lse, *sums = pl.pallas_call(
         softmax_cross_entropy_kernel,
         grid=(pl.cdiv(rows, block), splits),
-        in_specs=[pl.BlockSpec((block, steps * lanes), lambda i, j: (i, j))],
+        in_specs=[pl.BlockSpec((1, rows * v + lanes), lambda i, j: (0, 0)) if shifted else spec],
         out_specs=[pl.BlockSpec((None, block), lambda i, j: (j, i))] * count,
         out_shape=[jax.ShapeDtypeStruct((splits, rows), jnp.float32)] * count,
-        compiler_params=CompilerParams(num_warps=num_warps, num_stages=1),
+        compiler_params=CompilerParams(num_warps=num_warps, num_stages=STAGES),
         name="softmax_cross_entropy",
-    )(logits)
+    )(logits.reshape(1, -1) if shifted else logits)
     lse = jax.nn.logsumexp(lse, axis=0)
     return lse, _picked(logits, labels, logits_soft_cap), jnp.sum(sums[0], axis=0) if total else None
 
@@ -161,13 +200,48 @@ def backward_kernel(logits, labels, lse, dlse, dpicked, dtotal, *, tile, overwri
     block, lanes, num_warps = tile
     of_token = [labels, lse, dlse, dpicked, dtotal]
     given = [x for x in of_token if x is not None]
+    if FLAT or (v >= lanes and unaligned(logits)):
+
+        def flat_kernel(logits_ref, *refs):
+            *of_token_refs, dlogits_ref = refs
+            begin = pl.program_id(0) * lanes
+            row, start = begin // v, begin % v
+            at, x = start + jnp.arange(lanes), logits_ref[...]
+
+            def store(columns, values):
+                values = iter(values)
+                of_row = [None if x is None else next(values) for x in of_token]
+                dlogits_ref[...] = _gradient(x, columns, *of_row, cap=logits_soft_cap, exp=_exp)
+
+            def of_one_row():
+                store(at, [ref[row] for ref in of_token_refs])
+
+            def of_two_rows():
+                second, following = at >= v, jnp.minimum(row + 1, rows - 1)
+                values = [jnp.where(second, ref[following], ref[row]) for ref in of_token_refs]
+                store(jnp.where(second, at - v, at), values)
+
+            jax.lax.cond(start + lanes <= v, of_one_row, of_two_rows)
+
+        tile, row = pl.BlockSpec((lanes,), lambda i: (i,)), pl.BlockSpec((rows,), lambda i: (0,))
+        (out,) = pl.pallas_call(
+            flat_kernel,
+            grid=(pl.cdiv(rows * v, lanes),),
+            in_specs=[tile, *[row] * len(given)],
+            out_specs=[tile],
+            out_shape=[jax.ShapeDtypeStruct((rows * v,), logits.dtype)],
+            input_output_aliases={0: 0} if overwrite else {},
+            compiler_params=CompilerParams(num_warps=num_warps, num_stages=1),
+            name="softmax_cross_entropy_backward",
+        )(logits.reshape(-1), *given)
+        return (out.reshape(rows, v),)
 
     def softmax_cross_entropy_backward_kernel(logits_ref, *refs):
         *of_token_refs, dlogits_ref = refs
         columns = pl.program_id(0) * lanes + jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
         values = (ref[...][:, None] for ref in of_token_refs)
         of_row = [None if x is None else next(values) for x in of_token]
-        dlogits_ref[...] = _gradient(logits_ref[...], columns, *of_row, cap=logits_soft_cap)
+        dlogits_ref[...] = _gradient(logits_ref[...], columns, *of_row, cap=logits_soft_cap, exp=_exp)
 
     tile = pl.BlockSpec((block, lanes), lambda j, i: (i, j))
     row = pl.BlockSpec((block,), lambda j, i: (i,))

@@ -41,9 +41,17 @@ class Tile:
     num_warps: int
     programs: int = 0
     num_stages: int = 1
+    num_ctas: int = 1
 
     def params(self) -> CompilerParams:
-        return CompilerParams(num_warps=self.num_warps, num_stages=self.num_stages)
+        return CompilerParams(
+            num_warps=self.num_warps, num_stages=self.num_stages, num_ctas=self.num_ctas, max_registers=REG
+        )
+
+
+# EXPLORATION
+HOLD_BWD = True
+HOLD, CG, LAST, REG, SCALE_HELD = True, None, None, None, True
 
 
 # Columns that registers hold in the backward pass: the row itself, and sums over rows of a row's width.
@@ -109,22 +117,26 @@ def _stages(given: Arrays, block: int, at_once: int, target: Target | None) -> i
 # of a row have shape (rows, 1).
 
 
-def _before(refs, at, gate_last: bool, out=None, policy: str | None = None):
-    """u, of which the statistics are taken; stores the sum with a residual in `out`."""
-    h = load(refs["x"].at[at], eviction_policy=policy)
+def _read(refs, at, gate_last: bool, out=None, policy: str | None = None):
+    """What u is computed of, as it is in memory; stores the sum with a residual in `out`."""
+    h = load(refs["x"].at[at], eviction_policy=policy, cache_modifier=CG)
     if "residual" in refs:
-        h = h + load(refs["residual"].at[at], eviction_policy=policy)
+        h = h + load(refs["residual"].at[at], eviction_policy=policy, cache_modifier=CG)
         if out is not None:
             out["h"][at] = h
-    u = wide(h)
-    return u * jax.nn.silu(wide(refs["gate"][at])) if "gate" in refs and not gate_last else u
+    return (h, refs["gate"][at]) if "gate" in refs and not gate_last else (h,)
 
 
-def _after(n, refs, at, columns, gate_last: bool):
+def _before(h, gate=None):
+    """u, of which the statistics are taken."""
+    return wide(h) if gate is None else wide(h) * jax.nn.silu(wide(gate))
+
+
+def _after(n, refs, at, weights, gate_last: bool):
     """y."""
-    y = n * wide(refs["scale"][columns])
+    y = n * weights["scale"]
     if "bias" in refs:
-        y = y + wide(refs["bias"][columns])
+        y = y + weights["bias"]
     return y * jax.nn.silu(wide(refs["gate"][at])) if "gate" in refs and gate_last else y
 
 
@@ -132,11 +144,23 @@ class _Part:
     """A part of the rows in the backward pass: n, its cotangent g, and what follows when the rows' means are known."""
 
     def __init__(self, refs, at, scale, mean, rstd, gate_last: bool, policy: str | None = None):
-        self.refs, self.at, self.rstd, self.gate_last = refs, at, rstd, gate_last
-        self.x, self.dy = (wide(load(refs[name].at[at], eviction_policy=policy)) for name in ("x", "dy"))
+        self.refs, self.at, self.numbers = refs, at, (scale, mean, rstd)
+        self.gate_last = gate_last
+        names = [name for name in ("x", "dy", "gate") if name in refs]
+        self.compute([load(refs[name].at[at], eviction_policy=policy) for name in names])
+
+    def again(self) -> None:
+        """Computes it once more, so that until then registers hold what is in memory alone."""
+        self.compute(jax.lax.optimization_barrier(self.read))
+
+    def compute(self, read) -> None:
+        self.read = read
+        refs, (scale, mean, rstd), gate_last = self.refs, self.numbers, self.gate_last
+        self.rstd = rstd
+        self.x, self.dy, *gate = map(wide, read)
         u = self.x
         if "gate" in refs:
-            self.gate = wide(refs["gate"][at])
+            self.gate = gate[0]
             self.sigmoid = jax.nn.sigmoid(self.gate)
             if not gate_last:
                 u = self.x * self.gate * self.sigmoid
@@ -170,46 +194,71 @@ class _Part:
 def forward(name, given: Arrays, centred, epsilon, gate_last, tile: Tile) -> Arrays:
     rows, d = given["x"].shape
     chunk, count = min(d, tile.columns), pl.cdiv(d, tile.columns)
+    blocks = pl.cdiv(rows, tile.rows)
+    steps = pl.cdiv(blocks, tile.programs) if tile.programs else 1
+    programs = pl.cdiv(blocks, steps)
 
     def kernel(refs, out):
-        def chunks(step, start=None):
-            """`step(j, columns, carried)` for each chunk; returns what is carried at the end."""
-            turn = lambda j, carried: step(j, pl.ds(j * chunk, chunk), carried)  # noqa: E731
-            return jax.lax.fori_loop(0, count, turn, start)
+        def read_weights(columns):
+            return {n: wide(load(refs[n].at[:, columns], eviction_policy=LAST)) for n in ("scale", "bias") if n in refs}
 
-        def read(columns, policy, to=None):
-            return _before(refs, (slice(None), columns), gate_last, to, policy)
+        held = read_weights(slice(None)) if steps > 1 and count == 1 else None
 
-        def write(u, columns):
-            at = slice(None), columns
-            out["y"][at] = _after((u - mean) * rstd, refs, at, columns, gate_last).astype(out["y"].dtype)
+        def step(i, _):
+            block = pl.ds(i * tile.rows, tile.rows)
 
-        zeros, lanes = jnp.zeros((tile.rows, chunk)), jax.lax.broadcasted_iota(jnp.int32, (1, chunk), 1)
-        mean: Any = 0.0
-        if count == 1:
-            u = read(slice(None), None, out)
+            def chunks(step, start=None):
+                """`step(j, columns, carried)` for each chunk; returns what is carried at the end."""
+                turn = lambda j, carried: step(j, pl.ds(j * chunk, chunk), carried)  # noqa: E731
+                return jax.lax.fori_loop(0, count, turn, start)
+
+            def read(columns, policy, to=None):
+                return _read(refs, (block, columns), gate_last, to, policy)
+
+            def write(u, columns):
+                at = block, columns
+                weights = held or read_weights(columns)
+                out["y"][at] = _after((u - mean) * rstd, refs, at, weights, gate_last).astype(out["y"].dtype)
+
+            zeros, lanes = jnp.zeros((tile.rows, chunk)), jax.lax.broadcasted_iota(jnp.int32, (1, chunk), 1)
+            mean: Any = 0.0
+            if count == 1:
+                given = read(slice(None), None, out)
+                u = _before(*given)
+                if centred:
+                    mean = jnp.sum(u, axis=1, keepdims=True) / d
+                    if HOLD:
+                        given = jax.lax.optimization_barrier(given)
+                        u = _before(*given)
+                squares = jnp.sum((u - mean) * (u - mean), axis=1, keepdims=True)
+            elif centred:
+                # The moments of each lane over the chunks, and of these together.
+                def moments(j, columns, carried):
+                    return updated(
+                        carried, _before(*read(columns, "evict_last", out)), j * chunk + lanes < d, j + 1
+                    )
+
+                counts = ((d - 1 - lanes) // chunk + 1).astype(jnp.float32)
+                lane_mean, lane_squares = chunks(moments, (zeros, zeros))
+                mean, squares = combined(counts, lane_mean, lane_squares, axis=1, size=d)
+            else:
+                squared = chunks(lambda _, columns, sums: sums + _before(*read(columns, "evict_last", out)) ** 2, zeros)
+                squares = jnp.sum(squared, axis=1, keepdims=True)
+            rstd = jax.lax.rsqrt(squares / d + epsilon)
+            out["rstd"][block] = rstd[:, 0]
             if centred:
-                mean = jnp.sum(u, axis=1, keepdims=True) / d
-            squares = jnp.sum((u - mean) * (u - mean), axis=1, keepdims=True)
-        elif centred:
-            # The moments of each lane over the chunks, and of these together.
-            def moments(j, columns, carried):
-                return updated(carried, read(columns, "evict_last", out), j * chunk + lanes < d, j + 1)
+                out["mean"][block] = mean[:, 0]
+            if count == 1:
+                if HOLD:
+                    u = _before(*jax.lax.optimization_barrier(given))
+                write(u, slice(None))
+            else:
+                chunks(lambda _, columns, __: write(_before(*read(columns, "evict_first")), columns))
 
-            counts = ((d - 1 - lanes) // chunk + 1).astype(jnp.float32)
-            lane_mean, lane_squares = chunks(moments, (zeros, zeros))
-            mean, squares = combined(counts, lane_mean, lane_squares, axis=1, size=d)
+        if steps == 1:
+            step(0, None)
         else:
-            squared = chunks(lambda _, columns, sums: sums + read(columns, "evict_last", out) ** 2, zeros)
-            squares = jnp.sum(squared, axis=1, keepdims=True)
-        rstd = jax.lax.rsqrt(squares / d + epsilon)
-        out["rstd"][...] = rstd[:, 0]
-        if centred:
-            out["mean"][...] = mean[:, 0]
-        if count == 1:
-            write(u, slice(None))
-        else:
-            chunks(lambda _, columns, __: write(read(columns, "evict_first"), columns))
+            jax.lax.fori_loop(0, steps, step, None)
 
     number = jax.ShapeDtypeStruct((rows,), jnp.float32)
     out_shape: dict[str, Any] = {"y": given["x"], "rstd": number}
@@ -217,7 +266,7 @@ def forward(name, given: Arrays, centred, epsilon, gate_last, tile: Tile) -> Arr
         out_shape["h"] = given["x"]
     if centred:
         out_shape["mean"] = number
-    return _call(kernel, given, out_shape, name, tile, pl.cdiv(rows, tile.rows), tile.rows)
+    return _call(kernel, given, out_shape, name, tile, programs, steps * tile.rows)
 
 
 def backward(name, given: Arrays, biased, gate_last, tile: Tile) -> Arrays:
@@ -240,7 +289,7 @@ def backward(name, given: Arrays, biased, gate_last, tile: Tile) -> Arrays:
 
             def part(j, policy):
                 columns = pl.ds(j * chunk, chunk)
-                scale = wide(load(refs["scale"].at[columns], eviction_policy="evict_last")) if held is None else held
+                scale = wide(load(refs["scale"].at[:, columns], eviction_policy="evict_last")) if held is None else held
                 return _Part(refs, (block, columns), scale, mean, rstd, gate_last, policy)
 
             gn, g, more = 0.0, 0.0, []
@@ -251,6 +300,8 @@ def backward(name, given: Arrays, biased, gate_last, tile: Tile) -> Arrays:
             mean_gn = jnp.sum(gn, axis=1, keepdims=True) / d
             mean_g = jnp.sum(g, axis=1, keepdims=True) / d if centred else None
             if count == 1:
+                if HOLD_BWD:
+                    last.again()
                 last.store(out, mean_gn, mean_g)
             else:
                 jax.lax.fori_loop(0, count, lambda j, _: part(j, "evict_first").store(out, mean_gn, mean_g), None)
@@ -280,10 +331,12 @@ def _call(
     """Launches programs that own so many rows each."""
     d = given["x"].shape[1]
     columns = pl.cdiv(d, tile.columns) * min(d, tile.columns)
+    # Of two dimensions like what they are multiplied with, weights are read by the threads that have use for them.
+    given = {n: x[None] if n in ("scale", "bias") else x for n, x in given.items()}
 
     def spec(name, x):
         if name in ("scale", "bias"):
-            return pl.BlockSpec((columns,), lambda i: (0,))
+            return pl.BlockSpec((1, columns), lambda i: (0, 0))
         if x.ndim == 1:
             return pl.BlockSpec((rows,), lambda i: (i,))
         return pl.BlockSpec((1 if name in ("dscale", "dbias") else rows, columns), lambda i: (i, 0))
@@ -314,7 +367,7 @@ def _means_and_columns(name, given: Arrays, biased, gate_last, tile: Tile) -> Ar
 
         def step(j, sums):
             columns = pl.ds(j * chunk, chunk)
-            part = _Part(refs, (slice(None), columns), wide(refs["scale"][columns]), mean, rstd, gate_last)
+            part = _Part(refs, (slice(None), columns), wide(refs["scale"][:, columns]), mean, rstd, gate_last)
             terms = {"mean_gn": part.g * part.n, "mean_g": part.g}
             return {name: sums[name] + terms[name] for name in means}
 
