@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.primitives import approx_exp2
 from jtile.op import Implementation, TileOp, check_known
+from jtile.ops.unaligned import Row, elementwise, unaligned
 
 # Spec. A mask has some of the dimensions of x; `of_mask` tells whether it has the leading ones, each of those that have
 # a name, and the last. So nothing is repeated in memory, and devices split the mask as they split x.
@@ -106,6 +107,7 @@ def backward_reference(y, dy, *, scale, log):
 WIDEST = 32768
 CHUNK = 8192
 HOLD, REG, PROGRAMS, STAGES, CTAS = False, None, 0, 1, 1  # EXPLORATION
+FLAT, PLAIN = (2048, 4), True
 
 
 def _exp(x):
@@ -165,6 +167,9 @@ def forward_kernel(x, mask, query, *, tile, of_mask, scale, log):
     if query is not None:
         operands.append(query)
         specs.append(pl.BlockSpec((block,), lambda c, r, k: (r,)))
+
+    if PLAIN and mask is None and query is None and chunks > 1 and unaligned(x.reshape(-1, d), lanes):
+        return (_unaligned_forward(x.reshape(-1, d), tile, scale, log).reshape(x.shape),)
 
     def scores(x, *refs):
         columns = pl.program_id(0) * lanes + jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
@@ -231,6 +236,63 @@ def forward_kernel(x, mask, query, *, tile, of_mask, scale, log):
     return (y.reshape(x.shape),)
 
 
+def _of_rows(kernel, matrices, results: int, tile, name: str):
+    """Numbers of every row of matrices whose rows begin at odd addresses, by parts of the row."""
+    rows, d = matrices[0].shape
+    parts = Row.steps(d, tile.lanes, matrices[0].dtype)
+
+    def row_kernel(*refs):
+        row, part = Row(pl.program_id(1), d, tile.lanes, matrices[0].dtype), pl.program_id(0)
+        read = [row.read(ref, part) for ref in refs[: len(matrices)]]
+        for ref, value in zip(refs[len(matrices) :], kernel(*(x for x, _ in read), read[0][1]), strict=True):
+            ref[...] = value
+
+    return pl.pallas_call(
+        row_kernel,
+        grid=(parts, rows),
+        in_specs=[Row.spec(x, tile.lanes) for x in matrices],
+        out_specs=[pl.BlockSpec((1, 1), lambda c, r: (r, c))] * results,
+        out_shape=[jax.ShapeDtypeStruct((rows, parts), jnp.float32)] * results,
+        compiler_params=CompilerParams(num_warps=tile.num_warps, num_stages=1),
+        name=name,
+    )(*(x.reshape(1, -1) for x in matrices))
+
+
+def _statistics(z):
+    top = jnp.maximum(jnp.max(z, axis=1, keepdims=True), _least(z.dtype))
+    return top, jnp.sum(_exp(z - top), axis=1, keepdims=True)
+
+
+def _unaligned_forward(x, tile, scale, log):
+    tops, totals = _of_rows(
+        lambda x, inside: _statistics(_scores(x, inside, None, None, scale)), [x], 2, tile, "softmax_statistics"
+    )
+    top = jnp.max(tops, axis=-1)
+    total = jnp.sum(totals * jnp.exp(tops - top[:, None]), axis=-1)
+
+    def normalize(columns, elements, of_row):
+        return _normalized(_scores(*elements, None, None, None, scale), *of_row, log, _exp).astype(x.dtype)
+
+    return elementwise(
+        normalize, [x], [top, total], lanes=FLAT[0], num_warps=FLAT[1], name=f"{'log_' * log}softmax_normalize"
+    )
+
+
+def _unaligned_backward(y, dy, tile, scale, log):
+    (totals,) = _of_rows(
+        lambda y, dy, inside: [jnp.sum(jnp.where(inside, _summand(y, dy, log), 0.0), axis=1, keepdims=True)],
+        [y, dy], 1, tile, "softmax_backward_total"
+    )
+
+    def gradient(columns, elements, of_row):
+        return _gradient(*elements, *of_row, scale, log, _exp)
+
+    return elementwise(
+        gradient, [y, dy], [jnp.sum(totals, axis=-1)], lanes=FLAT[0], num_warps=FLAT[1],
+        name=f"{'log_' * log}softmax_backward_gradient",
+    )
+
+
 @backward.tiles
 def backward_tiles(y, *rest, **options):
     return dict.fromkeys(_tiles(y.shape[-1], 16))
@@ -241,6 +303,9 @@ def backward_kernel(y, dy, *, tile, scale, log):
     rows, d = y.shape
     block, lanes = min(tile.rows, pl.next_power_of_2(rows)), tile.lanes
     chunks = pl.cdiv(d, lanes)
+
+    if PLAIN and chunks > 1 and unaligned(y, lanes):
+        return (_unaligned_backward(y, dy, tile, scale, log),)
 
     def sum_of_row(y, dy):
         return jnp.sum(_summand(y, dy, log), axis=1, keepdims=True)

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.primitives import approx_exp2
 from jtile.op import Implementation, TileOp, check_known
+from jtile.ops.unaligned import WIDEST_LOAD, Row, elementwise, unaligned
 
 # Spec. `total` is a result only where it is asked for. A label outside of the vocabulary picks 0.
 
@@ -88,23 +89,12 @@ def backward_reference(logits, *of_token, logits_soft_cap):
 # forward pass splits the vocabulary too, and the parts' log-sum-exps are put together at the end.
 
 PROGRAMS = 1056  # enough to fill the largest chips, eight for each multiprocessor
-GROUP = 16  # bytes of a thread's widest load, which begins at a multiple of it
 LOG2E = math.log2(math.e)
 FLAT, STAGES, UNALIGNED = False, 1, True  # EXPLORATION
 
 
 def _exp(x):
     return approx_exp2(x * LOG2E)
-
-
-def unaligned(x) -> bool:
-    rows, d = x.shape
-    size = x.dtype.itemsize
-    return UNALIGNED and d * size % GROUP != 0 and rows * d * size % GROUP == 0 and rows * d < 2**31 - 2**20
-
-
-def aligned(start, near: int):
-    return start // near * near, start % near
 
 
 class Tile(NamedTuple):
@@ -128,34 +118,30 @@ def tiles(logits, *rest, **options):
 def forward_kernel(logits, labels, *, tile, logits_soft_cap, total):
     rows, v = logits.shape
     block, lanes, num_warps = tile
-    shifted = block == 1 and unaligned(logits)
-    near = GROUP // logits.dtype.itemsize
-    steps = pl.cdiv(pl.cdiv(v + shifted * (near - 1), lanes), pl.cdiv(PROGRAMS, pl.cdiv(rows, block)))
-    splits = pl.cdiv(v, steps * lanes)
+    shifted = UNALIGNED and block == 1 and unaligned(logits, lanes)
+    near = WIDEST_LOAD // logits.dtype.itemsize
+    parts = Row.steps(v, lanes, logits.dtype) if shifted else pl.cdiv(v, lanes)
+    steps = pl.cdiv(parts, pl.cdiv(PROGRAMS, pl.cdiv(rows, block)))
+    splits = pl.cdiv(parts, steps)
     # Each thread has a maximum and a sum of its own.
     threads = min(lanes, max(1, 32 * num_warps // block))
-    parts = block, lanes // threads // min(near, lanes // threads), threads, min(near, lanes // threads)
+    of_threads = block, lanes // threads // min(near, lanes // threads), threads, min(near, lanes // threads)
 
     def softmax_cross_entropy_kernel(logits_ref, lse_ref, *sum_refs):
-        first = pl.program_id(1) * (steps * lanes)
+        first = pl.program_id(1) * steps
         columns = jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
-        if shifted:
-            begin, shift = aligned(pl.program_id(0) * v, near)
+        row = Row(pl.program_id(0), v, lanes, logits.dtype)
 
         # The least finite number in place of -inf keeps -inf - -inf from arising.
         def step(i, carry):
             top, scaled, *sums = carry
-            at = first + i * lanes + columns
             if shifted:
-                at = at - shift
-                x = logits_ref[:, pl.ds(begin + first + i * lanes, lanes)]
-                inside = (at >= 0) & (at < v)
+                x, inside = row.read(logits_ref, first + i)
             else:
-                x = logits_ref[:, pl.ds(i * lanes, lanes)]
-                inside = at < v
+                x, inside = logits_ref[:, pl.ds(i * lanes, lanes)], (first + i) * lanes + columns < v
             x = _capped(x, logits_soft_cap)
-            sums = [s + jnp.sum(jnp.where(inside, x, 0.0).reshape(parts), axis=(1, 3)) for s in sums]
-            x = jnp.where(inside, x, -jnp.inf).reshape(parts)
+            sums = [s + jnp.sum(jnp.where(inside, x, 0.0).reshape(of_threads), axis=(1, 3)) for s in sums]
+            x = jnp.where(inside, x, -jnp.inf).reshape(of_threads)
             new_top = jnp.maximum(top, jnp.max(x, axis=(1, 3)))
             terms = approx_exp2((x - new_top[:, None, :, None]) * LOG2E)
             scaled = scaled * approx_exp2((top - new_top) * LOG2E) + jnp.sum(terms, axis=(1, 3))
@@ -181,7 +167,7 @@ def forward_kernel(logits, labels, *, tile, logits_soft_cap, total):
     lse, *sums = pl.pallas_call(
         softmax_cross_entropy_kernel,
         grid=(pl.cdiv(rows, block), splits),
-        in_specs=[pl.BlockSpec((1, rows * v + lanes), lambda i, j: (0, 0)) if shifted else spec],
+        in_specs=[Row.spec(logits, lanes) if shifted else spec],
         out_specs=[pl.BlockSpec((None, block), lambda i, j: (j, i))] * count,
         out_shape=[jax.ShapeDtypeStruct((splits, rows), jnp.float32)] * count,
         compiler_params=CompilerParams(num_warps=num_warps, num_stages=STAGES),
@@ -200,41 +186,24 @@ def backward_kernel(logits, labels, lse, dlse, dpicked, dtotal, *, tile, overwri
     block, lanes, num_warps = tile
     of_token = [labels, lse, dlse, dpicked, dtotal]
     given = [x for x in of_token if x is not None]
-    if FLAT or (v >= lanes and unaligned(logits)):
+    if v >= lanes and (FLAT or (UNALIGNED and unaligned(logits, lanes))):
 
-        def flat_kernel(logits_ref, *refs):
-            *of_token_refs, dlogits_ref = refs
-            begin = pl.program_id(0) * lanes
-            row, start = begin // v, begin % v
-            at, x = start + jnp.arange(lanes), logits_ref[...]
+        def gradient(columns, elements, values):
+            values = iter(values)
+            of_row = [None if x is None else next(values) for x in of_token]
+            return _gradient(*elements, columns, *of_row, cap=logits_soft_cap, exp=_exp)
 
-            def store(columns, values):
-                values = iter(values)
-                of_row = [None if x is None else next(values) for x in of_token]
-                dlogits_ref[...] = _gradient(x, columns, *of_row, cap=logits_soft_cap, exp=_exp)
-
-            def of_one_row():
-                store(at, [ref[row] for ref in of_token_refs])
-
-            def of_two_rows():
-                second, following = at >= v, jnp.minimum(row + 1, rows - 1)
-                values = [jnp.where(second, ref[following], ref[row]) for ref in of_token_refs]
-                store(jnp.where(second, at - v, at), values)
-
-            jax.lax.cond(start + lanes <= v, of_one_row, of_two_rows)
-
-        tile, row = pl.BlockSpec((lanes,), lambda i: (i,)), pl.BlockSpec((rows,), lambda i: (0,))
-        (out,) = pl.pallas_call(
-            flat_kernel,
-            grid=(pl.cdiv(rows * v, lanes),),
-            in_specs=[tile, *[row] * len(given)],
-            out_specs=[tile],
-            out_shape=[jax.ShapeDtypeStruct((rows * v,), logits.dtype)],
-            input_output_aliases={0: 0} if overwrite else {},
-            compiler_params=CompilerParams(num_warps=num_warps, num_stages=1),
-            name="softmax_cross_entropy_backward",
-        )(logits.reshape(-1), *given)
-        return (out.reshape(rows, v),)
+        return (
+            elementwise(
+                gradient,
+                [logits],
+                given,
+                lanes=lanes,
+                num_warps=num_warps,
+                name="softmax_cross_entropy_backward",
+                overwrite=overwrite,
+            ),
+        )
 
     def softmax_cross_entropy_backward_kernel(logits_ref, *refs):
         *of_token_refs, dlogits_ref = refs
