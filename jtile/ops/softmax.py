@@ -239,7 +239,7 @@ def forward_kernel(x, mask, query, *, tile, of_mask, scale, log):
 def _of_rows(kernel, matrices, results: int, tile, name: str):
     """Numbers of every row of matrices whose rows begin at odd addresses, by parts of the row."""
     rows, d = matrices[0].shape
-    parts = Row.steps(d, tile.lanes, matrices[0].dtype)
+    parts = Row.parts(d, tile.lanes, matrices[0].dtype)
 
     def row_kernel(*refs):
         row, part = Row(pl.program_id(1), d, tile.lanes, matrices[0].dtype), pl.program_id(0)

@@ -120,7 +120,7 @@ def forward_kernel(logits, labels, *, tile, logits_soft_cap, total):
     block, lanes, num_warps = tile
     shifted = UNALIGNED and block == 1 and unaligned(logits, lanes)
     near = WIDEST_LOAD // logits.dtype.itemsize
-    parts = Row.steps(v, lanes, logits.dtype) if shifted else pl.cdiv(v, lanes)
+    parts = Row.parts(v, lanes, logits.dtype) if shifted else pl.cdiv(v, lanes)
     steps = pl.cdiv(parts, pl.cdiv(PROGRAMS, pl.cdiv(rows, block)))
     splits = pl.cdiv(parts, steps)
     # Each thread has a maximum and a sum of its own.

@@ -1,7 +1,7 @@
 """Matrices whose rows begin at odd addresses, as logits of 50,257 classes do: a thread would load 2 bytes at a time.
 
-A program that needs a row reads it from the last multiple of 16 bytes before it, `Row`. One that computes every element
-for itself takes so many of all elements, wherever rows begin, and finds parts of two in them: `elementwise`.
+A program that needs a row reads it from the last multiple of 16 bytes before it. What it writes goes out 16 bytes at a
+time as well, but for the row's ends, which share theirs with the neighbours.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jtile.compiler.params import CompilerParams
+from jtile.compiler.primitives import store
 
 WIDEST_LOAD = 16  # bytes of a thread, at a multiple of as many
 
@@ -28,7 +29,7 @@ def unaligned(x, lanes: int) -> bool:
 
 
 class Row:
-    """A row of a matrix of which `spec` is given to the kernel, read `lanes` elements at a time."""
+    """A row of a matrix, which the kernel has by `spec`, in parts of `lanes` elements."""
 
     def __init__(self, row, d: int, lanes: int, dtype):
         self.d, self.lanes = d, lanes
@@ -41,15 +42,40 @@ class Row:
         return pl.BlockSpec((1, x.size + lanes), lambda *_: (0, 0))
 
     @staticmethod
-    def steps(d: int, lanes: int, dtype) -> int:
-        """So many parts of `lanes` elements have all of the row."""
+    def parts(d: int, lanes: int, dtype) -> int:
         return pl.cdiv(d + WIDEST_LOAD // dtype.itemsize - 1, lanes)
 
-    def read(self, ref, step):
+    def read(self, ref, part):
         """A part of the row, and which of it is inside."""
-        first = step * self.lanes
-        at = first - self.shift + jax.lax.broadcasted_iota(jnp.int32, (1, self.lanes), 1)
-        return ref[:, pl.ds(self.begin + first, self.lanes)], (at >= 0) & (at < self.d)
+        columns = self._columns(part * self.lanes, self.lanes)
+        return ref[self._at(part * self.lanes, self.lanes)], (columns >= 0) & (columns < self.d)
+
+    def map(self, function: Callable, refs: Sequence, out_ref, part) -> None:
+        """Stores `function(columns, *elements)` of a part of the row in each of `refs`."""
+
+        def value(first, count):
+            columns = self._columns(first, count)
+            return columns, function(columns, *(ref[self._at(first, count)] for ref in refs))
+
+        first = part * self.lanes
+        _, whole = value(first, self.lanes)
+        group = first - self.shift + jax.lax.broadcasted_iota(jnp.int32, (1, self.lanes), 1) // self.near * self.near
+        inside = (group >= 0) & (group + self.near <= self.d)
+        store(out_ref.at[self._at(first, self.lanes)], whole, mask=inside)
+
+        def end(first):
+            columns, few = value(first, self.near)
+            store(out_ref.at[self._at(first, self.near)], few, mask=(columns >= 0) & (columns < self.d))
+
+        pl.when(part == 0)(lambda: end(0))
+        pl.when(part == pl.num_programs(0) - 1)(lambda: end((self.shift + self.d) // self.near * self.near))
+
+    def _at(self, first, count: int):
+        return slice(None), pl.ds(self.begin + first, count)
+
+    def _columns(self, first, count: int):
+        return first - self.shift + jax.lax.broadcasted_iota(jnp.int32, (1, count), 1)
+
 
 
 def elementwise(
@@ -64,36 +90,26 @@ def elementwise(
 ) -> jax.Array:
     """`function(columns, elements, numbers)` of every element of the matrices, and its row's number in each `of_row`.
 
-    It gives a matrix like the first, in its memory if that is to be overwritten. Rows are no shorter than `lanes`.
+    It gives a matrix like the first, in its memory if that is to be overwritten.
     """
     rows, d = matrices[0].shape
+    dtype = matrices[0].dtype
 
     def kernel(*refs):
         *given, out_ref = refs
-        elements, numbers = [ref[...] for ref in given[: len(matrices)]], given[len(matrices) :]
-        begin = pl.program_id(0) * lanes
-        row, start = begin // d, begin % d
-        columns = start + jnp.arange(lanes)
+        numbers = [ref[...][:, None] for ref in given[len(matrices) :]]
+        row = Row(pl.program_id(1), d, lanes, dtype)
+        row.map(lambda columns, *x: function(columns, x, numbers), given[: len(matrices)], out_ref, pl.program_id(0))
 
-        def of_one_row():
-            out_ref[...] = function(columns, elements, [ref[row] for ref in numbers])
-
-        def of_two_rows():
-            second, following = columns >= d, jnp.minimum(row + 1, rows - 1)
-            values = [jnp.where(second, ref[following], ref[row]) for ref in numbers]
-            out_ref[...] = function(jnp.where(second, columns - d, columns), elements, values)
-
-        jax.lax.cond(start + lanes <= d, of_one_row, of_two_rows)
-
-    block, whole = pl.BlockSpec((lanes,), lambda i: (i,)), pl.BlockSpec((rows,), lambda i: (0,))
+    specs = [Row.spec(x, lanes) for x in matrices]
     out = pl.pallas_call(
         kernel,
-        grid=(pl.cdiv(rows * d, lanes),),
-        in_specs=[*[block] * len(matrices), *[whole] * len(of_row)],
-        out_specs=block,
-        out_shape=jax.ShapeDtypeStruct((rows * d,), matrices[0].dtype),
+        grid=(Row.parts(d, lanes, dtype), rows),
+        in_specs=[*specs, *[pl.BlockSpec((1,), lambda j, i: (i,))] * len(of_row)],
+        out_specs=specs[0],
+        out_shape=jax.ShapeDtypeStruct((1, rows * d), dtype),
         input_output_aliases={0: 0} if overwrite else {},
         compiler_params=CompilerParams(num_warps=num_warps, num_stages=1),
         name=name,
-    )(*(x.reshape(-1) for x in matrices), *of_row)
+    )(*(x.reshape(1, -1) for x in matrices), *of_row)
     return out.reshape(rows, d)

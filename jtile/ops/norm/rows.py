@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jtile.compiler.params import CompilerParams
-from jtile.compiler.primitives import load
+from jtile.compiler.primitives import debug_barrier, load
 from jtile.compiler.target import Target
+from jtile.compiler.triton_call import triton_call
 from jtile.ops.norm.common import combined, updated, wide
 
 Arrays = dict[str, jax.Array]  # operands or results, by name
@@ -50,7 +51,7 @@ class Tile:
 
 
 # EXPLORATION
-HOLD_BWD = True
+HOLD_BWD, BARRIER = True, False
 HOLD, CG, LAST, REG, SCALE_HELD = True, None, None, None, True
 
 
@@ -270,6 +271,8 @@ def forward(name, given: Arrays, centred, epsilon, gate_last, tile: Tile) -> Arr
 
 
 def backward(name, given: Arrays, biased, gate_last, tile: Tile) -> Arrays:
+    if tile.columns == 0:
+        return wide_backward(given, biased, tile)
     if not tile.programs:
         return _means_and_columns(name, given, biased, gate_last, tile)
     rows, d = given["x"].shape
@@ -297,6 +300,8 @@ def backward(name, given: Arrays, biased, gate_last, tile: Tile) -> Arrays:
                 last = part(j, None)
                 gn, g = gn + last.g * last.n, g + last.g
                 more.append(last.added(of_chunk))
+                if BARRIER and count > 1:
+                    debug_barrier()
             mean_gn = jnp.sum(gn, axis=1, keepdims=True) / d
             mean_g = jnp.sum(g, axis=1, keepdims=True) / d if centred else None
             if count == 1:
@@ -323,6 +328,42 @@ def backward(name, given: Arrays, biased, gate_last, tile: Tile) -> Arrays:
     if biased and count > 1:  # two sums of such a width are more than registers hold
         out["dbias"] = jnp.sum(wide(given["dy"]), axis=0)
     return out
+
+
+def wide_backward(given: Arrays, biased: bool, tile: Tile) -> Arrays:
+    """By `wide_kernel`."""
+    from jtile.ops.norm.wide_kernel import wide_backward
+
+    x = given["x"]
+    rows, d = x.shape
+    steps = pl.cdiv(rows, tile.programs)
+    programs = pl.cdiv(rows, steps)
+    part = jax.ShapeDtypeStruct((programs, d), jnp.float32)
+    out_shape = {"dx": x, "dscale": part} | ({"dbias": part} if biased else {})
+    nothing = jnp.zeros(1, jnp.float32)  # TODO
+    dx, *sums = triton_call(
+        x,
+        given["scale"],
+        given["rstd"],
+        given.get("mean", given["rstd"]),
+        given["dy"],
+        given.get("dh", x),
+        rows=rows,
+        steps=steps,
+        kernel=wide_backward,
+        out_shape=[x, part, part],
+        grid=programs,
+        num_warps=tile.num_warps,
+        WIDTH=d,
+        PARTS=tile.rows,
+        LANES=pl.next_power_of_2(d) // tile.rows,
+        SLOTS=tile.num_stages,
+        CENTRED="mean" in given,
+        RESIDUAL="dh" in given,
+        BIASED=biased,
+    )
+    out = {"dx": dx, "dscale": jnp.sum(sums[0], axis=0)}
+    return out | ({"dbias": jnp.sum(sums[1], axis=0)} if biased else {})
 
 
 def _call(
