@@ -88,7 +88,8 @@ class Emitter:
         names = [ref.name for ref in kernel.refs]
         self.threads = 32 * params.num_warps * params.num_ctas
         self.changing: set[str] = set()  # names that are assigned again, and copies of them
-        self.order = Order(self.threads, {names[kernel.num_inputs + o]: names[i] for i, o in kernel.input_output_aliases})
+        aliases = {names[kernel.num_inputs + o]: names[i] for i, o in kernel.input_output_aliases}
+        self.order = Order(self.threads, aliases)
         self.sizes: list[Value] = []  # programs along each axis
         self.programs: str | None = None  # how many there are, where each takes the place of several in turn
         self.loops = 0

@@ -6,6 +6,7 @@ frequency, by up to half of 2⁻³² turn, at every position. To keep that small
 and steps of 1 with a frequency each: at p = 131,072 the angle is off by less than 10⁻⁶ radians.
 """
 
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -114,13 +115,14 @@ class Tile(NamedTuple):
 
 @forward.tiles
 def forward_tiles(x, positions, *_, **options):
+    """All heads of a token, or of several tokens where they are few, and 32 elements to a thread."""
     *_, heads, d = x.shape
-    heads, most = math.gcd(heads, 32), pl.next_power_of_2(positions.size)
-    for elements, warps in ((4096, 4), (4096, 2), (4096, 1), (8192, 4), (2048, 2), (2048, 1), (1024, 1)):
-        few = heads
-        while few * pl.next_power_of_2(d) > elements and few % 2 == 0:
-            few //= 2
-        yield Tile(max(1, min(elements // (few * pl.next_power_of_2(d)), most)), few, warps)
+    heads = math.gcd(heads, 32)
+    of_token = heads * pl.next_power_of_2(d)
+    for elements, each in itertools.product((1024, 2048, 4096), (32, 64, 16)):
+        tokens = max(1, elements // of_token)
+        warps = min(8, max(1, tokens * of_token // (32 * each)))
+        yield Tile(min(tokens, pl.next_power_of_2(positions.size)), heads, warps)
 
 
 @forward.kernel

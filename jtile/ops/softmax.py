@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.primitives import approx_exp2
 from jtile.op import Implementation, TileOp, check_known
-from jtile.ops.unaligned import Row, elementwise, unaligned
+from jtile.ops.unaligned import WIDEST_LOAD, elementwise, reduce, unaligned
 
 # Spec. A mask has some of the dimensions of x; `of_mask` tells whether it has the leading ones, each of those that have
 # a name, and the last. So nothing is repeated in memory, and devices split the mask as they split x.
@@ -106,8 +106,6 @@ def backward_reference(y, dy, *, scale, log):
 
 WIDEST = 32768
 CHUNK = 8192
-HOLD, REG, PROGRAMS, STAGES, CTAS = False, None, 0, 1, 1  # EXPLORATION
-FLAT, PLAIN = (2048, 4), True
 
 
 def _exp(x):
@@ -116,16 +114,24 @@ def _exp(x):
 
 
 class Tile(NamedTuple):
-    """The rows and lanes that a program has."""
+    """The rows and lanes that a program has, and the most registers of a thread."""
 
     rows: int
     lanes: int
     num_warps: int
+    max_registers: int | None = None
+
+    def params(self) -> CompilerParams:
+        return CompilerParams(num_warps=self.num_warps, num_stages=1, max_registers=self.max_registers)
 
 
-def _tiles(d: int, each: int) -> Iterator[Tile]:
+def _tiles(x, each: int) -> Iterator[Tile]:
     """Best where a thread has so many elements: several loads of 16 bytes in flight, and registers to hold them."""
+    d = x.shape[-1]
     width = pl.next_power_of_2(d)
+    if d > WIDEST and d * x.dtype.itemsize % WIDEST_LOAD:
+        yield Tile(1, 2048, 4)
+        yield Tile(1, 4096, 8)
     for lanes in [width] if width <= CHUNK else [width, CHUNK] if width <= WIDEST else [CHUNK, CHUNK // 2]:
         for elements in max(2048, lanes), max(4096, lanes):
             for warps in (elements // (32 * n) for n in (each, each // 2, each * 2)):
@@ -133,7 +139,9 @@ def _tiles(d: int, each: int) -> Iterator[Tile]:
 
 
 def forward_tiles(x, *rest, **options):
-    return dict.fromkeys(_tiles(x.shape[-1], 32))
+    # Rows of 32 KiB leave a multiprocessor waiting unless it has three of them.
+    three = [Tile(1, 16384, 8, 80)] if pl.next_power_of_2(x.shape[-1]) == 16384 else []
+    return dict.fromkeys([*three, *_tiles(x, 32)])
 
 
 def forward_kernel(x, mask, query, *, tile, of_mask, scale, log):
@@ -156,8 +164,7 @@ def forward_kernel(x, mask, query, *, tile, of_mask, scale, log):
             k = k // n
         return index
 
-    steps = pl.cdiv(pl.cdiv(rows, block), PROGRAMS) if PROGRAMS else 1
-    spec = pl.BlockSpec((None, steps * block, lanes), lambda c, r, k: (k, r, c))
+    spec = pl.BlockSpec((None, block, lanes), lambda c, r, k: (k, r, c))
     operands, specs = [x.reshape(outer, rows, d)], [spec]
     if mask is not None:
         operands.append(mask.reshape(-1, rows if has[-1] else 1, mask.shape[-1]))
@@ -168,45 +175,23 @@ def forward_kernel(x, mask, query, *, tile, of_mask, scale, log):
         operands.append(query)
         specs.append(pl.BlockSpec((block,), lambda c, r, k: (r,)))
 
-    if PLAIN and mask is None and query is None and chunks > 1 and unaligned(x.reshape(-1, d), lanes):
-        return (_unaligned_forward(x.reshape(-1, d), tile, scale, log).reshape(x.shape),)
-
-    def scores(x, *refs):
+    def scores(x_ref, *refs):
         columns = pl.program_id(0) * lanes + jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
         given = iter(refs)
         counts = None if mask is None else next(given)[...]
         queries = None if query is None else next(given)[...][:, None]
         if d % lanes:
             counts = columns < d if counts is None else counts & (columns < d)
-        return _scores(x[...], counts, queries, columns, scale)
-
-    def statistics(z):
-        top = jnp.maximum(jnp.max(z, axis=1, keepdims=True), _least(z.dtype))
-        return top, jnp.sum(_exp(z - top), axis=1, keepdims=True)
+        return _scores(x_ref[...], counts, queries, columns, scale)
 
     def softmax_kernel(*refs):
         *given, y_ref = refs
-        if PROGRAMS:
-            def step(i, _):
-                at = pl.ds(i * block, block), slice(None)
-                z = _scores(given[0][at], None, None, None, scale)
-                top, total = statistics(z)
-                y_ref[at] = _normalized(z, top, total, log, _exp).astype(y_ref.dtype)
-            jax.lax.fori_loop(0, steps, step, None)
-            return
-        x = given[0][...]
-        z = scores(x, *given[1:])
-        top, total = statistics(z)
-        if HOLD:
-            z = scores(jax.lax.optimization_barrier(x), *given[1:])
-            y = approx_exp2((z - top) * math.log2(math.e) - jnp.log2(jnp.where(total == 0, 1, total)))
-        else:
-            y = _normalized(z, top, total, log, _exp)
-        y_ref[...] = y.astype(y_ref.dtype)
+        z = scores(*given)
+        y_ref[...] = _normalized(z, *_statistics(z), log, _exp).astype(y_ref.dtype)
 
     def statistics_kernel(*refs):
         *given, top_ref, total_ref = refs
-        top_ref[...], total_ref[...] = statistics(scores(*given))
+        top_ref[...], total_ref[...] = _statistics(scores(*given))
 
     def normalize_kernel(*refs):
         *given, top_ref, total_ref, y_ref = refs
@@ -215,47 +200,25 @@ def forward_kernel(x, mask, query, *, tile, of_mask, scale, log):
     def call(kernel, more, more_specs, out_specs, out_shape, name=""):
         return pl.pallas_call(
             kernel,
-            grid=(chunks, pl.cdiv(rows, steps * block), outer),
+            grid=(chunks, pl.cdiv(rows, block), outer),
             in_specs=[*specs, *more_specs],
             out_specs=out_specs,
             out_shape=out_shape,
-            compiler_params=CompilerParams(num_warps=tile.num_warps, num_stages=STAGES, max_registers=REG, num_ctas=CTAS),
+            compiler_params=tile.params(),
             name=f"{'log_' * log}softmax{name}",
         )(*operands, *more)
 
     if chunks == 1:
         y = call(softmax_kernel, [], [], spec, operands[0])
+    elif mask is None and query is None and unaligned(rows_of_x := x.reshape(-1, d), lanes):
+        y = _at_odd_addresses(rows_of_x, tile, scale, log)
     else:
         of_chunk = pl.BlockSpec((None, block, 1), lambda c, r, k: (k, r, c))
         of_chunks = jax.ShapeDtypeStruct((outer, rows, chunks), jnp.float32)
         tops, totals = call(statistics_kernel, [], [], [of_chunk] * 2, [of_chunks] * 2, "_statistics")
-        top = jnp.max(tops, axis=-1, keepdims=True)
-        total = jnp.sum(totals * jnp.exp(tops - top), axis=-1, keepdims=True)
         of_row = pl.BlockSpec((None, block, 1), lambda c, r, k: (k, r, 0))
-        y = call(normalize_kernel, [top, total], [of_row] * 2, spec, operands[0])
+        y = call(normalize_kernel, _combined(tops, totals), [of_row] * 2, spec, operands[0])
     return (y.reshape(x.shape),)
-
-
-def _of_rows(kernel, matrices, results: int, tile, name: str):
-    """Numbers of every row of matrices whose rows begin at odd addresses, by parts of the row."""
-    rows, d = matrices[0].shape
-    parts = Row.parts(d, tile.lanes, matrices[0].dtype)
-
-    def row_kernel(*refs):
-        row, part = Row(pl.program_id(1), d, tile.lanes, matrices[0].dtype), pl.program_id(0)
-        read = [row.read(ref, part) for ref in refs[: len(matrices)]]
-        for ref, value in zip(refs[len(matrices) :], kernel(*(x for x, _ in read), read[0][1]), strict=True):
-            ref[...] = value
-
-    return pl.pallas_call(
-        row_kernel,
-        grid=(parts, rows),
-        in_specs=[Row.spec(x, tile.lanes) for x in matrices],
-        out_specs=[pl.BlockSpec((1, 1), lambda c, r: (r, c))] * results,
-        out_shape=[jax.ShapeDtypeStruct((rows, parts), jnp.float32)] * results,
-        compiler_params=CompilerParams(num_warps=tile.num_warps, num_stages=1),
-        name=name,
-    )(*(x.reshape(1, -1) for x in matrices))
 
 
 def _statistics(z):
@@ -263,39 +226,28 @@ def _statistics(z):
     return top, jnp.sum(_exp(z - top), axis=1, keepdims=True)
 
 
-def _unaligned_forward(x, tile, scale, log):
-    tops, totals = _of_rows(
-        lambda x, inside: _statistics(_scores(x, inside, None, None, scale)), [x], 2, tile, "softmax_statistics"
-    )
-    top = jnp.max(tops, axis=-1)
-    total = jnp.sum(totals * jnp.exp(tops - top[:, None]), axis=-1)
-
-    def normalize(columns, elements, of_row):
-        return _normalized(_scores(*elements, None, None, None, scale), *of_row, log, _exp).astype(x.dtype)
-
-    return elementwise(
-        normalize, [x], [top, total], lanes=FLAT[0], num_warps=FLAT[1], name=f"{'log_' * log}softmax_normalize"
-    )
+def _combined(tops, totals):
+    """The statistics of rows, from those of their parts."""
+    top = jnp.max(tops, axis=-1, keepdims=True)
+    return top, jnp.sum(totals * jnp.exp(tops - top), axis=-1, keepdims=True)
 
 
-def _unaligned_backward(y, dy, tile, scale, log):
-    (totals,) = _of_rows(
-        lambda y, dy, inside: [jnp.sum(jnp.where(inside, _summand(y, dy, log), 0.0), axis=1, keepdims=True)],
-        [y, dy], 1, tile, "softmax_backward_total"
-    )
+def _at_odd_addresses(x, tile, scale, log):
+    options, name = dict(lanes=tile.lanes, num_warps=tile.num_warps), f"{'log_' * log}softmax"
 
-    def gradient(columns, elements, of_row):
-        return _gradient(*elements, *of_row, scale, log, _exp)
+    def statistics(inside, x):
+        return _statistics(_scores(x, inside, None, None, scale))
 
-    return elementwise(
-        gradient, [y, dy], [jnp.sum(totals, axis=-1)], lanes=FLAT[0], num_warps=FLAT[1],
-        name=f"{'log_' * log}softmax_backward_gradient",
-    )
+    def normalize(_, of_row, x):
+        return _normalized(_scores(x, None, None, None, scale), *of_row, log, _exp).astype(x.dtype)
+
+    found = _combined(*reduce(statistics, [x], 2, name=f"{name}_statistics", **options))
+    return elementwise(normalize, [x], [number[:, 0] for number in found], name=f"{name}_normalize", **options)
 
 
 @backward.tiles
 def backward_tiles(y, *rest, **options):
-    return dict.fromkeys(_tiles(y.shape[-1], 16))
+    return dict.fromkeys(_tiles(y, 16))
 
 
 @backward.kernel
@@ -304,18 +256,12 @@ def backward_kernel(y, dy, *, tile, scale, log):
     block, lanes = min(tile.rows, pl.next_power_of_2(rows)), tile.lanes
     chunks = pl.cdiv(d, lanes)
 
-    if PLAIN and chunks > 1 and unaligned(y, lanes):
-        return (_unaligned_backward(y, dy, tile, scale, log),)
-
     def sum_of_row(y, dy):
         return jnp.sum(_summand(y, dy, log), axis=1, keepdims=True)
 
     def softmax_backward_kernel(y_ref, dy_ref, dx_ref):
         y, dy = y_ref[...], dy_ref[...]
-        total = sum_of_row(y, dy)
-        if HOLD:
-            y, dy = jax.lax.optimization_barrier((y, dy))
-        dx_ref[...] = _gradient(y, dy, total, scale, log, _exp)
+        dx_ref[...] = _gradient(y, dy, sum_of_row(y, dy), scale, log, _exp)
 
     def total_kernel(y_ref, dy_ref, total_ref):
         total_ref[...] = sum_of_row(y_ref[...], dy_ref[...])
@@ -330,13 +276,24 @@ def backward_kernel(y, dy, *, tile, scale, log):
             in_specs=[spec, spec, *more_specs],
             out_specs=out_spec,
             out_shape=out_shape,
-            compiler_params=CompilerParams(num_warps=tile.num_warps, num_stages=1, max_registers=REG, num_ctas=CTAS),
+            compiler_params=tile.params(),
             name=f"{'log_' * log}softmax_backward{name}",
         )(y, dy, *more)
 
     spec = pl.BlockSpec((block, lanes), lambda c, r: (r, c))
     if chunks == 1:
         return (call(softmax_backward_kernel, [], [], spec, y),)
+    if unaligned(y, lanes):
+        options, name = dict(lanes=lanes, num_warps=tile.num_warps), f"{'log_' * log}softmax_backward"
+
+        def total(inside, y, dy):
+            return [jnp.sum(jnp.where(inside, _summand(y, dy, log), 0.0), axis=1, keepdims=True)]
+
+        def gradient(_, of_row, y, dy):
+            return _gradient(y, dy, *of_row, scale, log, _exp)
+
+        (totals,) = reduce(total, [y, dy], 1, name=f"{name}_total", **options)
+        return (elementwise(gradient, [y, dy], [jnp.sum(totals, axis=-1)], name=f"{name}_gradient", **options),)
     shape = jax.ShapeDtypeStruct((rows, chunks), jnp.float32)
     totals = call(total_kernel, [], [], pl.BlockSpec((block, 1), lambda c, r: (r, c)), shape, "_total")
     of_row = pl.BlockSpec((block, 1), lambda c, r: (r, 0))

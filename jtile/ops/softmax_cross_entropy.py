@@ -14,7 +14,7 @@ Devices that share out the vocabulary so exchange a token's statistics, and for 
 import dataclasses
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -90,7 +90,6 @@ def backward_reference(logits, *of_token, logits_soft_cap):
 
 PROGRAMS = 1056  # enough to fill the largest chips, eight for each multiprocessor
 LOG2E = math.log2(math.e)
-FLAT, STAGES, UNALIGNED = False, 1, True  # EXPLORATION
 
 
 def _exp(x):
@@ -105,20 +104,28 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-@forward.tiles
-@backward.tiles
-def tiles(logits, *rest, **options):
+def _tiles(logits, sizes: Iterable[tuple[int, int]]) -> Iterator[Tile]:
     rows, v = logits.shape
-    for size, num_warps in (4096, 4), (2048, 4), (4096, 8), (8192, 4), (8192, 8), (8192, 16), (16384, 8), (16384, 16):
+    for size, num_warps in sizes:
         lanes = min(size, pl.next_power_of_2(v))
         yield Tile(min(size // lanes, pl.next_power_of_2(rows)), lanes, num_warps)
+
+
+@forward.tiles
+def forward_tiles(logits, *rest, **options):
+    return _tiles(logits, ((8192, 8), (4096, 8), (4096, 4), (2048, 4), (8192, 4), (8192, 16), (16384, 16)))
+
+
+@backward.tiles
+def backward_tiles(logits, *rest, **options):
+    return _tiles(logits, ((2048, 4), (4096, 4), (4096, 8), (2048, 2), (1024, 4)))
 
 
 @forward.kernel
 def forward_kernel(logits, labels, *, tile, logits_soft_cap, total):
     rows, v = logits.shape
     block, lanes, num_warps = tile
-    shifted = UNALIGNED and block == 1 and unaligned(logits, lanes)
+    shifted = block == 1 and unaligned(logits, lanes)
     near = WIDEST_LOAD // logits.dtype.itemsize
     parts = Row.parts(v, lanes, logits.dtype) if shifted else pl.cdiv(v, lanes)
     steps = pl.cdiv(parts, pl.cdiv(PROGRAMS, pl.cdiv(rows, block)))
@@ -170,7 +177,7 @@ def forward_kernel(logits, labels, *, tile, logits_soft_cap, total):
         in_specs=[Row.spec(logits, lanes) if shifted else spec],
         out_specs=[pl.BlockSpec((None, block), lambda i, j: (j, i))] * count,
         out_shape=[jax.ShapeDtypeStruct((splits, rows), jnp.float32)] * count,
-        compiler_params=CompilerParams(num_warps=num_warps, num_stages=STAGES),
+        compiler_params=CompilerParams(num_warps=num_warps, num_stages=1),
         name="softmax_cross_entropy",
     )(logits.reshape(1, -1) if shifted else logits)
     lse = jax.nn.logsumexp(lse, axis=0)
@@ -186,31 +193,22 @@ def backward_kernel(logits, labels, lse, dlse, dpicked, dtotal, *, tile, overwri
     block, lanes, num_warps = tile
     of_token = [labels, lse, dlse, dpicked, dtotal]
     given = [x for x in of_token if x is not None]
-    if v >= lanes and (FLAT or (UNALIGNED and unaligned(logits, lanes))):
 
-        def gradient(columns, elements, values):
-            values = iter(values)
-            of_row = [None if x is None else next(values) for x in of_token]
-            return _gradient(*elements, columns, *of_row, cap=logits_soft_cap, exp=_exp)
+    def gradient(columns, numbers, x):
+        values = iter(numbers)
+        of_row = [None if x is None else next(values) for x in of_token]
+        return _gradient(x, columns, *of_row, cap=logits_soft_cap, exp=_exp)
 
+    if unaligned(logits, lanes):
+        name = "softmax_cross_entropy_backward"
         return (
-            elementwise(
-                gradient,
-                [logits],
-                given,
-                lanes=lanes,
-                num_warps=num_warps,
-                name="softmax_cross_entropy_backward",
-                overwrite=overwrite,
-            ),
+            elementwise(gradient, [logits], given, lanes=lanes, num_warps=num_warps, name=name, overwrite=overwrite),
         )
 
     def softmax_cross_entropy_backward_kernel(logits_ref, *refs):
         *of_token_refs, dlogits_ref = refs
         columns = pl.program_id(0) * lanes + jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
-        values = (ref[...][:, None] for ref in of_token_refs)
-        of_row = [None if x is None else next(values) for x in of_token]
-        dlogits_ref[...] = _gradient(logits_ref[...], columns, *of_row, cap=logits_soft_cap, exp=_exp)
+        dlogits_ref[...] = gradient(columns, [ref[...][:, None] for ref in of_token_refs], logits_ref[...])
 
     tile = pl.BlockSpec((block, lanes), lambda j, i: (i, j))
     row = pl.BlockSpec((block,), lambda j, i: (i,))

@@ -77,7 +77,6 @@ class Row:
         return first - self.shift + jax.lax.broadcasted_iota(jnp.int32, (1, count), 1)
 
 
-
 def elementwise(
     function: Callable,
     matrices: Sequence[jax.Array],
@@ -88,28 +87,52 @@ def elementwise(
     name: str,
     overwrite: bool = False,
 ) -> jax.Array:
-    """`function(columns, elements, numbers)` of every element of the matrices, and its row's number in each `of_row`.
+    """`function(columns, numbers, *elements)` of all elements of matrices, `numbers` those of their row in `of_row`.
 
     It gives a matrix like the first, in its memory if that is to be overwritten.
     """
     rows, d = matrices[0].shape
-    dtype = matrices[0].dtype
 
-    def kernel(*refs):
-        *given, out_ref = refs
-        numbers = [ref[...][:, None] for ref in given[len(matrices) :]]
+    def kernel(row, part, refs, numbers, out_ref):
+        row.map(lambda columns, *elements: function(columns, numbers, *elements), refs, out_ref, part)
+
+    out = _call(kernel, matrices, of_row, [matrices[0].reshape(1, -1)], lanes, num_warps, name, overwrite)
+    return out[0].reshape(rows, d)
+
+
+def reduce(
+    function: Callable, matrices: Sequence[jax.Array], count: int, *, lanes: int, num_warps: int, name: str
+) -> list[jax.Array]:
+    """`function(inside, *elements)` of all parts of rows: for each of them `count` numbers in float32."""
+    rows, d = matrices[0].shape
+    numbers = jax.ShapeDtypeStruct((rows, Row.parts(d, lanes, matrices[0].dtype)), jnp.float32)
+
+    def kernel(row, part, refs, _, *out_refs):
+        read = [row.read(ref, part) for ref in refs]
+        for ref, value in zip(out_refs, function(read[0][1], *(x for x, _ in read)), strict=True):
+            ref[...] = value
+
+    return _call(kernel, matrices, [], [numbers] * count, lanes, num_warps, name, False)
+
+
+def _call(kernel, matrices, of_row, out_shape, lanes, num_warps, name, overwrite) -> list[jax.Array]:
+    """A program for each part of each row."""
+    rows, d = matrices[0].shape
+    dtype, n = matrices[0].dtype, len(matrices)
+
+    def on_row(*refs):
+        numbers = [ref[...][:, None] for ref in refs[n : n + len(of_row)]]
         row = Row(pl.program_id(1), d, lanes, dtype)
-        row.map(lambda columns, *x: function(columns, x, numbers), given[: len(matrices)], out_ref, pl.program_id(0))
+        kernel(row, pl.program_id(0), refs[:n], numbers, *refs[n + len(of_row) :])
 
-    specs = [Row.spec(x, lanes) for x in matrices]
-    out = pl.pallas_call(
-        kernel,
+    matrix, number = Row.spec(matrices[0], lanes), pl.BlockSpec((1,), lambda j, i: (i,))
+    return pl.pallas_call(
+        on_row,
         grid=(Row.parts(d, lanes, dtype), rows),
-        in_specs=[*specs, *[pl.BlockSpec((1,), lambda j, i: (i,))] * len(of_row)],
-        out_specs=specs[0],
-        out_shape=jax.ShapeDtypeStruct((1, rows * d), dtype),
+        in_specs=[matrix] * n + [number] * len(of_row),
+        out_specs=[matrix if x.shape[0] == 1 else pl.BlockSpec((1, 1), lambda j, i: (i, j)) for x in out_shape],
+        out_shape=out_shape,
         input_output_aliases={0: 0} if overwrite else {},
         compiler_params=CompilerParams(num_warps=num_warps, num_stages=1),
         name=name,
     )(*(x.reshape(1, -1) for x in matrices), *of_row)
-    return out.reshape(rows, d)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jtile.compiler.params import CompilerParams
-from jtile.compiler.primitives import debug_barrier, load
+from jtile.compiler.primitives import load
 from jtile.compiler.target import Target
 from jtile.compiler.triton_call import triton_call
 from jtile.ops.norm.common import combined, updated, wide
@@ -42,17 +42,9 @@ class Tile:
     num_warps: int
     programs: int = 0
     num_stages: int = 1
-    num_ctas: int = 1
 
     def params(self) -> CompilerParams:
-        return CompilerParams(
-            num_warps=self.num_warps, num_stages=self.num_stages, num_ctas=self.num_ctas, max_registers=REG
-        )
-
-
-# EXPLORATION
-HOLD_BWD, BARRIER = True, False
-HOLD, CG, LAST, REG, SCALE_HELD = True, None, None, None, True
+        return CompilerParams(num_warps=self.num_warps, num_stages=self.num_stages)
 
 
 # Columns that registers hold in the backward pass: the row itself, and sums over rows of a row's width.
@@ -118,26 +110,27 @@ def _stages(given: Arrays, block: int, at_once: int, target: Target | None) -> i
 # of a row have shape (rows, 1).
 
 
-def _read(refs, at, gate_last: bool, out=None, policy: str | None = None):
-    """What u is computed of, as it is in memory; stores the sum with a residual in `out`."""
-    h = load(refs["x"].at[at], eviction_policy=policy, cache_modifier=CG)
+def _before(refs, at, gate_last: bool, out=None, policy: str | None = None):
+    """u, of which the statistics are taken; stores the sum with a residual in `out`."""
+    h = load(refs["x"].at[at], eviction_policy=policy)
     if "residual" in refs:
-        h = h + load(refs["residual"].at[at], eviction_policy=policy, cache_modifier=CG)
+        h = h + load(refs["residual"].at[at], eviction_policy=policy)
         if out is not None:
             out["h"][at] = h
-    return (h, refs["gate"][at]) if "gate" in refs and not gate_last else (h,)
+    u = wide(h)
+    return u * jax.nn.silu(wide(refs["gate"][at])) if "gate" in refs and not gate_last else u
 
 
-def _before(h, gate=None):
-    """u, of which the statistics are taken."""
-    return wide(h) if gate is None else wide(h) * jax.nn.silu(wide(gate))
+def _weight(refs, name: str, columns):
+    """The scale or bias: read for every block, and so to stay in a cache."""
+    return wide(load(refs[name].at[:, columns], eviction_policy="evict_last"))
 
 
-def _after(n, refs, at, weights, gate_last: bool):
+def _after(n, refs, at, columns, gate_last: bool):
     """y."""
-    y = n * weights["scale"]
+    y = n * _weight(refs, "scale", columns)
     if "bias" in refs:
-        y = y + weights["bias"]
+        y = y + _weight(refs, "bias", columns)
     return y * jax.nn.silu(wide(refs["gate"][at])) if "gate" in refs and gate_last else y
 
 
@@ -145,23 +138,11 @@ class _Part:
     """A part of the rows in the backward pass: n, its cotangent g, and what follows when the rows' means are known."""
 
     def __init__(self, refs, at, scale, mean, rstd, gate_last: bool, policy: str | None = None):
-        self.refs, self.at, self.numbers = refs, at, (scale, mean, rstd)
-        self.gate_last = gate_last
-        names = [name for name in ("x", "dy", "gate") if name in refs]
-        self.compute([load(refs[name].at[at], eviction_policy=policy) for name in names])
-
-    def again(self) -> None:
-        """Computes it once more, so that until then registers hold what is in memory alone."""
-        self.compute(jax.lax.optimization_barrier(self.read))
-
-    def compute(self, read) -> None:
-        self.read = read
-        refs, (scale, mean, rstd), gate_last = self.refs, self.numbers, self.gate_last
-        self.rstd = rstd
-        self.x, self.dy, *gate = map(wide, read)
+        self.refs, self.at, self.rstd, self.gate_last = refs, at, rstd, gate_last
+        self.x, self.dy = (wide(load(refs[name].at[at], eviction_policy=policy)) for name in ("x", "dy"))
         u = self.x
         if "gate" in refs:
-            self.gate = gate[0]
+            self.gate = wide(refs["gate"][at])
             self.sigmoid = jax.nn.sigmoid(self.gate)
             if not gate_last:
                 u = self.x * self.gate * self.sigmoid
@@ -195,71 +176,46 @@ class _Part:
 def forward(name, given: Arrays, centred, epsilon, gate_last, tile: Tile) -> Arrays:
     rows, d = given["x"].shape
     chunk, count = min(d, tile.columns), pl.cdiv(d, tile.columns)
-    blocks = pl.cdiv(rows, tile.rows)
-    steps = pl.cdiv(blocks, tile.programs) if tile.programs else 1
-    programs = pl.cdiv(blocks, steps)
 
     def kernel(refs, out):
-        def read_weights(columns):
-            return {n: wide(load(refs[n].at[:, columns], eviction_policy=LAST)) for n in ("scale", "bias") if n in refs}
+        def chunks(step, start=None):
+            """`step(j, columns, carried)` for each chunk; returns what is carried at the end."""
+            turn = lambda j, carried: step(j, pl.ds(j * chunk, chunk), carried)  # noqa: E731
+            return jax.lax.fori_loop(0, count, turn, start)
 
-        held = read_weights(slice(None)) if steps > 1 and count == 1 else None
+        def read(columns, policy, to=None):
+            return _before(refs, (slice(None), columns), gate_last, to, policy)
 
-        def step(i, _):
-            block = pl.ds(i * tile.rows, tile.rows)
+        def write(u, columns):
+            at = slice(None), columns
+            out["y"][at] = _after((u - mean) * rstd, refs, at, columns, gate_last).astype(out["y"].dtype)
 
-            def chunks(step, start=None):
-                """`step(j, columns, carried)` for each chunk; returns what is carried at the end."""
-                turn = lambda j, carried: step(j, pl.ds(j * chunk, chunk), carried)  # noqa: E731
-                return jax.lax.fori_loop(0, count, turn, start)
-
-            def read(columns, policy, to=None):
-                return _read(refs, (block, columns), gate_last, to, policy)
-
-            def write(u, columns):
-                at = block, columns
-                weights = held or read_weights(columns)
-                out["y"][at] = _after((u - mean) * rstd, refs, at, weights, gate_last).astype(out["y"].dtype)
-
-            zeros, lanes = jnp.zeros((tile.rows, chunk)), jax.lax.broadcasted_iota(jnp.int32, (1, chunk), 1)
-            mean: Any = 0.0
-            if count == 1:
-                given = read(slice(None), None, out)
-                u = _before(*given)
-                if centred:
-                    mean = jnp.sum(u, axis=1, keepdims=True) / d
-                    if HOLD:
-                        given = jax.lax.optimization_barrier(given)
-                        u = _before(*given)
-                squares = jnp.sum((u - mean) * (u - mean), axis=1, keepdims=True)
-            elif centred:
-                # The moments of each lane over the chunks, and of these together.
-                def moments(j, columns, carried):
-                    return updated(
-                        carried, _before(*read(columns, "evict_last", out)), j * chunk + lanes < d, j + 1
-                    )
-
-                counts = ((d - 1 - lanes) // chunk + 1).astype(jnp.float32)
-                lane_mean, lane_squares = chunks(moments, (zeros, zeros))
-                mean, squares = combined(counts, lane_mean, lane_squares, axis=1, size=d)
-            else:
-                squared = chunks(lambda _, columns, sums: sums + _before(*read(columns, "evict_last", out)) ** 2, zeros)
-                squares = jnp.sum(squared, axis=1, keepdims=True)
-            rstd = jax.lax.rsqrt(squares / d + epsilon)
-            out["rstd"][block] = rstd[:, 0]
+        zeros, lanes = jnp.zeros((tile.rows, chunk)), jax.lax.broadcasted_iota(jnp.int32, (1, chunk), 1)
+        mean: Any = 0.0
+        if count == 1:
+            u = read(slice(None), None, out)
             if centred:
-                out["mean"][block] = mean[:, 0]
-            if count == 1:
-                if HOLD:
-                    u = _before(*jax.lax.optimization_barrier(given))
-                write(u, slice(None))
-            else:
-                chunks(lambda _, columns, __: write(_before(*read(columns, "evict_first")), columns))
+                mean = jnp.sum(u, axis=1, keepdims=True) / d
+            squares = jnp.sum((u - mean) * (u - mean), axis=1, keepdims=True)
+        elif centred:
+            # The moments of each lane over the chunks, and of these together.
+            def moments(j, columns, carried):
+                return updated(carried, read(columns, "evict_last", out), j * chunk + lanes < d, j + 1)
 
-        if steps == 1:
-            step(0, None)
+            counts = ((d - 1 - lanes) // chunk + 1).astype(jnp.float32)
+            lane_mean, lane_squares = chunks(moments, (zeros, zeros))
+            mean, squares = combined(counts, lane_mean, lane_squares, axis=1, size=d)
         else:
-            jax.lax.fori_loop(0, steps, step, None)
+            squared = chunks(lambda _, columns, sums: sums + read(columns, "evict_last", out) ** 2, zeros)
+            squares = jnp.sum(squared, axis=1, keepdims=True)
+        rstd = jax.lax.rsqrt(squares / d + epsilon)
+        out["rstd"][...] = rstd[:, 0]
+        if centred:
+            out["mean"][...] = mean[:, 0]
+        if count == 1:
+            write(u, slice(None))
+        else:
+            chunks(lambda _, columns, __: write(read(columns, "evict_first"), columns))
 
     number = jax.ShapeDtypeStruct((rows,), jnp.float32)
     out_shape: dict[str, Any] = {"y": given["x"], "rstd": number}
@@ -267,7 +223,7 @@ def forward(name, given: Arrays, centred, epsilon, gate_last, tile: Tile) -> Arr
         out_shape["h"] = given["x"]
     if centred:
         out_shape["mean"] = number
-    return _call(kernel, given, out_shape, name, tile, programs, steps * tile.rows)
+    return _call(kernel, given, out_shape, name, tile, pl.cdiv(rows, tile.rows), tile.rows)
 
 
 def backward(name, given: Arrays, biased, gate_last, tile: Tile) -> Arrays:
@@ -292,7 +248,7 @@ def backward(name, given: Arrays, biased, gate_last, tile: Tile) -> Arrays:
 
             def part(j, policy):
                 columns = pl.ds(j * chunk, chunk)
-                scale = wide(load(refs["scale"].at[:, columns], eviction_policy="evict_last")) if held is None else held
+                scale = _weight(refs, "scale", columns) if held is None else held
                 return _Part(refs, (block, columns), scale, mean, rstd, gate_last, policy)
 
             gn, g, more = 0.0, 0.0, []
@@ -300,13 +256,9 @@ def backward(name, given: Arrays, biased, gate_last, tile: Tile) -> Arrays:
                 last = part(j, None)
                 gn, g = gn + last.g * last.n, g + last.g
                 more.append(last.added(of_chunk))
-                if BARRIER and count > 1:
-                    debug_barrier()
             mean_gn = jnp.sum(gn, axis=1, keepdims=True) / d
             mean_g = jnp.sum(g, axis=1, keepdims=True) / d if centred else None
             if count == 1:
-                if HOLD_BWD:
-                    last.again()
                 last.store(out, mean_gn, mean_g)
             else:
                 jax.lax.fori_loop(0, count, lambda j, _: part(j, "evict_first").store(out, mean_gn, mean_g), None)
@@ -330,40 +282,46 @@ def backward(name, given: Arrays, biased, gate_last, tile: Tile) -> Arrays:
     return out
 
 
+@dataclasses.dataclass(frozen=True)
+class Wide:
+    """What `wide_kernel` is compiled for: rows of a width, in parts of some lanes, and so many of them at once."""
+
+    rows: int
+    steps: int
+    width: int
+    parts: int
+    lanes: int
+    slots: int
+    centred: bool
+    residual: bool
+    biased: bool
+
+    @property
+    def ragged(self) -> bool:
+        return self.width < self.parts * self.lanes
+
+
 def wide_backward(given: Arrays, biased: bool, tile: Tile) -> Arrays:
-    """By `wide_kernel`."""
-    from jtile.ops.norm.wide_kernel import wide_backward
+    from jtile.ops.norm.wide_kernel import wide_backward  # which needs Triton's Gluon
 
     x = given["x"]
     rows, d = x.shape
     steps = pl.cdiv(rows, tile.programs)
     programs = pl.cdiv(rows, steps)
+    lanes = pl.next_power_of_2(d) // tile.rows
+    wide = Wide(rows, steps, d, tile.rows, lanes, tile.num_stages, "mean" in given, "dh" in given, biased)
     part = jax.ShapeDtypeStruct((programs, d), jnp.float32)
-    out_shape = {"dx": x, "dscale": part} | ({"dbias": part} if biased else {})
-    nothing = jnp.zeros(1, jnp.float32)  # TODO
-    dx, *sums = triton_call(
-        x,
-        given["scale"],
-        given["rstd"],
-        given.get("mean", given["rstd"]),
-        given["dy"],
-        given.get("dh", x),
-        rows=rows,
-        steps=steps,
+    # What the kernel has no use for may be anything.
+    dx, dscale, dbias = triton_call(
+        *(given.get(name, given["rstd"]) for name in ("x", "scale", "rstd", "mean", "dy", "dh")),
         kernel=wide_backward,
-        out_shape=[x, part, part],
+        out_shape=[x, part, part if biased else jax.ShapeDtypeStruct((1,), jnp.float32)],
         grid=programs,
         num_warps=tile.num_warps,
-        WIDTH=d,
-        PARTS=tile.rows,
-        LANES=pl.next_power_of_2(d) // tile.rows,
-        SLOTS=tile.num_stages,
-        CENTRED="mean" in given,
-        RESIDUAL="dh" in given,
-        BIASED=biased,
+        S=wide,
     )
-    out = {"dx": dx, "dscale": jnp.sum(sums[0], axis=0)}
-    return out | ({"dbias": jnp.sum(sums[1], axis=0)} if biased else {})
+    sums = {"dscale": dscale, "dbias": dbias} if biased else {"dscale": dscale}
+    return {"dx": dx} | {name: jnp.sum(x, axis=0) for name, x in sums.items()}
 
 
 def _call(

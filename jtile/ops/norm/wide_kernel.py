@@ -1,4 +1,4 @@
-"""The backward pass over rows that fill a multiprocessor: of up to 16,384 elements, in Gluon.
+"""The backward pass over rows that fill a multiprocessor, of up to 16,384 elements, in Gluon.
 
 Sums over rows of a row's width take a quarter of the registers each, so registers hold little else. Shared memory has
 the scale, the row that is computed and the next one, which is on its way. A row is read from there twice, in parts: for
@@ -11,21 +11,31 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 
 @gluon.jit
-def _copy(shared, slot, ptr, mask, PARTS: gl.constexpr, LANES: gl.constexpr):
-    for j in gl.static_range(PARTS):
-        async_copy.async_load(shared.index(slot * PARTS + j), ptr + j * LANES, mask=mask[j])
+def _copy(rows, slot, ptr, inside, S: gl.constexpr):
+    parts: gl.constexpr = S.parts
+    for j in gl.static_range(parts):
+        async_copy.async_load(rows.index(slot * parts + j), ptr + j * S.lanes, mask=inside[j])
 
 
 @gluon.jit
-def _fetch(
-    row, slot, stop, x_ptr, dy_ptr, xs, dys, inside, lanes,
-    WIDTH: gl.constexpr, PARTS: gl.constexpr, LANES: gl.constexpr,
-):  # fmt: skip
+def _fetch(row, first, stop, x_ptr, dy_ptr, xs, dys, lanes, inside, S: gl.constexpr):
     if row < stop:
-        at = row.to(gl.int64) * WIDTH + lanes
-        _copy(xs, slot, x_ptr + at, inside, PARTS, LANES)
-        _copy(dys, slot, dy_ptr + at, inside, PARTS, LANES)
+        slot = (row - first) % S.slots
+        start = gl.cast(row, gl.int64) * S.width
+        _copy(xs, slot, x_ptr + start + lanes, inside, S)
+        _copy(dys, slot, dy_ptr + start + lanes, inside, S)
     async_copy.commit_group()
+
+
+@gluon.jit
+def _read(xs, dys, scales, slot, j: gl.constexpr, mean, rstd, inside, layout: gl.constexpr, S: gl.constexpr):
+    """n, ȳ and its product with the scale, of a part of a row; 0 past its end."""
+    n = (xs.index(slot * S.parts + j).load(layout).to(gl.float32) - mean) * rstd
+    dy = dys.index(slot * S.parts + j).load(layout).to(gl.float32)
+    if S.ragged:
+        n = gl.where(inside[j], n, 0.0)
+        dy = gl.where(inside[j], dy, 0.0)
+    return n, dy, dy * scales.index(j).load(layout)
 
 
 @gluon.jit
@@ -35,77 +45,75 @@ def _add(a, b, c, d):
 
 @gluon.jit
 def wide_backward(
-    x_ptr, scale_ptr, rstd_ptr, mean_ptr, dy_ptr, dh_ptr, dx_ptr, dscale_ptr, dbias_ptr, rows, steps,
-    WIDTH: gl.constexpr, PARTS: gl.constexpr, LANES: gl.constexpr, CENTRED: gl.constexpr, RESIDUAL: gl.constexpr,
-    BIASED: gl.constexpr, SLOTS: gl.constexpr,
+    x_ptr, scale_ptr, rstd_ptr, mean_ptr, dy_ptr, dh_ptr, dx_ptr, dscale_ptr, dbias_ptr, S: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = x_ptr.dtype.element_ty
+    parts: gl.constexpr = S.parts
+    ahead: gl.constexpr = S.slots - 1
     layout: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    lanes = gl.arange(0, LANES, layout)
-    scales = gl.allocate_shared_memory(gl.float32, [PARTS, LANES], plain)
-    xs = gl.allocate_shared_memory(dtype, [SLOTS * PARTS, LANES], plain)
-    dys = gl.allocate_shared_memory(dtype, [SLOTS * PARTS, LANES], plain)
-    dhs = gl.allocate_shared_memory(dtype, [PARTS, LANES], plain)
+    scales = gl.allocate_shared_memory(gl.float32, [S.parts, S.lanes], plain)
+    xs = gl.allocate_shared_memory(dtype, [S.slots * S.parts, S.lanes], plain)
+    dys = gl.allocate_shared_memory(dtype, [S.slots * S.parts, S.lanes], plain)
+    dhs = gl.allocate_shared_memory(dtype, [S.parts, S.lanes], plain)
+    lanes = gl.arange(0, S.lanes, layout)
+    zeros = gl.zeros([S.lanes], gl.float32, layout)
     inside = ()
     dscale = ()
     dbias = ()
-    for j in gl.static_range(PARTS):
-        inside += (lanes < WIDTH - j * LANES,)
-        scales.index(j).store(gl.load(scale_ptr + j * LANES + lanes, mask=inside[j], other=0.0))
-        dscale += (gl.zeros([LANES], gl.float32, layout),)
-        dbias += (gl.zeros([LANES], gl.float32, layout),)
-    first = gl.program_id(0) * steps
-    stop = gl.minimum(first + steps, rows)
-    for k in gl.static_range(SLOTS - 1):
-        _fetch(first + k, k, stop, x_ptr, dy_ptr, xs, dys, inside, lanes, WIDTH, PARTS, LANES)
+    for j in gl.static_range(parts):
+        inside += (lanes < S.width - j * S.lanes,)
+        scales.index(j).store(gl.load(scale_ptr + j * S.lanes + lanes, mask=inside[j], other=0.0))
+        dscale += (zeros,)
+        dbias += (zeros,)
+    first = gl.program_id(0) * S.steps
+    stop = gl.minimum(first + S.steps, S.rows)
+    for k in gl.static_range(ahead):
+        _fetch(first + k, first, stop, x_ptr, dy_ptr, xs, dys, lanes, inside, S)
     for row in range(first, stop):
-        at = row.to(gl.int64) * WIDTH + lanes
-        slot = (row - first) % SLOTS
-        if RESIDUAL:
-            _copy(dhs, 0, dh_ptr + at, inside, PARTS, LANES)
+        start = gl.cast(row, gl.int64) * S.width
+        slot = (row - first) % S.slots
+        if S.residual:
+            _copy(dhs, 0, dh_ptr + start + lanes, inside, S)
             async_copy.commit_group()
-        ahead = row + (SLOTS - 1)
-        _fetch(ahead, (ahead - first) % SLOTS, stop, x_ptr, dy_ptr, xs, dys, inside, lanes, WIDTH, PARTS, LANES)
+        _fetch(row + ahead, first, stop, x_ptr, dy_ptr, xs, dys, lanes, inside, S)
         rstd = gl.load(rstd_ptr + row)
         mean = 0.0
-        if CENTRED:
+        if S.centred:
             mean = gl.load(mean_ptr + row)
-        async_copy.wait_group((SLOTS - 1) * (2 if RESIDUAL else 1))
-        gn = gl.zeros([LANES], gl.float32, layout)
-        g_sum = gl.zeros([LANES], gl.float32, layout)
-        added = ()
-        added_bias = ()
-        for j in gl.static_range(PARTS):
-            n = (xs.index(slot * PARTS + j).load(layout).to(gl.float32) - mean) * rstd
-            dy = dys.index(slot * PARTS + j).load(layout).to(gl.float32)
-            g = dy * scales.index(j).load(layout)
-            gn += g * n
-            g_sum += g
-            added += (dscale[j] + dy * n,)
-            added_bias += (dbias[j] + dy,)
-        dscale = added
-        if BIASED:
-            dbias = added_bias
-        if CENTRED:
-            mean_gn, mean_g = gl.reduce((gn, g_sum), 0, _add)
-            mean_g /= WIDTH
+
+        async_copy.wait_group(ahead + 1 if S.residual else ahead)
+        gn = zeros
+        sum_g = zeros
+        dscale_before = dscale
+        dbias_before = dbias
+        dscale = ()
+        dbias = ()
+        for j in gl.static_range(parts):
+            n, dy, g = _read(xs, dys, scales, slot, j, mean, rstd, inside, layout, S)
+            gn = gn + g * n
+            sum_g = sum_g + g
+            dscale += (dscale_before[j] + dy * n,)
+            dbias += ((dbias_before[j] + dy) if S.biased else zeros,)
+        if S.centred:
+            mean_gn, mean_g = gl.reduce((gn, sum_g), 0, _add)
+            mean_g = mean_g / S.width
         else:
             mean_gn = gl.sum(gn, 0)
-        mean_gn /= WIDTH
-        async_copy.wait_group(1 if RESIDUAL else SLOTS - 1)
-        for j in gl.static_range(PARTS):
-            n = (xs.index(slot * PARTS + j).load(layout).to(gl.float32) - mean) * rstd
-            dx = dys.index(slot * PARTS + j).load(layout).to(gl.float32) * scales.index(j).load(layout) - n * mean_gn
-            if CENTRED:
-                dx -= mean_g
-            dx *= rstd
-            if RESIDUAL:
+            mean_g = 0.0
+        mean_gn = mean_gn / S.width
+
+        # This wait, which is over at once where there is no dh, also keeps the compiler from reading a row only once.
+        async_copy.wait_group(1 if S.residual else ahead)
+        for j in gl.static_range(parts):
+            n, _, g = _read(xs, dys, scales, slot, j, mean, rstd, inside, layout, S)
+            dx = rstd * (g - n * mean_gn - mean_g)
+            if S.residual:
                 dx += dhs.index(j).load(layout).to(gl.float32)
-            gl.store(dx_ptr + at + j * LANES, dx.to(dtype), mask=inside[j])
+            gl.store(dx_ptr + start + lanes + j * S.lanes, dx.to(dtype), mask=inside[j])
     async_copy.wait_group(0)
-    for j in gl.static_range(PARTS):
-        part = gl.program_id(0) * WIDTH + j * LANES + lanes
-        gl.store(dscale_ptr + part, dscale[j], mask=inside[j])
-        if BIASED:
-            gl.store(dbias_ptr + part, dbias[j], mask=inside[j])
+    for j in gl.static_range(parts):
+        at = gl.program_id(0) * S.width + j * S.lanes + lanes
+        gl.store(dscale_ptr + at, dscale[j], mask=inside[j])
+        if S.biased:
+            gl.store(dbias_ptr + at, dbias[j], mask=inside[j])

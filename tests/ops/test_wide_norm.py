@@ -1,0 +1,51 @@
+"""The norms' backward kernel for wide rows, by NumPy and on a GPU, against the reference."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jtile.ops.norm import family, rows, wide_kernel
+from tests.ops import gluon_on_cpu
+
+VARIANTS = [v for v in itertools.product([False, True], repeat=3) if v[0] or not v[2]]  # centred, residual, biased
+
+
+def operands(n, d, centred, residual):
+    random = np.random.default_rng(0)
+    matrix = lambda: random.standard_normal((n, d)).astype(ml_dtypes.bfloat16)  # noqa: E731
+    given = {"x": matrix(), "scale": random.standard_normal(d).astype(np.float32), "dy": matrix()}
+    given["rstd"] = random.uniform(0.5, 2, n).astype(np.float32)
+    if centred:
+        given["mean"] = random.standard_normal(n).astype(np.float32)
+    return given | ({"dh": matrix()} if residual else {})
+
+
+def check(actual, given, biased):
+    expected = family._gradients(jax.tree.map(jnp.asarray, given), biased, False)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        a, b = (np.asarray(x, np.float32) for x in (actual[name], value))
+        # dx is rounded to bfloat16; sums over rows are float32's, in another order.
+        np.testing.assert_allclose(a, b, rtol=2**-7 if name == "dx" else 1e-5, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("slots, d", [(2, 128), (2, 104), (3, 96)])
+@pytest.mark.parametrize("centred, residual, biased", VARIANTS)
+def test_by_numpy(centred, residual, biased, slots, d):
+    """7 rows for 3 programs; the last part of a row is ragged, or empty."""
+    given = operands(7, d, centred, residual)
+    pointers = {name: gluon_on_cpu.Pointer(x.reshape(-1)) for name, x in given.items()}
+    out = {"dx": np.zeros((7, d), ml_dtypes.bfloat16), "dscale": np.zeros((3, d), np.float32)}
+    out |= {"dbias": np.zeros((3, d), np.float32)} if biased else {}
+    names = "x", "scale", "rstd", "mean", "dy", "dh"
+    arguments = [pointers.get(name, pointers["x"]) for name in names]
+    arguments += [
+        gluon_on_cpu.Pointer(out[name].reshape(-1)) if name in out else None for name in ("dx", "dscale", "dbias")
+    ]
+    kernel = gluon_on_cpu.load(wide_kernel)["wide_backward"]
+    gluon_on_cpu.run(kernel, 3, *arguments, rows.Wide(7, 3, d, 4, 32, slots, centred, residual, biased))
+    check(out | {name: out[name].sum(0) for name in out if name != "dx"}, given, biased)
