@@ -8,7 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jtile.ops.norm import family, rows, wide_kernel
+import jtile
+from jtile.compiler.target import Target
+from jtile.ops.norm import family, wide, wide_kernel
 from tests.ops import gluon_on_cpu
 
 VARIANTS = [v for v in itertools.product([False, True], repeat=3) if v[0] or not v[2]]  # centred, residual, biased
@@ -33,19 +35,40 @@ def check(actual, given, biased):
         np.testing.assert_allclose(a, b, rtol=2**-7 if name == "dx" else 1e-5, atol=1e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("slots, d", [(2, 128), (2, 104), (3, 96)])
+@pytest.mark.parametrize("slots, held, d", [(2, False, 128), (2, True, 104), (3, False, 96)])
 @pytest.mark.parametrize("centred, residual, biased", VARIANTS)
-def test_by_numpy(centred, residual, biased, slots, d):
+def test_by_numpy(centred, residual, biased, slots, held, d):
     """7 rows for 3 programs; the last part of a row is ragged, or empty."""
     given = operands(7, d, centred, residual)
-    pointers = {name: gluon_on_cpu.Pointer(x.reshape(-1)) for name, x in given.items()}
     out = {"dx": np.zeros((7, d), ml_dtypes.bfloat16), "dscale": np.zeros((3, d), np.float32)}
     out |= {"dbias": np.zeros((3, d), np.float32)} if biased else {}
-    names = "x", "scale", "rstd", "mean", "dy", "dh"
-    arguments = [pointers.get(name, pointers["x"]) for name in names]
-    arguments += [
-        gluon_on_cpu.Pointer(out[name].reshape(-1)) if name in out else None for name in ("dx", "dscale", "dbias")
-    ]
+    pointers = {name: gluon_on_cpu.Pointer(x.reshape(-1)) for name, x in (given | out).items()}
+    names = ("x", "scale", "rstd", "mean", "dy", "dh", "dx", "dscale", "dbias")
     kernel = gluon_on_cpu.load(wide_kernel)["wide_backward"]
-    gluon_on_cpu.run(kernel, 3, *arguments, rows.Wide(7, 3, d, 4, 32, slots, centred, residual, biased))
+    options = wide.Wide(7, 3, d, 4, 32, slots, centred, residual, biased, held)
+    gluon_on_cpu.run(kernel, 3, *(pointers.get(name) for name in names), options)
     check(out | {name: out[name].sum(0) for name in out if name != "dx"}, given, biased)
+
+
+@pytest.mark.parametrize("centred, residual, biased", VARIANTS)
+def test_compiles(centred, residual, biased):
+    """For each generation; with two sums in registers the scale needs more shared memory than Ampere has."""
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands(1, 16384, centred, residual))
+    for chip in ("NVIDIA A100", "NVIDIA H200", "NVIDIA B200"):
+        target = Target.named(chip)
+        tiles = list(wide.tiles(given, biased, target))
+        assert tiles or (biased and chip == "NVIDIA A100")
+        for tile in tiles[:1]:
+            [kernel] = jtile.inspect(lambda given, tile=tile: wide.backward(given, biased, tile), given, target=target)
+            assert kernel.spill_bytes <= (8 if biased else 0)
+            assert kernel.instructions["cp.async.cg.shared.global"] >= 8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [16384, 12288, 8200])
+@pytest.mark.parametrize("centred, residual, biased", VARIANTS)
+def test_on_a_gpu(centred, residual, biased, d):
+    given = operands(1000, d, centred, residual)
+    for tile in wide.tiles(given, biased, Target.current()):
+        out = jax.jit(lambda given, tile=tile: wide.backward(given, biased, tile))(given)
+        check(out, given, biased)

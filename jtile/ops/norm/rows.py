@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.primitives import load
 from jtile.compiler.target import Target
-from jtile.compiler.triton_call import triton_call
+from jtile.ops.norm import wide as wide_rows
 from jtile.ops.norm.common import combined, updated, wide
 
 Arrays = dict[str, jax.Array]  # operands or results, by name
@@ -54,35 +54,30 @@ WIDEST_ROW, WIDEST_SUM = 8192, 16384
 def forward_tiles(given: Arrays, target: Target | None) -> Iterator[Tile]:
     rows, d = given["x"].shape
     lanes, sum_too = pl.next_power_of_2(d), "residual" in given
-    if lanes <= 2048:
-        best = [(2048, 4), (4096, 8)]  # elements of a block, and warps
-    elif lanes == 4096:
-        best = [(8192, 16 if sum_too else 8), (4096, 8)]
-    elif lanes == 8192:
-        best = [(32768, 32) if sum_too else (16384, 8), (8192, 16)]
-    elif lanes == 16384:
-        best = [(16384, 16)] if sum_too else []
-    else:
-        best = []
+    best = {  # elements of a block, and warps
+        4096: [(8192, 16 if sum_too else 8), (4096, 8)],
+        8192: [(8192, 16), (16384, 16)],
+        16384: [(16384, 16)],
+    }.get(lanes, [(2048, 4), (4096, 8)])
     blocks = dict.fromkeys((*best, *((n, n // e // 32) for n in (2048, 4096, 8192, 16384) for e in (16, 32))))
     held = [Tile(_rows(rows, n // lanes, target), lanes, warps) for n, warps in blocks if lanes <= n and warps >= 4]
     chunk = 4096 if lanes <= 16384 else 8192
     chunks = [Tile(n, columns, 16) for n, columns in ((1, chunk), (2, 4096), (1, 12288 - chunk)) if columns < lanes]
-    yield from dict.fromkeys(held + chunks if best else chunks + held)
+    yield from dict.fromkeys(held + chunks)
 
 
-def backward_tiles(given: Arrays, target: Target | None) -> Iterator[Tile]:
+def backward_tiles(given: Arrays, biased: bool, target: Target | None) -> Iterator[Tile | wide_rows.WideTile]:
     x, gated = given["x"], "gate" in given
     rows, d = x.shape
     lanes, sms = pl.next_power_of_2(d), target.sms if target else MULTIPROCESSORS
     share = 2 if gated else 1  # a gate takes as much again
     if lanes <= WIDEST_ROW // share:
-        best = [(4096, 8, 2), (8192, 16, 1), (2048, 4, 4)]  # elements of a block, warps, programs at once
-        for elements, warps, at_once in best if lanes <= 2048 or gated else (best[1], best[0], best[2]):
+        for elements in (4096, 8192, 2048) if gated else (max(2048, lanes), 4096, 8192, 2048):
             if lanes <= elements:
-                block = _rows(rows, elements // lanes, target)
+                block, warps, at_once = _rows(rows, elements // lanes, target), elements // 512, 8192 // elements
                 yield Tile(block, lanes, warps, at_once * sms, _stages(given, block, at_once, target))
         return
+    yield from wide_rows.tiles(given, biased, target)
     if lanes <= WIDEST_SUM // share:
         # Larger chunks spill registers on some chip: the sums of a row's width take half of them.
         columns = (2048 if "mean" in given or "dh" in given else 4096) // x.dtype.itemsize
@@ -227,8 +222,8 @@ def forward(name, given: Arrays, centred, epsilon, gate_last, tile: Tile) -> Arr
 
 
 def backward(name, given: Arrays, biased, gate_last, tile: Tile) -> Arrays:
-    if tile.columns == 0:
-        return wide_backward(given, biased, tile)
+    if isinstance(tile, wide_rows.WideTile):
+        return wide_rows.backward(given, biased, tile)
     if not tile.programs:
         return _means_and_columns(name, given, biased, gate_last, tile)
     rows, d = given["x"].shape
@@ -280,48 +275,6 @@ def backward(name, given: Arrays, biased, gate_last, tile: Tile) -> Arrays:
     if biased and count > 1:  # two sums of such a width are more than registers hold
         out["dbias"] = jnp.sum(wide(given["dy"]), axis=0)
     return out
-
-
-@dataclasses.dataclass(frozen=True)
-class Wide:
-    """What `wide_kernel` is compiled for: rows of a width, in parts of some lanes, and so many of them at once."""
-
-    rows: int
-    steps: int
-    width: int
-    parts: int
-    lanes: int
-    slots: int
-    centred: bool
-    residual: bool
-    biased: bool
-
-    @property
-    def ragged(self) -> bool:
-        return self.width < self.parts * self.lanes
-
-
-def wide_backward(given: Arrays, biased: bool, tile: Tile) -> Arrays:
-    from jtile.ops.norm.wide_kernel import wide_backward  # which needs Triton's Gluon
-
-    x = given["x"]
-    rows, d = x.shape
-    steps = pl.cdiv(rows, tile.programs)
-    programs = pl.cdiv(rows, steps)
-    lanes = pl.next_power_of_2(d) // tile.rows
-    wide = Wide(rows, steps, d, tile.rows, lanes, tile.num_stages, "mean" in given, "dh" in given, biased)
-    part = jax.ShapeDtypeStruct((programs, d), jnp.float32)
-    # What the kernel has no use for may be anything.
-    dx, dscale, dbias = triton_call(
-        *(given.get(name, given["rstd"]) for name in ("x", "scale", "rstd", "mean", "dy", "dh")),
-        kernel=wide_backward,
-        out_shape=[x, part, part if biased else jax.ShapeDtypeStruct((1,), jnp.float32)],
-        grid=programs,
-        num_warps=tile.num_warps,
-        S=wide,
-    )
-    sums = {"dscale": dscale, "dbias": dbias} if biased else {"dscale": dscale}
-    return {"dx": dx} | {name: jnp.sum(x, axis=0) for name, x in sums.items()}
 
 
 def _call(

@@ -28,14 +28,26 @@ def _fetch(row, first, stop, x_ptr, dy_ptr, xs, dys, lanes, inside, S: gl.conste
 
 
 @gluon.jit
-def _read(xs, dys, scales, slot, j: gl.constexpr, mean, rstd, inside, layout: gl.constexpr, S: gl.constexpr):
+def _scale(scales, held, j: gl.constexpr, layout: gl.constexpr, S: gl.constexpr):
+    """A part of the scale. Of eight numbers of a thread the halves lie apart, so that they meet in no bank."""
+    if S.held:
+        return held[j]
+    half: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    low = gl.reshape(scales.index(2 * j).load(half), [S.lanes // 8, 4])
+    high = gl.reshape(scales.index(2 * j + 1).load(half), [S.lanes // 8, 4])
+    whole = gl.reshape(gl.permute(gl.join(low, high), [0, 2, 1]), [S.lanes])
+    return gl.convert_layout(whole, layout)
+
+
+@gluon.jit
+def _read(xs, dys, scale, slot, j: gl.constexpr, mean, rstd, inside, layout: gl.constexpr, S: gl.constexpr):
     """n, ȳ and its product with the scale, of a part of a row; 0 past its end."""
     n = (xs.index(slot * S.parts + j).load(layout).to(gl.float32) - mean) * rstd
     dy = dys.index(slot * S.parts + j).load(layout).to(gl.float32)
     if S.ragged:
         n = gl.where(inside[j], n, 0.0)
         dy = gl.where(inside[j], dy, 0.0)
-    return n, dy, dy * scales.index(j).load(layout)
+    return n, dy, dy * scale
 
 
 @gluon.jit
@@ -52,18 +64,27 @@ def wide_backward(
     ahead: gl.constexpr = S.slots - 1
     layout: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    scales = gl.allocate_shared_memory(gl.float32, [S.parts, S.lanes], plain)
+    scales = gl.allocate_shared_memory(gl.float32, [2 * S.parts, S.lanes // 2], plain)
     xs = gl.allocate_shared_memory(dtype, [S.slots * S.parts, S.lanes], plain)
     dys = gl.allocate_shared_memory(dtype, [S.slots * S.parts, S.lanes], plain)
     dhs = gl.allocate_shared_memory(dtype, [S.parts, S.lanes], plain)
     lanes = gl.arange(0, S.lanes, layout)
     zeros = gl.zeros([S.lanes], gl.float32, layout)
+    half: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    halves = gl.arange(0, S.lanes // 2, half)
+    halves = halves // 4 * 8 + halves % 4
     inside = ()
+    held = ()
     dscale = ()
     dbias = ()
     for j in gl.static_range(parts):
         inside += (lanes < S.width - j * S.lanes,)
-        scales.index(j).store(gl.load(scale_ptr + j * S.lanes + lanes, mask=inside[j], other=0.0))
+        if S.held:
+            held += (gl.load(scale_ptr + j * S.lanes + lanes, mask=inside[j], other=0.0),)
+        else:
+            for k in gl.static_range(2):
+                at = j * S.lanes + halves + 4 * k
+                scales.index(2 * j + k).store(gl.load(scale_ptr + at, mask=at < S.width, other=0.0))
         dscale += (zeros,)
         dbias += (zeros,)
     first = gl.program_id(0) * S.steps
@@ -90,7 +111,7 @@ def wide_backward(
         dscale = ()
         dbias = ()
         for j in gl.static_range(parts):
-            n, dy, g = _read(xs, dys, scales, slot, j, mean, rstd, inside, layout, S)
+            n, dy, g = _read(xs, dys, _scale(scales, held, j, layout, S), slot, j, mean, rstd, inside, layout, S)
             gn = gn + g * n
             sum_g = sum_g + g
             dscale += (dscale_before[j] + dy * n,)
@@ -106,7 +127,7 @@ def wide_backward(
         # This wait, which is over at once where there is no dh, also keeps the compiler from reading a row only once.
         async_copy.wait_group(1 if S.residual else ahead)
         for j in gl.static_range(parts):
-            n, _, g = _read(xs, dys, scales, slot, j, mean, rstd, inside, layout, S)
+            n, _, g = _read(xs, dys, _scale(scales, held, j, layout, S), slot, j, mean, rstd, inside, layout, S)
             dx = rstd * (g - n * mean_gn - mean_g)
             if S.residual:
                 dx += dhs.index(j).load(layout).to(gl.float32)
