@@ -6,6 +6,7 @@ from jtile.compiler.launch import EXPORT_CHECKS
 from jtile.compiler.pallas import retarget_pallas
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.primitives import (
+    approx_exp2,
     approx_tanh,
     atomic_add,
     atomic_and,
@@ -42,6 +43,7 @@ __all__ = [
     "BlockMask",
     "CompilerParams",
     "TileOp",
+    "approx_exp2",
     "approx_tanh",
     "atomic_add",
     "atomic_and",

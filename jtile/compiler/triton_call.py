@@ -21,6 +21,14 @@ from jtile.compiler.target import Target
 type Grid = int | tuple[int, ...]
 
 
+def has_gluon() -> bool:
+    """Whether Triton's Gluon has what jtile's kernels in it are written with: from 3.9 on."""
+    import triton
+
+    major, minor, *_ = triton.__version__.split(".")
+    return (int(major), int(minor)) >= (3, 9)
+
+
 def triton_call(
     *args: Any,
     kernel: Any,

@@ -127,10 +127,16 @@ def _counted(*ends, **_) -> Iterator[tl.tensor]:
 
 
 def _assembly(asm: str, constraints: str, args: list[tl.tensor], **_) -> tl.tensor:
-    """A move is all that the compiler writes of its own accord."""
-    if not asm.startswith("mov."):
+    """What the compiler writes of its own accord: moves, and the instructions that jtile has functions for."""
+    instruction = asm.partition(".")[0]
+    if instruction == "mov":
+        return args[0]
+    if instruction not in _INSTRUCTIONS:
         raise NotImplementedError(f"Inline assembly runs on GPUs alone: {asm!r}.")
-    return args[0]
+    return _stand_in(_INSTRUCTIONS[instruction])(args[0])
+
+
+_INSTRUCTIONS = {"ex2": "exp2", "tanh": "tanh"}
 
 
 def _printed(tensor: tl.tensor) -> str:
@@ -377,6 +383,7 @@ _LIBDEVICE = {
     "round": lambda x: np.trunc(x + np.copysign(0.5, x)),
     "sinh": np.sinh,
     "tan": np.tan,
+    "exp2": np.exp2,
     "tanh": np.tanh,
 }
 

@@ -1,6 +1,7 @@
 """Gated linear units without the products: y = activation(gate) · up, elementwise."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from jtile.compiler.params import CompilerParams
+from jtile.compiler.primitives import approx_exp2
 from jtile.op import Implementation, TileOp, check_known
 
 # Spec.
@@ -67,10 +69,11 @@ TAIL = (0.119631998, 0.120712303, 0.100174889, 0.127695322, -0.0520408340, 0.204
 def _normal(x):
     """Φ(x) and its derivative."""
     t = 1 / (1 + 0.3 * jnp.abs(x))
-    r = jnp.zeros_like(x)
-    for coefficient in reversed(TAIL):
-        r = (r + coefficient) * t
-    falls = jnp.exp2(-0.5 * math.log2(math.e) * x * x)
+    r = TAIL[-1]
+    for coefficient in reversed(TAIL[:-1]):
+        r = r * t + coefficient
+    r = r * t
+    falls = approx_exp2(-0.5 * math.log2(math.e) * x * x)
     return jnp.where(x < 0, falls * r, 1 - falls * r), falls * (2 * math.pi) ** -0.5
 
 
@@ -88,38 +91,47 @@ def _gelu_jvp(primals, tangents):
 
 IN_KERNELS = {**ACTIVATIONS, "gelu": _gelu}
 
-BLOCK = 4096
+
+class Tile(NamedTuple):
+    elements: int
+    num_warps: int
 
 
-def _elementwise(kernel, operands, results, name):
+@forward.tiles
+@backward.tiles
+def tiles(*operands, **options):
+    yield from (Tile(1024 * n, w) for n, w in ((4, 4), (2, 4), (4, 8), (1, 4), (1, 2), (2, 2), (8, 8), (8, 4)))
+
+
+def _elementwise(kernel, operands, results, name, tile):
     (n,) = operands[0].shape
-    block = pl.BlockSpec((BLOCK,), lambda i: (i,))
+    block = pl.BlockSpec((tile.elements,), lambda i: (i,))
     return pl.pallas_call(
         kernel,
-        grid=(pl.cdiv(n, BLOCK),),
+        grid=(pl.cdiv(n, tile.elements),),
         in_specs=[block] * len(operands),
         out_specs=[block] * len(results),
         out_shape=results,
-        compiler_params=CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=CompilerParams(num_warps=tile.num_warps, num_stages=1),
         name=name,
     )(*operands)
 
 
 @forward.kernel
-def forward_kernel(gate, up, *, activation):
+def forward_kernel(gate, up, *, tile, activation):
     def gated_activation_kernel(gate_ref, up_ref, y_ref):
         y_ref[...] = _gated(gate_ref[...], up_ref[...], IN_KERNELS[activation])
 
-    return tuple(_elementwise(gated_activation_kernel, [gate, up], [gate], "gated_activation"))
+    return tuple(_elementwise(gated_activation_kernel, [gate, up], [gate], "gated_activation", tile))
 
 
 @backward.kernel
-def backward_kernel(gate, up, dy, *, activation):
+def backward_kernel(gate, up, dy, *, tile, activation):
     def gated_activation_backward_kernel(gate_ref, up_ref, dy_ref, dgate_ref, dup_ref):
         gradients = _gated_gradients(gate_ref[...], up_ref[...], dy_ref[...], IN_KERNELS[activation])
         dgate_ref[...], dup_ref[...] = gradients
 
-    out = _elementwise(gated_activation_backward_kernel, [gate, up, dy], [gate, up], "gated_activation_backward")
+    out = _elementwise(gated_activation_backward_kernel, [gate, up, dy], [gate, up], "gated_activation_backward", tile)
     return tuple(out)
 
 

@@ -6,9 +6,11 @@ frequency, by up to half of 2⁻³² turn, at every position. To keep that small
 and steps of 1 with a frequency each: at p = 131,072 the angle is off by less than 10⁻⁶ radians.
 """
 
+import itertools
 import math
 import operator
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,12 +105,31 @@ def write_pairs(ref, at: tuple, f: int, interleaved: bool, a, b, *rest) -> None:
         ref[(*at, pl.ds(2 * f, part.shape[-1]))] = part
 
 
+class Tile(NamedTuple):
+    """The tokens and heads that a program has."""
+
+    tokens: int
+    heads: int
+    num_warps: int
+
+
+@forward.tiles
+def forward_tiles(x, positions, *_, **options):
+    """All heads of a token, or of several tokens where they are few, and 32 elements to a thread."""
+    *_, heads, d = x.shape
+    heads = math.gcd(heads, 32)
+    of_token = heads * pl.next_power_of_2(d)
+    for elements, each in itertools.product((1024, 2048, 4096), (32, 64, 16)):
+        tokens = max(1, elements // of_token)
+        warps = min(8, max(1, tokens * of_token // (32 * each)))
+        yield Tile(min(tokens, pl.next_power_of_2(positions.size)), heads, warps)
+
+
 @forward.kernel
-def forward_kernel(x, positions, step, leap, *, interleaved):
+def forward_kernel(x, positions, step, leap, *, tile, interleaved):
     *_, heads, d = x.shape
     tokens, f = positions.size, step.size
-    head_block = math.gcd(heads, 32)
-    block = max(1, min(4096 // (head_block * pl.next_power_of_2(d)), pl.next_power_of_2(tokens)))
+    block, head_block, num_warps = tile
     every = slice(None), slice(None)
 
     def rope_kernel(x_ref, positions_ref, step_ref, leap_ref, y_ref):
@@ -116,15 +137,15 @@ def forward_kernel(x, positions, step, leap, *, interleaved):
         a, b, *rest = read_pairs(x_ref, every, f, interleaved)
         write_pairs(y_ref, every, f, interleaved, *turned(a, b, sin, cos), *rest)
 
-    tile = pl.BlockSpec((block, head_block, d), lambda i, j: (i, j, 0))
+    part = pl.BlockSpec((block, head_block, d), lambda i, j: (i, j, 0))
     pairs = pl.BlockSpec((f,), lambda i, j: (0,))
     (y,) = pl.pallas_call(
         rope_kernel,
         grid=(pl.cdiv(tokens, block), heads // head_block),
-        in_specs=[tile, pl.BlockSpec((block,), lambda i, j: (i,)), pairs, pairs],
-        out_specs=[tile],
+        in_specs=[part, pl.BlockSpec((block,), lambda i, j: (i,)), pairs, pairs],
+        out_specs=[part],
         out_shape=[jax.ShapeDtypeStruct((tokens, heads, d), x.dtype)],
-        compiler_params=CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=CompilerParams(num_warps=num_warps, num_stages=1),
         name="rope",
     )(x.reshape(tokens, heads, d), positions.reshape(tokens), step, leap)
     return (y.reshape(x.shape),)

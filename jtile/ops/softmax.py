@@ -19,7 +19,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
 from jtile.compiler.params import CompilerParams
+from jtile.compiler.primitives import approx_exp2
 from jtile.op import Implementation, TileOp, check_known
+from jtile.ops.unaligned import WIDEST_LOAD, elementwise, reduce, unaligned
 
 # Spec. A mask has some of the dimensions of x; `of_mask` tells whether it has the leading ones, each of those that have
 # a name, and the last. So nothing is repeated in memory, and devices split the mask as they split x.
@@ -51,10 +53,10 @@ def _scores(x, mask, query, columns, scale):
     return z if query is None else jnp.where(columns <= query, z, -jnp.inf)
 
 
-def _normalized(z, top, total, log):
+def _normalized(z, top, total, log, exp=jnp.exp):
     """`top` is finite, and `total` = Σ exp(z − top), which is 0 where nothing counts."""
     total = jnp.where(total == 0, 1.0, total)
-    return z - top - jnp.log(total) if log else jnp.exp(z - top) * (1 / total)
+    return z - top - jnp.log(total) if log else exp(z - top) * (1 / total)
 
 
 def _summand(y, dy, log):
@@ -64,10 +66,10 @@ def _summand(y, dy, log):
     return jnp.where(y == -jnp.inf, 0.0, dy) if log else jnp.where(y == 0, 0.0, y * dy)
 
 
-def _gradient(y, dy, total, scale, log):
+def _gradient(y, dy, total, scale, log, exp=jnp.exp):
     wide, dtype = total.dtype, y.dtype
     y, dy = y.astype(wide), dy.astype(wide)
-    dz = jnp.where(y == -jnp.inf, 0.0, dy - jnp.exp(y) * total) if log else jnp.where(y == 0, 0.0, y * (dy - total))
+    dz = jnp.where(y == -jnp.inf, 0.0, dy - exp(y) * total) if log else jnp.where(y == 0, 0.0, y * (dy - total))
     return (scale * dz).astype(dtype)
 
 
@@ -106,17 +108,30 @@ WIDEST = 32768
 CHUNK = 8192
 
 
+def _exp(x):
+    """In kernels: what is less than the least normal number is 0."""
+    return approx_exp2(x * math.log2(math.e))
+
+
 class Tile(NamedTuple):
-    """The rows and lanes that a program has."""
+    """The rows and lanes that a program has, and the most registers of a thread."""
 
     rows: int
     lanes: int
     num_warps: int
+    max_registers: int | None = None
+
+    def params(self) -> CompilerParams:
+        return CompilerParams(num_warps=self.num_warps, num_stages=1, max_registers=self.max_registers)
 
 
-def _tiles(d: int, each: int) -> Iterator[Tile]:
+def _tiles(x, each: int) -> Iterator[Tile]:
     """Best where a thread has so many elements: several loads of 16 bytes in flight, and registers to hold them."""
+    d = x.shape[-1]
     width = pl.next_power_of_2(d)
+    if d > WIDEST and d * x.dtype.itemsize % WIDEST_LOAD:
+        yield Tile(1, 2048, 4)
+        yield Tile(1, 4096, 8)
     for lanes in [width] if width <= CHUNK else [width, CHUNK] if width <= WIDEST else [CHUNK, CHUNK // 2]:
         for elements in max(2048, lanes), max(4096, lanes):
             for warps in (elements // (32 * n) for n in (each, each // 2, each * 2)):
@@ -124,7 +139,9 @@ def _tiles(d: int, each: int) -> Iterator[Tile]:
 
 
 def forward_tiles(x, *rest, **options):
-    return dict.fromkeys(_tiles(x.shape[-1], 32))
+    # Rows of 32 KiB leave a multiprocessor waiting unless it has three of them.
+    three = [Tile(1, 16384, 8, 80)] if pl.next_power_of_2(x.shape[-1]) == 16384 else []
+    return dict.fromkeys([*three, *_tiles(x, 32)])
 
 
 def forward_kernel(x, mask, query, *, tile, of_mask, scale, log):
@@ -167,23 +184,18 @@ def forward_kernel(x, mask, query, *, tile, of_mask, scale, log):
             counts = columns < d if counts is None else counts & (columns < d)
         return _scores(x_ref[...], counts, queries, columns, scale)
 
-    def statistics(z):
-        top = jnp.maximum(jnp.max(z, axis=1, keepdims=True), _least(z.dtype))
-        return top, jnp.sum(jnp.exp(z - top), axis=1, keepdims=True)
-
     def softmax_kernel(*refs):
         *given, y_ref = refs
         z = scores(*given)
-        top, total = statistics(z)
-        y_ref[...] = _normalized(z, top, total, log).astype(y_ref.dtype)
+        y_ref[...] = _normalized(z, *_statistics(z), log, _exp).astype(y_ref.dtype)
 
     def statistics_kernel(*refs):
         *given, top_ref, total_ref = refs
-        top_ref[...], total_ref[...] = statistics(scores(*given))
+        top_ref[...], total_ref[...] = _statistics(scores(*given))
 
     def normalize_kernel(*refs):
         *given, top_ref, total_ref, y_ref = refs
-        y_ref[...] = _normalized(scores(*given), top_ref[...], total_ref[...], log).astype(y_ref.dtype)
+        y_ref[...] = _normalized(scores(*given), top_ref[...], total_ref[...], log, _exp).astype(y_ref.dtype)
 
     def call(kernel, more, more_specs, out_specs, out_shape, name=""):
         return pl.pallas_call(
@@ -192,26 +204,50 @@ def forward_kernel(x, mask, query, *, tile, of_mask, scale, log):
             in_specs=[*specs, *more_specs],
             out_specs=out_specs,
             out_shape=out_shape,
-            compiler_params=CompilerParams(num_warps=tile.num_warps, num_stages=1),
+            compiler_params=tile.params(),
             name=f"{'log_' * log}softmax{name}",
         )(*operands, *more)
 
     if chunks == 1:
         y = call(softmax_kernel, [], [], spec, operands[0])
+    elif mask is None and query is None and unaligned(rows_of_x := x.reshape(-1, d), lanes):
+        y = _at_odd_addresses(rows_of_x, tile, scale, log)
     else:
         of_chunk = pl.BlockSpec((None, block, 1), lambda c, r, k: (k, r, c))
         of_chunks = jax.ShapeDtypeStruct((outer, rows, chunks), jnp.float32)
         tops, totals = call(statistics_kernel, [], [], [of_chunk] * 2, [of_chunks] * 2, "_statistics")
-        top = jnp.max(tops, axis=-1, keepdims=True)
-        total = jnp.sum(totals * jnp.exp(tops - top), axis=-1, keepdims=True)
         of_row = pl.BlockSpec((None, block, 1), lambda c, r, k: (k, r, 0))
-        y = call(normalize_kernel, [top, total], [of_row] * 2, spec, operands[0])
+        y = call(normalize_kernel, _combined(tops, totals), [of_row] * 2, spec, operands[0])
     return (y.reshape(x.shape),)
+
+
+def _statistics(z):
+    top = jnp.maximum(jnp.max(z, axis=1, keepdims=True), _least(z.dtype))
+    return top, jnp.sum(_exp(z - top), axis=1, keepdims=True)
+
+
+def _combined(tops, totals):
+    """The statistics of rows, from those of their parts."""
+    top = jnp.max(tops, axis=-1, keepdims=True)
+    return top, jnp.sum(totals * jnp.exp(tops - top), axis=-1, keepdims=True)
+
+
+def _at_odd_addresses(x, tile, scale, log):
+    options, name = dict(lanes=tile.lanes, num_warps=tile.num_warps), f"{'log_' * log}softmax"
+
+    def statistics(inside, x):
+        return _statistics(_scores(x, inside, None, None, scale))
+
+    def normalize(_, of_row, x):
+        return _normalized(_scores(x, None, None, None, scale), *of_row, log, _exp).astype(x.dtype)
+
+    found = _combined(*reduce(statistics, [x], 2, name=f"{name}_statistics", **options))
+    return elementwise(normalize, [x], [number[:, 0] for number in found], name=f"{name}_normalize", **options)
 
 
 @backward.tiles
 def backward_tiles(y, *rest, **options):
-    return dict.fromkeys(_tiles(y.shape[-1], 16))
+    return dict.fromkeys(_tiles(y, 16))
 
 
 @backward.kernel
@@ -225,13 +261,13 @@ def backward_kernel(y, dy, *, tile, scale, log):
 
     def softmax_backward_kernel(y_ref, dy_ref, dx_ref):
         y, dy = y_ref[...], dy_ref[...]
-        dx_ref[...] = _gradient(y, dy, sum_of_row(y, dy), scale, log)
+        dx_ref[...] = _gradient(y, dy, sum_of_row(y, dy), scale, log, _exp)
 
     def total_kernel(y_ref, dy_ref, total_ref):
         total_ref[...] = sum_of_row(y_ref[...], dy_ref[...])
 
     def gradient_kernel(y_ref, dy_ref, total_ref, dx_ref):
-        dx_ref[...] = _gradient(y_ref[...], dy_ref[...], total_ref[...], scale, log)
+        dx_ref[...] = _gradient(y_ref[...], dy_ref[...], total_ref[...], scale, log, _exp)
 
     def call(kernel, more, more_specs, out_spec, out_shape, name=""):
         return pl.pallas_call(
@@ -240,13 +276,24 @@ def backward_kernel(y, dy, *, tile, scale, log):
             in_specs=[spec, spec, *more_specs],
             out_specs=out_spec,
             out_shape=out_shape,
-            compiler_params=CompilerParams(num_warps=tile.num_warps, num_stages=1),
+            compiler_params=tile.params(),
             name=f"{'log_' * log}softmax_backward{name}",
         )(y, dy, *more)
 
     spec = pl.BlockSpec((block, lanes), lambda c, r: (r, c))
     if chunks == 1:
         return (call(softmax_backward_kernel, [], [], spec, y),)
+    if unaligned(y, lanes):
+        options, name = dict(lanes=lanes, num_warps=tile.num_warps), f"{'log_' * log}softmax_backward"
+
+        def total(inside, y, dy):
+            return [jnp.sum(jnp.where(inside, _summand(y, dy, log), 0.0), axis=1, keepdims=True)]
+
+        def gradient(_, of_row, y, dy):
+            return _gradient(y, dy, *of_row, scale, log, _exp)
+
+        (totals,) = reduce(total, [y, dy], 1, name=f"{name}_total", **options)
+        return (elementwise(gradient, [y, dy], [jnp.sum(totals, axis=-1)], name=f"{name}_gradient", **options),)
     shape = jax.ShapeDtypeStruct((rows, chunks), jnp.float32)
     totals = call(total_kernel, [], [], pl.BlockSpec((block, 1), lambda c, r: (r, c)), shape, "_total")
     of_row = pl.BlockSpec((block, 1), lambda c, r: (r, 0))

@@ -14,7 +14,7 @@ Devices that share out the vocabulary so exchange a token's statistics, and for 
 import dataclasses
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from jtile.compiler.params import CompilerParams
+from jtile.compiler.primitives import approx_exp2
 from jtile.op import Implementation, TileOp, check_known
+from jtile.ops.unaligned import WIDEST_LOAD, Row, elementwise, unaligned
 
 # Spec. `total` is a result only where it is asked for. A label outside of the vocabulary picks 0.
 
@@ -53,11 +55,11 @@ def _picked(logits, labels, cap):
     return jnp.where(_inside(labels, logits.shape[-1]), _capped(picked, cap), 0.0)
 
 
-def _gradient(logits, columns, labels, lse, dlse, dpicked, dtotal, *, cap):
+def _gradient(logits, columns, labels, lse, dlse, dpicked, dtotal, *, cap, exp=jnp.exp):
     """Of the logits in some columns. What there is one of for a token has a last dimension of 1."""
     x = _capped(logits, cap)
     lse = jnp.where(lse == -jnp.inf, 0.0, lse)  # without any probability exp(x - lse) is 0, and not 0 / 0
-    dx, counts = dlse * jnp.exp(x - lse), dlse != 0
+    dx, counts = dlse * exp(x - lse), dlse != 0
     if dpicked is not None:
         dx, counts = dx + jnp.where(columns == labels, dpicked, 0.0), counts | (dpicked != 0)
     if dtotal is not None:
@@ -87,6 +89,11 @@ def backward_reference(logits, *of_token, logits_soft_cap):
 # forward pass splits the vocabulary too, and the parts' log-sum-exps are put together at the end.
 
 PROGRAMS = 1056  # enough to fill the largest chips, eight for each multiprocessor
+LOG2E = math.log2(math.e)
+
+
+def _exp(x):
+    return approx_exp2(x * LOG2E)
 
 
 class Tile(NamedTuple):
@@ -97,57 +104,82 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-@forward.tiles
-@backward.tiles
-def tiles(logits, *rest, **options):
+def _tiles(logits, sizes: Iterable[tuple[int, int]]) -> Iterator[Tile]:
     rows, v = logits.shape
-    for size, num_warps in (4096, 4), (2048, 4), (4096, 8), (8192, 4), (8192, 8), (8192, 16), (16384, 8), (16384, 16):
+    for size, num_warps in sizes:
         lanes = min(size, pl.next_power_of_2(v))
         yield Tile(min(size // lanes, pl.next_power_of_2(rows)), lanes, num_warps)
+
+
+@forward.tiles
+def forward_tiles(logits, *rest, **options):
+    return _tiles(logits, ((8192, 8), (4096, 8), (4096, 4), (2048, 4), (8192, 4), (8192, 16), (16384, 16)))
+
+
+@backward.tiles
+def backward_tiles(logits, *rest, **options):
+    return _tiles(logits, ((2048, 4), (4096, 4), (4096, 8), (2048, 2), (1024, 4)))
 
 
 @forward.kernel
 def forward_kernel(logits, labels, *, tile, logits_soft_cap, total):
     rows, v = logits.shape
     block, lanes, num_warps = tile
-    across = min(lanes, 1024)
-    steps = pl.cdiv(pl.cdiv(v, lanes), pl.cdiv(PROGRAMS, pl.cdiv(rows, block)))
-    splits = pl.cdiv(v, steps * lanes)
+    shifted = block == 1 and unaligned(logits, lanes)
+    near = WIDEST_LOAD // logits.dtype.itemsize
+    parts = Row.parts(v, lanes, logits.dtype) if shifted else pl.cdiv(v, lanes)
+    steps = pl.cdiv(parts, pl.cdiv(PROGRAMS, pl.cdiv(rows, block)))
+    splits = pl.cdiv(parts, steps)
+    # Each thread has a maximum and a sum of its own.
+    threads = min(lanes, max(1, 32 * num_warps // block))
+    of_threads = block, lanes // threads // min(near, lanes // threads), threads, min(near, lanes // threads)
 
     def softmax_cross_entropy_kernel(logits_ref, lse_ref, *sum_refs):
-        first = pl.program_id(1) * (steps * lanes)
+        first = pl.program_id(1) * steps
         columns = jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
+        row = Row(pl.program_id(0), v, lanes, logits.dtype)
 
-        # Lanes keep a maximum and Σ exp(x - maximum) of their own, so that threads meet only at the end. The least
-        # finite number in place of -inf keeps -inf - -inf from arising.
+        # The least finite number in place of -inf keeps -inf - -inf from arising.
         def step(i, carry):
             top, scaled, *sums = carry
-            x = _capped(logits_ref[:, pl.ds(i * lanes, lanes)], logits_soft_cap)
-            inside = first + i * lanes + columns < v
-            sums = [s + jnp.sum(x.reshape(block, -1, across), axis=1) for s in sums]  # lanes outside are 0
-            x = jnp.where(inside, x, -jnp.inf).reshape(block, -1, across)
-            new_top = jnp.maximum(top, jnp.max(x, axis=1))
-            scaled = scaled * jnp.exp(top - new_top) + jnp.sum(jnp.exp(x - new_top[:, None, :]), axis=1)
+            if shifted:
+                x, inside = row.read(logits_ref, first + i)
+            else:
+                x, inside = logits_ref[:, pl.ds(i * lanes, lanes)], (first + i) * lanes + columns < v
+            x = _capped(x, logits_soft_cap)
+            sums = [s + jnp.sum(jnp.where(inside, x, 0.0).reshape(of_threads), axis=(1, 3)) for s in sums]
+            x = jnp.where(inside, x, -jnp.inf).reshape(of_threads)
+            new_top = jnp.maximum(top, jnp.max(x, axis=(1, 3)))
+            terms = approx_exp2((x - new_top[:, None, :, None]) * LOG2E)
+            scaled = scaled * approx_exp2((top - new_top) * LOG2E) + jnp.sum(terms, axis=(1, 3))
             return new_top, scaled, *sums
 
-        zeros = jnp.zeros((block, across), jnp.float32)
-        start = zeros + jnp.finfo(jnp.float32).min, zeros, *[zeros for _ in sum_refs]
-        top, scaled, *sums = jax.lax.fori_loop(0, steps, step, start)
+        zeros = jnp.zeros((block, threads), jnp.float32)
+        carry = zeros + jnp.finfo(jnp.float32).min, zeros, *[zeros for _ in sum_refs]
+        # In steps inside of a row the compiler sees that nothing is to be masked.
+        low, high = (int(shifted), v // lanes) if splits == 1 else (0, steps)
+        for i in range(low):
+            carry = step(i, carry)
+        carry = jax.lax.fori_loop(low, high, step, carry)
+        for i in range(max(low, high), steps):
+            carry = step(i, carry)
+        top, scaled, *sums = carry
         peak = jnp.max(top, axis=1)
         lse_ref[...] = peak + jnp.log(jnp.sum(scaled * jnp.exp(top - peak[:, None]), axis=1))
         for sum_ref, s in zip(sum_refs, sums, strict=True):
             sum_ref[...] = jnp.sum(s, axis=1)
 
     count = 2 if total else 1
+    spec = pl.BlockSpec((block, steps * lanes), lambda i, j: (i, j))
     lse, *sums = pl.pallas_call(
         softmax_cross_entropy_kernel,
         grid=(pl.cdiv(rows, block), splits),
-        in_specs=[pl.BlockSpec((block, steps * lanes), lambda i, j: (i, j))],
+        in_specs=[Row.spec(logits, lanes) if shifted else spec],
         out_specs=[pl.BlockSpec((None, block), lambda i, j: (j, i))] * count,
         out_shape=[jax.ShapeDtypeStruct((splits, rows), jnp.float32)] * count,
         compiler_params=CompilerParams(num_warps=num_warps, num_stages=1),
         name="softmax_cross_entropy",
-    )(logits)
+    )(logits.reshape(1, -1) if shifted else logits)
     lse = jax.nn.logsumexp(lse, axis=0)
     return lse, _picked(logits, labels, logits_soft_cap), jnp.sum(sums[0], axis=0) if total else None
 
@@ -162,12 +194,21 @@ def backward_kernel(logits, labels, lse, dlse, dpicked, dtotal, *, tile, overwri
     of_token = [labels, lse, dlse, dpicked, dtotal]
     given = [x for x in of_token if x is not None]
 
+    def gradient(columns, numbers, x):
+        values = iter(numbers)
+        of_row = [None if x is None else next(values) for x in of_token]
+        return _gradient(x, columns, *of_row, cap=logits_soft_cap, exp=_exp)
+
+    if unaligned(logits, lanes):
+        name = "softmax_cross_entropy_backward"
+        return (
+            elementwise(gradient, [logits], given, lanes=lanes, num_warps=num_warps, name=name, overwrite=overwrite),
+        )
+
     def softmax_cross_entropy_backward_kernel(logits_ref, *refs):
         *of_token_refs, dlogits_ref = refs
         columns = pl.program_id(0) * lanes + jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
-        values = (ref[...][:, None] for ref in of_token_refs)
-        of_row = [None if x is None else next(values) for x in of_token]
-        dlogits_ref[...] = _gradient(logits_ref[...], columns, *of_row, cap=logits_soft_cap)
+        dlogits_ref[...] = gradient(columns, [ref[...][:, None] for ref in of_token_refs], logits_ref[...])
 
     tile = pl.BlockSpec((block, lanes), lambda j, i: (i, j))
     row = pl.BlockSpec((block,), lambda j, i: (i,))

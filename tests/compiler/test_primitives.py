@@ -77,17 +77,41 @@ def test_assembly():
             pack=1,
             result_shape_dtypes=[jax.typeof(x), jax.typeof(x)],
         )
-        y_ref[...] = both + jtile.approx_tanh(x)
+        y_ref[...] = both + jtile.approx_tanh(x) + jtile.approx_exp2(x)
         jtile.debug_barrier()
 
     [report] = jtile.inspect(run(body, compiler_params=jtile.CompilerParams()), X)
     assert "asm_1, asm_2 = tl.inline_asm_elementwise(" in report.source
     assert "sub.f32" in report.ptx and "tanh.approx.f32" in report.ptx and "bar.sync" in report.ptx
+    assert "ex2.approx.ftz.f32" in report.ptx
 
 
-def test_approximate_functions_are_exact_elsewhere():
-    body = lambda x_ref, y_ref: y_ref.__setitem__(..., jax.vmap(jtile.approx_tanh)(x_ref[...]))  # noqa: E731
-    np.testing.assert_array_equal(run(body, interpret=True)(X), jnp.tanh(X))
+APPROXIMATE = {jtile.approx_tanh: jnp.tanh, jtile.approx_exp2: jnp.exp2}
+
+
+@pytest.mark.parametrize("function", APPROXIMATE)
+def test_approximate_functions_are_exact_elsewhere(function):
+    body = lambda x_ref, y_ref: y_ref.__setitem__(..., jax.vmap(function)(x_ref[...]))  # noqa: E731
+    expected = APPROXIMATE[function](X)
+    np.testing.assert_array_equal(run(body, interpret=True)(X), expected)
+    np.testing.assert_allclose(debug(run(body))(X), expected, rtol=1e-6)
+
+
+def test_derivative_of_approx_exp2():
+    expected = jax.grad(jnp.exp2)(1.5)
+    np.testing.assert_allclose(jax.grad(jtile.approx_exp2)(jnp.float32(1.5)), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jvp(jtile.approx_exp2, [jnp.float32(1.5)], [jnp.float32(1)])[1], expected, rtol=1e-6)
+    with pytest.raises(TypeError, match="approx_exp2: float32 is needed, not bfloat16"):
+        jtile.approx_exp2(jnp.ones(2, jnp.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+def test_a_barrier_hides_where_floats_come_from(dtype):
+    """Two 16-bit ones in a register, where a thread has two."""
+    x = np.zeros(256, dtype)
+    text = source(run(lambda x_ref, y_ref: y_ref.__setitem__(..., jax.lax.optimization_barrier(x_ref[...])), x), x)
+    assert ("mov.b32" in text) == (dtype != "int32")
+    assert f"pack={4 // x.itemsize}" in text or dtype == "int32"
 
 
 @pytest.mark.parametrize("operation", ATOMIC_TYPES)

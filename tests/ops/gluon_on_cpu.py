@@ -1,5 +1,4 @@
-"""Runs the Gluon kernels of `jtile/ops/attention/hopper` without a GPU, by NumPy: what they compute, and how their
-warps hand blocks to each other.
+"""Runs jtile's Gluon kernels without a GPU, by NumPy: what they compute, and how their warps hand blocks to each other.
 
 Each partition of warps is a thread. Barriers count as the hardware's do; where all threads wait, the kernel would hang,
 and here raises. A product that is under way, or a copy to memory, must find its operands in shared memory unchanged
@@ -144,6 +143,8 @@ class Pointer:
     array: np.ndarray  # flat
     offset: object = 0
 
+    dtype = property(lambda self: types.SimpleNamespace(element_ty=self.array.dtype))
+
     def __add__(self, offset):
         return Pointer(self.array, self.offset + offset)
 
@@ -257,10 +258,34 @@ def _inline_asm(text, constraints="", args=(), **_):
         raise NotImplementedError(text)
 
 
-def _load(pointer):
-    offset = np.asarray(pointer.offset)
-    assert (offset >= 0).all() and (offset < pointer.array.size).all(), "a load outside of an array"
-    return tensor(pointer.array[offset]) if offset.ndim else pointer.array[offset].item()
+def _copy_async(block, pointer, mask=True):
+    """What is copied is there when it is waited for, and until then anything."""
+    assert pointer.offset.shape == tuple(block.shape)
+    block.array[...] = np.nan
+    local.copies[-1].append((block, _load(pointer, mask, np.nan)))
+
+
+def _wait_group(outstanding):
+    while len(local.copies) > outstanding + 1:
+        for block, value in local.copies.pop(0):
+            block.array[...] = value
+
+
+def _load(pointer, mask=True, other=0):
+    if not isinstance(pointer.offset, np.ndarray):
+        assert 0 <= pointer.offset < pointer.array.size, "a load outside of an array"
+        return pointer.array[pointer.offset].item()
+    offset, mask = np.broadcast_arrays(pointer.offset, mask)
+    assert (offset[mask] >= 0).all() and (offset[mask] < pointer.array.size).all(), "a load outside of an array"
+    value = np.full(offset.shape, other, pointer.array.dtype)
+    value[mask] = pointer.array[offset[mask]]
+    return tensor(value)
+
+
+def _reduce(values, axis, combine):
+    """By sums, which is all that kernels reduce several values by."""
+    assert combine(1, 2, 3, 4) == (4, 6)
+    return tuple(np.sum(x, axis) for x in values)
 
 
 def _store(pointer, value, mask=True):
@@ -342,12 +367,25 @@ gl = types.SimpleNamespace(
     convert_layout=lambda x, layout: x,
     allocate_shared_memory=_allocate,
     load=_load,
+    reduce=_reduce,
+    join=lambda a, b: np.stack([a, b], axis=-1),
+    permute=lambda x, order: np.transpose(x, order),
+    reshape=lambda x, shape: np.reshape(x, shape),
+    int64=np.dtype(np.int64),
+    num_warps=lambda: 4,
     store=_store,
     inline_asm=_inline_asm,
     inline_asm_elementwise=lambda text, constraints, args, **_: np.exp2(args[0]),
     warp_specialize=_warp_specialize,
     **dict.fromkeys(
-        ("NVMMADistributedLayout", "SliceLayout", "DotOperandLayout", "SwizzledSharedLayout", "NVMMASharedLayout"),
+        (
+            "BlockedLayout",
+            "NVMMADistributedLayout",
+            "SliceLayout",
+            "DotOperandLayout",
+            "SwizzledSharedLayout",
+            "NVMMASharedLayout",
+        ),
         _Anything(),
     ),
 )
@@ -371,6 +409,10 @@ hopper = types.SimpleNamespace(
     warpgroup_mma_wait=_warpgroup_mma_wait,
 )
 
+async_copy = types.SimpleNamespace(
+    async_load=_copy_async, commit_group=lambda: local.copies.append([]), wait_group=_wait_group
+)
+
 
 def load(module):
     """A module of Gluon functions, made of Python ones."""
@@ -378,6 +420,7 @@ def load(module):
     fakes = {
         "triton.experimental": types.SimpleNamespace(gluon=gluon),
         "triton.experimental.gluon": types.SimpleNamespace(language=gl),
+        "triton.experimental.gluon.language.nvidia.ampere": types.SimpleNamespace(async_copy=async_copy),
         "triton.experimental.gluon.language.nvidia.hopper": hopper,
     }
 
@@ -428,6 +471,8 @@ def written(text, name):
 
 def run(kernel, programs, *args):
     """Runs a kernel's programs one after the other."""
-    for program in range(programs):
-        local.program, local.programs = program, programs
-        kernel(*args)
+    with np.errstate(all="ignore"):
+        for program in range(programs):
+            local.program, local.programs, local.copies = program, programs, [[]]
+            kernel(*args)
+            assert not any(local.copies), "a program ends with a copy under way"

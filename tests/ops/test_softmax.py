@@ -125,6 +125,18 @@ def test_wide_rows(log, is_causal):
     np.testing.assert_allclose(dx, expected[1], rtol=5e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("log", [False, True], ids=OPS)
+def test_wide_rows_at_odd_addresses(log):
+    """Read from aligned addresses, in blocks that have parts of two rows."""
+    x, dy = operands((8, 2501))
+    options = dict(tile=op.Tile(1, 512, 4), scale=0.5, log=log)
+    (y,) = interpret_pallas(functools.partial(op.forward_kernel, of_mask=(True, True), **options))(x, None, None)
+    (dx,) = interpret_pallas(functools.partial(op.backward_kernel, **options))(y, dy)
+    expected = defined(list(OPS)[log], x, dy, 0.5, np.ones(x.shape, bool))
+    np.testing.assert_allclose(y, expected[0], rtol=5e-6, atol=2e-6)
+    np.testing.assert_allclose(dx, expected[1], rtol=5e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", OPS)
 def test_means_what_jax_does(name, implementation):

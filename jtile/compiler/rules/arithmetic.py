@@ -1,6 +1,8 @@
 """Elementwise operations."""
 
+import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -526,8 +528,17 @@ def identity(e, eqn, x: Value):
 
 
 @rule("optimization_barrier")
-def identities(e, eqn, *values: Value):
-    return list(values)
+def optimization_barrier(e, eqn, *values: Value):
+    """Hides floats behind a move: what is computed of them again afterwards is not kept in registers until then."""
+    return [_moved(e, v) if jnp.issubdtype(v.dtype, jnp.floating) and v.constant is None else v for v in values]
+
+
+def _moved(e, x: Value) -> Value:
+    packed = 4 // x.dtype.itemsize or 1  # numbers in a register
+    if x.dtype.itemsize > 4 or math.prod(x.tile) < packed * e.threads:
+        return x
+    [moved] = _assembly(e, "mov.b32 $0, $1;", "=r,r", packed, [x], [x])
+    return dataclasses.replace(moved, zero_padded=x.zero_padded)
 
 
 @rule("multiple_of", "max_contiguous")
@@ -549,6 +560,11 @@ def elementwise_inline_asm(e, eqn, *operands: Value):
 def approx_tanh(e, eqn, x: Value):
     kind, register = TANH_CONSTRAINTS[x.dtype.name]
     return _assembly(e, f"tanh.approx.{kind} $0, $1;", f"={register},{register}", 1, [x], [x])[0]
+
+
+@rule("approx_exp2")
+def approx_exp2(e, eqn, x: Value):
+    return _assembly(e, "ex2.approx.ftz.f32 $0, $1;", "=f,f", 1, [x], [x])[0]
 
 
 def _assembly(e, asm: str, constraints: str, pack: int, operands: Sequence[Value], outs: Sequence) -> list[Value]:

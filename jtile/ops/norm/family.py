@@ -34,8 +34,8 @@ def row_norm(name: str, forward: str, backward: str, *, centred: bool = False) -
         return rows.forward_tiles(_named(op, operands), target)
 
     @gradient.tiles
-    def backward_tiles(*operands, target, **_):
-        return rows.backward_tiles(_named(gradient, operands), target)
+    def backward_tiles(*operands, target, biased, **_):
+        return rows.backward_tiles(_named(gradient, operands), biased, target)
 
     @op.kernel
     def forward_kernel(*operands, tile, epsilon, gate_last):

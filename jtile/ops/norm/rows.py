@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.primitives import load
 from jtile.compiler.target import Target
+from jtile.ops.norm import wide as wide_rows
 from jtile.ops.norm.common import combined, updated, wide
 
 Arrays = dict[str, jax.Array]  # operands or results, by name
@@ -53,35 +54,30 @@ WIDEST_ROW, WIDEST_SUM = 8192, 16384
 def forward_tiles(given: Arrays, target: Target | None) -> Iterator[Tile]:
     rows, d = given["x"].shape
     lanes, sum_too = pl.next_power_of_2(d), "residual" in given
-    if lanes <= 2048:
-        best = [(2048, 4), (4096, 8)]  # elements of a block, and warps
-    elif lanes == 4096:
-        best = [(8192, 16 if sum_too else 8), (4096, 8)]
-    elif lanes == 8192:
-        best = [(32768, 32) if sum_too else (16384, 8), (8192, 16)]
-    elif lanes == 16384:
-        best = [(16384, 16)] if sum_too else []
-    else:
-        best = []
+    best = {  # elements of a block, and warps
+        4096: [(8192, 16 if sum_too else 8), (4096, 8)],
+        8192: [(8192, 16), (16384, 16)],
+        16384: [(16384, 16)],
+    }.get(lanes, [(2048, 4), (4096, 8)])
     blocks = dict.fromkeys((*best, *((n, n // e // 32) for n in (2048, 4096, 8192, 16384) for e in (16, 32))))
     held = [Tile(_rows(rows, n // lanes, target), lanes, warps) for n, warps in blocks if lanes <= n and warps >= 4]
     chunk = 4096 if lanes <= 16384 else 8192
     chunks = [Tile(n, columns, 16) for n, columns in ((1, chunk), (2, 4096), (1, 12288 - chunk)) if columns < lanes]
-    yield from dict.fromkeys(held + chunks if best else chunks + held)
+    yield from dict.fromkeys(held + chunks)
 
 
-def backward_tiles(given: Arrays, target: Target | None) -> Iterator[Tile]:
+def backward_tiles(given: Arrays, biased: bool, target: Target | None) -> Iterator[Tile | wide_rows.WideTile]:
     x, gated = given["x"], "gate" in given
     rows, d = x.shape
     lanes, sms = pl.next_power_of_2(d), target.sms if target else MULTIPROCESSORS
     share = 2 if gated else 1  # a gate takes as much again
     if lanes <= WIDEST_ROW // share:
-        best = [(4096, 8, 2), (8192, 16, 1), (2048, 4, 4)]  # elements of a block, warps, programs at once
-        for elements, warps, at_once in best if lanes <= 2048 or gated else (best[1], best[0], best[2]):
+        for elements in (4096, 8192, 2048) if gated else (max(2048, lanes), 4096, 8192, 2048):
             if lanes <= elements:
-                block = _rows(rows, elements // lanes, target)
+                block, warps, at_once = _rows(rows, elements // lanes, target), elements // 512, 8192 // elements
                 yield Tile(block, lanes, warps, at_once * sms, _stages(given, block, at_once, target))
         return
+    yield from wide_rows.tiles(given, biased, target)
     if lanes <= WIDEST_SUM // share:
         # Larger chunks spill registers on some chip: the sums of a row's width take half of them.
         columns = (2048 if "mean" in given or "dh" in given else 4096) // x.dtype.itemsize
@@ -120,11 +116,16 @@ def _before(refs, at, gate_last: bool, out=None, policy: str | None = None):
     return u * jax.nn.silu(wide(refs["gate"][at])) if "gate" in refs and not gate_last else u
 
 
+def _weight(refs, name: str, columns):
+    """The scale or bias: read for every block, and so to stay in a cache."""
+    return wide(load(refs[name].at[:, columns], eviction_policy="evict_last"))
+
+
 def _after(n, refs, at, columns, gate_last: bool):
     """y."""
-    y = n * wide(refs["scale"][columns])
+    y = n * _weight(refs, "scale", columns)
     if "bias" in refs:
-        y = y + wide(refs["bias"][columns])
+        y = y + _weight(refs, "bias", columns)
     return y * jax.nn.silu(wide(refs["gate"][at])) if "gate" in refs and gate_last else y
 
 
@@ -221,6 +222,8 @@ def forward(name, given: Arrays, centred, epsilon, gate_last, tile: Tile) -> Arr
 
 
 def backward(name, given: Arrays, biased, gate_last, tile: Tile) -> Arrays:
+    if isinstance(tile, wide_rows.WideTile):
+        return wide_rows.backward(given, biased, tile)
     if not tile.programs:
         return _means_and_columns(name, given, biased, gate_last, tile)
     rows, d = given["x"].shape
@@ -240,7 +243,7 @@ def backward(name, given: Arrays, biased, gate_last, tile: Tile) -> Arrays:
 
             def part(j, policy):
                 columns = pl.ds(j * chunk, chunk)
-                scale = wide(load(refs["scale"].at[columns], eviction_policy="evict_last")) if held is None else held
+                scale = _weight(refs, "scale", columns) if held is None else held
                 return _Part(refs, (block, columns), scale, mean, rstd, gate_last, policy)
 
             gn, g, more = 0.0, 0.0, []
@@ -280,10 +283,12 @@ def _call(
     """Launches programs that own so many rows each."""
     d = given["x"].shape[1]
     columns = pl.cdiv(d, tile.columns) * min(d, tile.columns)
+    # Of two dimensions like what they are multiplied with, weights are read by the threads that have use for them.
+    given = {n: x[None] if n in ("scale", "bias") else x for n, x in given.items()}
 
     def spec(name, x):
         if name in ("scale", "bias"):
-            return pl.BlockSpec((columns,), lambda i: (0,))
+            return pl.BlockSpec((1, columns), lambda i: (0, 0))
         if x.ndim == 1:
             return pl.BlockSpec((rows,), lambda i: (i,))
         return pl.BlockSpec((1 if name in ("dscale", "dbias") else rows, columns), lambda i: (i, 0))
@@ -314,7 +319,7 @@ def _means_and_columns(name, given: Arrays, biased, gate_last, tile: Tile) -> Ar
 
         def step(j, sums):
             columns = pl.ds(j * chunk, chunk)
-            part = _Part(refs, (slice(None), columns), wide(refs["scale"][columns]), mean, rstd, gate_last)
+            part = _Part(refs, (slice(None), columns), wide(refs["scale"][:, columns]), mean, rstd, gate_last)
             terms = {"mean_gn": part.g * part.n, "mean_g": part.g}
             return {name: sums[name] + terms[name] for name in means}
 
