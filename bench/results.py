@@ -1,7 +1,9 @@
 """Files of measurements: `bench/results/<chip>/<date>.json` holds a day's, however many runs it took."""
 
+import contextlib
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -60,13 +62,17 @@ def _key(row: dict[str, Any]) -> tuple:
 
 
 def versions() -> dict[str, str]:
+    """Of the packages here. Triton's is that of jtile; PyTorch may have come with another."""
     found = {}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            if package == "triton" and (module := sys.modules.get("triton")):  # unpacked, not installed
-                found[package] = module.__version__
+    if importlib.util.find_spec("triton") is not None:
+        import triton
+
+        if "torch" in found and found.get("triton", triton.__version__) != triton.__version__:
+            found["triton of torch"] = found["triton"]
+        found["triton"] = triton.__version__
     return found
 
 

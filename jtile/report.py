@@ -12,7 +12,7 @@ from jtile.compiler import launch
 from jtile.compiler.launch import Launch
 from jtile.compiler.rewrite import equations
 from jtile.compiler.target import Occupancy, Target
-from jtile.op.lowering import choose, choose_tile
+from jtile.op.lowering import choose, choose_tile, note
 from jtile.op.primitive import Call, TileOp, TilePrimitive
 from jtile.op.rules import ungrouped
 from jtile.op.sharding import Layout, axes_of, in_words
@@ -211,7 +211,10 @@ def explain(fn: Callable, *args, target: str | None = None) -> Explanation:
         tile = choose_tile(op, ungrouped(avals, call), call, chip) if choice.runs == "kernel" else None
         operands = ", ".join(f"{a.dtype.name}[{','.join(map(str, a.shape))}]" for a in avals)
         tile_text = f"{tile.tile} ({tile.source})" if tile and tile.tile is not None else ""
-        report = OpReport(op.name, operands, choice.runs, choice.why, tile_text, _moves(op, call, avals))
+        why = choice.why
+        if tile and (added := note(op, ungrouped(avals, call), call, chip, tile.tile)):
+            why = f"{why}, {added}"
+        report = OpReport(op.name, operands, choice.runs, why, tile_text, _moves(op, call, avals))
         counts[report] = counts.get(report, 0) + 1
     return Explanation(dataclasses.replace(report, count=count) for report, count in counts.items())
 

@@ -86,6 +86,11 @@ def launch(
         programs = math.prod(launched.grid) * compiled.num_ctas
         results.append(jax.core.ShapedArray((programs * compiled.scratch_bytes,), jnp.uint8))
         parameters.append(borrowed.gpu_triton().create_array_parameter(0, ALIGNMENT))
+    # XLA may hand a part of an array to a custom call where it lies, such as tokens[1:] for labels, and kernels are
+    # compiled for addresses that are multiples of ALIGNMENT. What is behind a barrier is an array of its own.
+    barrier = mlir.lower_fun(lambda *given: [jax.lax.optimization_barrier(x) for x in given], multiple_results=True)
+    apart = barrier(ctx.replace(avals_out=ctx.avals_in), *operands)
+    operands = [x if i in aliases else apart[i] for i, x in enumerate(operands)]  # one to write to is its own already
     call = jax.ffi.ffi_lowering(
         CUSTOM_CALL,
         api_version=4,

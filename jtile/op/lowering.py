@@ -96,6 +96,13 @@ def choose_tile(op: TileOp, shapes: Sequence, call: Call, target: Target | None)
     return tuning.choose(op, _folded(op, shapes, call), call.static, target)
 
 
+def note(op: TileOp, shapes: Sequence, call: Call, target: Target | None, tile) -> str:
+    """What an op has to say about how its kernel runs."""
+    if op.notes_function is None:
+        return ""
+    return op.notes_function(*_folded(op, shapes, call), target=target, tile=tile, **dict(call.static))
+
+
 @functools.cache
 def _warn_once(op: TileOp, reason: str) -> None:
     message = (

@@ -104,6 +104,7 @@ class TileOp:
       as a clause, or `None`. Optional.
     * `@op.tiles`: gets the same, and the chip as `target`, and yields the tiles that the kernel may be launched with,
       the one to use untuned first. The kernel then gets the chosen one as `tile`. `jtile.tuning` has more. Optional.
+    * `@op.notes`: gets the same and the chosen tile as `tile`, and returns what `jtile.explain` is to add. Optional.
     * `@op.transpose`: reverse mode. `transpose(operands, results, cotangents, **options)` returns one cotangent an
       operand, `None` for zero, usually by calling another `TileOp`, the backward kernel. The first result's cotangent
       is always an array, another's is `None` where it is zero. Optional: the reference is differentiated without it.
@@ -137,6 +138,7 @@ class TileOp:
         self.kernel_dtypes: tuple[str, ...] = lowering.KERNEL_DTYPES  # of floating operands
         self.overwrites: str | None = None  # the operand in whose memory the kernel may put its first result
         self.tiles_function: Callable[..., Iterable[Hashable]] | None = None
+        self.notes_function: Callable[..., str] | None = None
         self.transpose_function: Callable[..., tuple] | None = None
         self.parent: TileOp | None = None  # the op whose derivative this is: such an op has no kernel by design
         self.primitive = TilePrimitive(self)
@@ -151,6 +153,7 @@ class TileOp:
     kernel = _part("kernel_function")
     limits = _part("limits_function")
     tiles = _part("tiles_function")
+    notes = _part("notes_function")
     transpose = _part("transpose_function")
 
     def __call__(

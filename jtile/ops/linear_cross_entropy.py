@@ -9,11 +9,12 @@ log-sum-exp for each token and 256 classes, 4 T v / 256 bytes: 16 MiB.
 
 Logits formed again in the backward pass: four products. A slab of s classes at a time, the kernel forms its logits and
 writes their gradient G, 2 T s bytes, from which dW[:, slab] = xᵀ G is final, and dx += G W[:, slab]ᵀ is summed in
-float32, read and written 8 T d bytes for each slab. s is such that G has about 10⁸ elements: 12,288 classes, 192 MiB.
+float32, read and written 8 T d bytes for each slab. s is 8,448 classes there, 132 MiB: tiles of G and dW fill the 132
+multiprocessors a whole number of times.
 
 Gradients formed in the forward pass: three products. That needs whole rows of logits, so c tokens at a time: logits, G
 in their place, 2 c v bytes, dx = G Wᵀ final, and dW += xᵀ G summed in float32, 4 d v bytes, read and written for each c
-tokens but the first. c is 2048: 0.5 GiB, and 2 GiB for the sum, which so few tokens do without. The cotangent of each
+tokens but the first. c is 4096: 1 GiB, and 2 GiB for the sum, which so few tokens do without. The cotangent of each
 token's loss must be known by then, which is why the reduction is part of the op.
 """
 
@@ -107,8 +108,8 @@ def gradients_reference(x, weight, labels, bias, token_weights, *, options, voca
 
 # Kernels.
 
-SLAB = 3 * 2**25  # logits whose gradients are there at once, when they are formed again
-TOKENS = 2048  # whose logits are there at once, when gradients are formed in the forward pass
+SLAB = 33 * 2**21  # logits whose gradients are there at once, when they are formed again
+TOKENS = 4096  # whose logits are there at once, when gradients are formed in the forward pass
 
 
 class BackwardTiles(NamedTuple):
@@ -277,7 +278,13 @@ def gradients_kernel(x, weight, labels, bias, token_weights, *, tile, options, v
         lse = over_devices(statistics[0], "v", "logsumexp")
         cotangents = _cotangents(options, vocabulary, token_weights, lse, *statistics[1:])
         (dlogits,) = of_logits.backward_kernel(
-            logits, labels, lse, *cotangents, tile=next(of_logits.tiles(logits)), overwrite=True, logits_soft_cap=cap
+            logits,
+            labels,
+            lse,
+            *cotangents,
+            tile=next(of_logits.backward.tiles_function(logits)),
+            overwrite=True,
+            logits_soft_cap=cap,
         )
         dx, sums = added(sums, dlogits, x, weight, bias)
         return (*statistics, dx), sums

@@ -34,7 +34,7 @@ Pairs = tuple[tuple[str, Any], ...]
 
 class Problem(NamedTuple):
     """A call as its tile depends on it, each part as pairs of name and value: one device's part of the call where it is
-    split. Of options that are floats, such as an epsilon, the values do not count."""
+    split. Of options that are floats, such as an epsilon, the values do not count; of objects their `kind` does."""
 
     op: str
     dtypes: Pairs  # of the operands given
@@ -47,10 +47,11 @@ class Problem(NamedTuple):
         sizes, leading = op.signature.check(op.name, [None if x is None else x.shape for x in operands])
         if any(t.leading for t in terms):
             sizes = {"...": math.prod(leading), **sizes}
+        kinds = ((name, getattr(value, "kind", value)) for name, value in options)
         return cls(
             op.name,
             tuple((t.name, x.dtype.name) for t, x in zip(terms, operands, strict=True) if x is not None),
-            tuple((name, value) for name, value in options if value is None or isinstance(value, bool | int | str)),
+            tuple((name, v) for name, v in kinds if v is None or isinstance(v, bool | int | str)),
             tuple(sizes.items()),
         )
 

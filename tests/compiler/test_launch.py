@@ -1,10 +1,13 @@
 import dataclasses
+import re
 import zlib
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
+import jtile
 from jtile import borrowed
 from jtile.compiler import launch
 from jtile.compiler.build import build
@@ -101,3 +104,14 @@ def test_no_programs(aliases, expected):
     text = lower(lambda ctx, x: launch.no_programs(ctx, [x], aliases), jax.ShapeDtypeStruct((0, 4), jnp.float32))
     assert "custom_call" not in text
     assert expected in text
+
+
+def test_a_part_of_an_array_is_no_operand():
+    """XLA hands `scale[1:]` over where it lies, 4 bytes after a multiple of 16, unless something stands between."""
+    [device] = H200.topology().devices
+    shapes = (((8, 128), jnp.bfloat16), ((129,), jnp.float32))
+    x, scale = (jax.ShapeDtypeStruct(*s, sharding=SingleDeviceSharding(device)) for s in shapes)
+    norm = jax.jit(lambda x, scale: jtile.rms_norm(x, scale[1:], implementation="triton"))
+    program = norm.lower(x, scale).compile().as_text()
+    [computation] = [c for c in re.split(r"\n(?=%|ENTRY)", program) if launch.CUSTOM_CALL in c]
+    assert computation.startswith("ENTRY")  # and no fusion of the launch with a slice

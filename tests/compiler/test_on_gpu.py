@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from jax.experimental import pallas as pl
 
+import jtile
 from jtile.compiler.interpret import interpret_pallas
 from jtile.compiler.pallas import retarget_pallas
 from jtile.compiler.params import CompilerParams
@@ -129,6 +130,15 @@ def test_cluster():
     x = random(1024, 64)
     call = functools.partial(test_pallas.call, compiler_params=CompilerParams(num_ctas=2))
     np.testing.assert_array_equal(jax.jit(call)(x), 3 * x)
+
+
+def test_operands_may_be_parts_of_arrays_that_begin_anywhere():
+    x, scale = random(8, 128), random(129)
+    norms = {
+        implementation: jax.jit(lambda x, s, i=implementation: jtile.rms_norm(x, s[1:], implementation=i))(x, scale)
+        for implementation in ("triton", "xla")
+    }
+    assert jnp.allclose(norms["triton"], norms["xla"], rtol=1e-5, atol=1e-5)
 
 
 def test_inspect_for_the_present_gpu():
