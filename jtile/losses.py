@@ -67,12 +67,14 @@ def kl_divergence(
         raise ValueError(f"kl_divergence: `direction` must be 'forward' or 'reverse', got {direction!r}")
     return _divergence(
         "kl_divergence",
-        (x, weight, bias, teacher_x, teacher_weight, teacher_bias),
         direction,
         1.0,
-        temperature,
-        axis_name,
-        implementation,
+        (x, weight, teacher_x, teacher_weight),
+        bias=bias,
+        teacher_bias=teacher_bias,
+        temperature=temperature,
+        axis_name=axis_name,
+        implementation=implementation,
     )
 
 
@@ -82,12 +84,8 @@ def jensen_shannon_divergence(
     teacher_x: Float[Array, "*tokens e"],
     teacher_weight: Float[Array, "e vocabulary"],
     *,
-    bias: Float[Array, " vocabulary"] | None = None,
-    teacher_bias: Float[Array, " vocabulary"] | None = None,
     beta: float = 0.5,
-    temperature: float = 1.0,
-    axis_name: str | tuple[str, ...] | None = None,
-    implementation: Implementation = None,
+    **options,
 ) -> Float[Array, "*tokens"]:
     """Generalised Jensen-Shannon divergence between a teacher's distribution P and a student's Q over the vocabulary:
 
@@ -97,8 +95,9 @@ def jensen_shannon_divergence(
     `kl_divergence`.
 
     Args:
+        x, weight, teacher_x, teacher_weight: as of `kl_divergence`.
         beta: the teacher's share of the mixture, 0 < β < 1. At ½ the divergence is symmetric.
-        Others: as of `kl_divergence`.
+        options: `bias`, `teacher_bias`, `temperature`, `axis_name` and `implementation` of `kl_divergence`.
 
     Returns:
         The divergence of each token in nats, float32 (float64 for float64).
@@ -122,19 +121,24 @@ def jensen_shannon_divergence(
             f"{beta}; the limits are kl_divergence's two directions"
         )
     return _divergence(
-        "jensen_shannon_divergence",
-        (x, weight, bias, teacher_x, teacher_weight, teacher_bias),
-        "jensen_shannon",
-        float(beta),
-        temperature,
-        axis_name,
-        implementation,
+        "jensen_shannon_divergence", "jensen_shannon", float(beta), (x, weight, teacher_x, teacher_weight), **options
     )
 
 
-def _divergence(name: str, operands, kind, beta, temperature, axis_name, implementation):
-    operands = [None if a is None else jnp.asarray(a) for a in operands]
-    for side, x, weight in ("", *operands[:2]), ("teacher_", *operands[3:5]):
+def _divergence(
+    name: str,
+    kind: linear_divergence.Kind,
+    beta: float,
+    operands,
+    *,
+    bias=None,
+    teacher_bias=None,
+    temperature=1.0,
+    axis_name=None,
+    implementation=None,
+):
+    student_x, student_weight, teacher_x, teacher_weight = map(jnp.asarray, operands)
+    for side, x, weight in ("", student_x, student_weight), ("teacher_", teacher_x, teacher_weight):
         if not jnp.issubdtype(x.dtype, jnp.floating) or weight.dtype != x.dtype:
             raise ValueError(
                 f"{name}: `{side}x` and `{side}weight` must have one floating-point dtype, in which they are "
@@ -144,9 +148,11 @@ def _divergence(name: str, operands, kind, beta, temperature, axis_name, impleme
         raise ValueError(
             f"{name}: `temperature` must be positive and finite, and known when tracing; got {temperature}"
         )
-    teacher = [None if a is None else jax.lax.stop_gradient(a) for a in operands[3:]]
+    teacher = jax.lax.stop_gradient((teacher_x, teacher_weight, teacher_bias))
     (divergence,) = linear_divergence.forward(
-        *operands[:3],
+        student_x,
+        student_weight,
+        bias,
         *teacher,
         kind=kind,
         beta=beta,

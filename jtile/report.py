@@ -5,15 +5,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import AxisType
 
+from jtile import borrowed
 from jtile.compiler import launch
 from jtile.compiler.launch import Launch
 from jtile.compiler.rewrite import equations
 from jtile.compiler.target import Occupancy, Target
-from jtile.op.lowering import choose, choose_tile
-from jtile.op.primitive import TilePrimitive
+from jtile.op.lowering import choose, choose_tile, note
+from jtile.op.primitive import Call, TileOp, TilePrimitive
 from jtile.op.rules import ungrouped
-from jtile.op.sharding import moves
+from jtile.op.sharding import Layout, axes_of, in_words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,9 +211,36 @@ def explain(fn: Callable, *args, target: str | None = None) -> Explanation:
         tile = choose_tile(op, ungrouped(avals, call), call, chip) if choice.runs == "kernel" else None
         operands = ", ".join(f"{a.dtype.name}[{','.join(map(str, a.shape))}]" for a in avals)
         tile_text = f"{tile.tile} ({tile.source})" if tile and tile.tile is not None else ""
-        report = OpReport(op.name, operands, choice.runs, choice.why, tile_text, moves(op, call, avals))
+        why = choice.why
+        if tile and (added := note(op, ungrouped(avals, call), call, chip, tile.tile)):
+            why = f"{why}, {added}"
+        report = OpReport(op.name, operands, choice.runs, why, tile_text, _moves(op, call, avals))
         counts[report] = counts.get(report, 0) + 1
     return Explanation(dataclasses.replace(report, count=count) for report, count in counts.items())
+
+
+def _moves(op: TileOp, call: Call, avals: Sequence) -> str:
+    """What devices exchange for a call on a mesh, in words."""
+    mesh = borrowed.mesh_of(avals)
+    if mesh is None or mesh.size == 1:
+        return ""
+    layout = Layout.of(op, avals, call)
+    if AxisType.Auto in mesh.axis_types:
+        kept = {f for dims in layout.operands for dim in dims for f in dim if layout.sizes[f] > 1} & op.signature.whole
+        return f"all of {', '.join(map(in_words, sorted(kept)))} where it is split" if kept else ""
+    assigned = layout.settled(avals, mesh)
+    found = [
+        f"all of {in_words(dim[0])} of `{term.name}`"
+        for term, dims, aval in zip(layout.operand_terms, layout.operands, avals, strict=True)
+        for dim, axes in zip(dims, axes_of(aval.sharding.spec, aval.ndim), strict=True)
+        if axes and not any(assigned.get(f) == axes for f in dim)
+    ]
+    found += [
+        f"the {term.reduction} of `{term.name}`"
+        for term, dims in zip(layout.result_terms, layout.results, strict=True)
+        if layout.reduced(dims, assigned)
+    ]
+    return ", ".join(found)
 
 
 def _platform_here() -> str:

@@ -19,7 +19,15 @@ def pytest_configure(config):  # before JAX is imported
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.option.markexpr != "gpu":
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: pytest -m gpu"))
+    for item in items:
+        if marker := item.get_closest_marker("gpu"):
+            needed = marker.kwargs.get("compute_capability")
+            if config.option.markexpr != "gpu" or (needed and _compute_capability() < needed):
+                chip = f" of compute capability {needed / 10}" if needed else ""
+                item.add_marker(pytest.mark.skip(reason=f"needs an NVIDIA GPU{chip}: pytest -m gpu"))
+
+
+def _compute_capability() -> int:
+    from jtile.compiler.target import Target
+
+    return Target.current().compute_capability

@@ -38,63 +38,25 @@ def qk_norm_rope(q, scale, positions, **options):
     return jtile.qk_norm_rope(q, q, scale, scale, positions, **options)
 
 
+def norm(signature: str, d: int, **more) -> Case:
+    return Case(signature, ROWS | {"d": d}, split="b s", typical=TYPICAL_ROWS | {"d": 4096}, **more)
+
+
 CASES = {
-    "rms_norm": (
-        jtile.rms_norm,
-        Case(
-            "x: b s d, scale: d -> y: b s d",
-            ROWS | {"d": 100},
-            split="b s",
-            typical=TYPICAL_ROWS | {"d": 4096},
-        ),
-    ),
+    "rms_norm": (jtile.rms_norm, norm("x: b s d, scale: d -> y: b s d", 100)),
     "rms_norm_of_sum": (
         jtile.rms_norm,
-        Case(
-            "x: b s d, scale: d, residual: b s d -> y: b s d, h: b s d",
-            ROWS | {"d": 72},
-            options={"epsilon": 1e-5},
-            split="b s",
-            typical=TYPICAL_ROWS | {"d": 4096},
-        ),
+        norm("x: b s d, scale: d, residual: b s d -> y: b s d, h: b s d", 72, options={"epsilon": 1e-5}),
     ),
-    "layer_norm": (
-        jtile.layer_norm,
-        Case(
-            "x: b s d, scale: d, bias: d -> y: b s d",
-            ROWS | {"d": 84},
-            split="b s",
-            typical=TYPICAL_ROWS | {"d": 4096},
-        ),
-    ),
+    "layer_norm": (jtile.layer_norm, norm("x: b s d, scale: d, bias: d -> y: b s d", 84)),
     "layer_norm_of_sum": (
         jtile.layer_norm,
-        Case(
-            "x: b s d, scale: d, residual: b s d -> y: b s d, h: b s d",
-            ROWS | {"d": 72},
-            options={"epsilon": 1e-5},
-            split="b s",
-            typical=TYPICAL_ROWS | {"d": 4096},
-        ),
+        norm("x: b s d, scale: d, residual: b s d -> y: b s d, h: b s d", 72, options={"epsilon": 1e-5}),
     ),
-    "gated_rms_norm": (
-        jtile.gated_rms_norm,
-        Case(
-            "x: b s d, gate: b s d, scale: d -> y: b s d",
-            ROWS | {"d": 76},
-            split="b s",
-            typical=TYPICAL_ROWS | {"d": 4096},
-        ),
-    ),
+    "gated_rms_norm": (jtile.gated_rms_norm, norm("x: b s d, gate: b s d, scale: d -> y: b s d", 76)),
     "rms_norm_gated": (
         jtile.gated_rms_norm,
-        Case(
-            "x: b s d, gate: b s d, scale: d -> y: b s d",
-            ROWS | {"d": 68},
-            options={"norm_before_gate": True},
-            split="b s",
-            typical=TYPICAL_ROWS | {"d": 4096},
-        ),
+        norm("x: b s d, gate: b s d, scale: d -> y: b s d", 68, options={"norm_before_gate": True}),
     ),
     "group_norm": (
         jtile.group_norm,
@@ -169,8 +131,8 @@ CASES = {
             ROWS | {"d": 64, "two": 2},
             options={"rate": 0.3},
             integers={"key": (0, 2**31 - 1)},
-            split="b d",
-            axis_names={"b": "b", "d": "d"},
+            split="b s d",
+            axis_names={"b": "b", "s": "s", "d": "d"},
             fixed="two",
             typical=TYPICAL_ROWS | {"d": 4096, "two": 2},
         ),

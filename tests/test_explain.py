@@ -46,6 +46,19 @@ def test_says_why_a_kernel_cannot_serve():
     assert report.runs == "reference" and "`x` is float64" in report.why
 
 
+def test_says_by_which_schedule_attention_runs_and_why():
+    x = jax.ShapeDtypeStruct((1, 256, 4, 64), jnp.bfloat16)
+
+    def whys(target, **options):
+        loss = lambda q: jtile.dot_product_attention(q, q, q, is_causal=True, **options).sum()  # noqa: E731
+        return [r.why.partition(", ")[2] for r in jtile.explain(jax.grad(loss), x, target=target)]
+
+    assert whys("NVIDIA H200") == ["on the schedule for Hopper"] * 2
+    assert whys("NVIDIA A100") == ["on the portable schedule: the chip is no Hopper"] * 2
+    dropped = whys("NVIDIA H200", dropout_rate=0.1, dropout_key=jax.random.key(0))
+    assert dropped == ["on the portable schedule: it has no dropout"] * 2
+
+
 def test_a_function_without_ops_and_an_unknown_target():
     assert str(jtile.explain(jnp.sin, X)) == "no ops"
     with pytest.raises(ValueError, match="NVIDIA H200"):

@@ -34,12 +34,34 @@ def integers(high, *shape):
     return jax.random.randint(jax.random.key(high), shape, 0, high, jnp.int32)
 
 
+def relative(score, batch, head, query, key):
+    return score + (key - query) / 8
+
+
+HEADS = normal(4, 8, 4, 32), normal(4, 8, 2, 32), normal(4, 8, 2, 32)
 OPS = {
     "rms_norm": (jtile.rms_norm, normal(4, 8, 96), normal(96)),
+    "layer_norm": (jtile.layer_norm, normal(4, 8, 96), normal(96), normal(96)),
+    "gated_rms_norm": (jtile.gated_rms_norm, normal(4, 8, 96), normal(4, 8, 96), normal(96)),
+    "group_norm": (lambda *operands: jtile.group_norm(*operands, groups=3), normal(4, 8, 96), normal(96)),
     "rope": (lambda x: jtile.rope(x, jnp.arange(8)), normal(4, 8, 3, 32)),
+    "qk_norm_rope": (lambda q, scale: jtile.qk_norm_rope(q, q, scale, scale, jnp.arange(8))[0], HEADS[0], normal(32)),
+    "softmax": (jtile.softmax, normal(4, 8, 96)),
+    "log_softmax": (jtile.log_softmax, normal(4, 8, 96)),
+    "dropout": (lambda x: jtile.dropout(x, 0.3, jax.random.key(0)), normal(4, 8, 96)),
     "gated_activation": (jtile.gated_activation, normal(4, 8, 96), normal(4, 8, 96)),
     "softmax_cross_entropy": (jtile.softmax_cross_entropy, normal(4, 8, 300), integers(300, 4, 8)),
-    "attention": (jtile.dot_product_attention, normal(4, 8, 4, 32), normal(4, 8, 2, 32), normal(4, 8, 2, 32)),
+    "linear_cross_entropy": (jtile.linear_cross_entropy, normal(4, 8, 32), normal(32, 300), integers(300, 4, 8)),
+    "sum_of_losses": (
+        lambda x, weight, labels: jtile.linear_cross_entropy(x, weight, labels, token_weights=jnp.ones((4, 8)) / 32),
+        *(normal(4, 8, 32), normal(32, 300), integers(300, 4, 8)),
+    ),
+    "attention": (jtile.dot_product_attention, *HEADS),
+    "attention_with_features": (
+        lambda *qkv: jtile.dot_product_attention(*qkv, local_window_size=3, logits_soft_cap=5.0, is_causal=True),
+        *HEADS,
+    ),
+    "flex_attention": (lambda *qkv: jtile.flex_attention(*qkv, score_mod=relative), *HEADS),
 }
 
 
@@ -159,7 +181,7 @@ def check(folder, names, **environment):
 
 
 def test_programs_run_without_jtile_or_triton(exported):
-    check(exported, PROGRAMS, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    check(exported, PROGRAMS, JAX_PLATFORMS="cpu")
 
 
 @pytest.mark.gpu

@@ -83,20 +83,27 @@ def _read(key: str) -> bytes | None:
     return body if _digest(key, body) == digest else None
 
 
+def write_file(path: Path, content: bytes, mode: int, unfinished: str) -> None:
+    """Writes a file so that no reader, in any process, ever sees a part of it.
+
+    Its mode is this, whatever the umask. Until it is finished it stands beside, under a name that begins so.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=unfinished)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(handle, mode)
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
 def _write(key: str, body: bytes) -> None:
-    """Writes an entry so that no reader, in any process, ever sees a part of it."""
     try:
         folder = _private(directory())
         _sweep(folder)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=_UNFINISHED)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                os.fchmod(handle, 0o600)  # whatever the umask
-                file.write(_digest(key, body) + body)
-            os.replace(temporary, folder / key)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_file(folder / key, _digest(key, body) + body, 0o600, _UNFINISHED)
     except (OSError, RuntimeError) as error:  # RuntimeError: `Path.home()` where the user has none
         if not _warned.is_set():
             _warned.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
@@ -54,12 +55,7 @@ def choose(op: TileOp, shapes: Sequence, call: Call, platform: str) -> Choice:
         return Choice("reference", "implementation='xla'")
     if any(math.prod(s.shape) == 0 for s in shapes):
         return Choice("reference", "an operand is empty: there is nothing to launch")
-    obstacle = _obstacle(op, shapes, call)
-    if call.implementation != "interpret" and not obstacle:
-        if platform != "cuda":
-            obstacle = f"kernels run on NVIDIA GPUs, and this is lowered for {platform}"
-        else:
-            obstacle = _missing_toolchain()
+    obstacle = _obstacle(op, shapes, call, platform)
     if obstacle and call.implementation:
         raise NotImplementedError(
             f"{op.name}: implementation={call.implementation!r} cannot serve this call: {obstacle}"
@@ -71,22 +67,25 @@ def choose(op: TileOp, shapes: Sequence, call: Call, platform: str) -> Choice:
     return Choice("kernel", "implementation='triton'" if call.implementation else "lowered for an NVIDIA GPU")
 
 
-def _obstacle(op: TileOp, shapes: Sequence, call: Call) -> str | None:
-    """Why the op's kernel cannot serve a call on any platform."""
+def _obstacle(op: TileOp, shapes: Sequence, call: Call, platform: str) -> str | None:
+    """Why the op's kernel cannot serve a call."""
     if op.kernel_function is None:
         return "the op has no kernel"
-    terms = [t for t, p in zip(op.signature.operands, call.present, strict=True) if p]
-    for term, s in zip(terms, shapes, strict=True):
+    for term, s in zip(call.given(op.signature.operands), shapes, strict=True):
         if jnp.issubdtype(s.dtype, jnp.inexact) and s.dtype.name not in op.kernel_dtypes:
             return f"`{term.name}` is {s.dtype.name}, and kernels take {', '.join(op.kernel_dtypes)}"
-    if op.limits_function is not None:
-        return op.limits_function(*_folded(op, shapes, call), **dict(call.static))
+    if op.limits_function and (limit := op.limits_function(*_folded(op, shapes, call), **dict(call.static))):
+        return limit
+    if call.implementation != "interpret" and platform != "cuda":
+        return f"kernels run on NVIDIA GPUs, and this is lowered for {platform}"
+    if call.implementation != "interpret" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install 'jtile[cuda13]', or 'jtile[offline]' where there is no GPU)"
     return None
 
 
 def _folded(op: TileOp, shapes: Sequence, call: Call) -> list[jax.ShapeDtypeStruct | None]:
     """The operands as the kernel gets them, of these that one group sees."""
-    terms = [t for t, p in zip(op.signature.operands, call.present, strict=True) if p]
+    terms = call.given(op.signature.operands)
     return call.expand([jax.eval_shape(functools.partial(_fold, t), s) for t, s in zip(terms, shapes, strict=True)])
 
 
@@ -97,11 +96,11 @@ def choose_tile(op: TileOp, shapes: Sequence, call: Call, target: Target | None)
     return tuning.choose(op, _folded(op, shapes, call), call.static, target)
 
 
-@functools.cache
-def _missing_toolchain() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install 'jtile[cuda13]', or 'jtile[offline]' where there is no GPU)"
-    return None
+def note(op: TileOp, shapes: Sequence, call: Call, target: Target | None, tile) -> str:
+    """What an op has to say about how its kernel runs."""
+    if op.notes_function is None:
+        return ""
+    return op.notes_function(*_folded(op, shapes, call), target=target, tile=tile, **dict(call.static))
 
 
 @functools.cache
@@ -129,7 +128,7 @@ def lower(op: TileOp, platform: str | None, settled: bool, ctx, *operands, call:
                 "mesh whose axes are AxisType.Explicit: jax.make_mesh's default."
             )
         # The op is bound again, on parts: lowered there it knows its device.
-        return list(sharding.partitioned(op, call, op.settled.bind, values, borrowed.mesh_around(ctx)))
+        return list(sharding.partitioned(op, call, values, borrowed.mesh_around(ctx)))
 
     # Shardings and varying axes are settled by now. Kernels are traced without them, and need not know of them.
     plain = ctx.replace(avals_in=borrowed.plain_avals(ctx.avals_in), avals_out=borrowed.plain_avals(ctx.avals_out))
@@ -165,19 +164,18 @@ def execute(
 
         one_group = interpret_pallas(one_group)
     mapped = rules.vmap_groups(one_group, call.groups, call.group_count)
-    with rules.named(op, rules.ungrouped(operands, call), call), sharding.on_parts(call):
-        if choice.runs == "reference":
-            return mapped(*operands)
-        with jax.enable_x64(False):  # kernels count in 32 bits whatever the user's mode
-            return mapped(*operands)
+    # Kernels count in 32 bits whatever the user's mode.
+    bits = contextlib.nullcontext() if choice.runs == "reference" else jax.enable_x64(False)
+    with rules.named(op, rules.ungrouped(operands, call), call), sharding.on_parts(call), bits:
+        return mapped(*operands)
 
 
 def _given(op: TileOp, call: Call, tile) -> dict[str, Any]:
     """What a kernel gets beside operands and static arguments."""
     given = {"tile": tile.tile} if tile else {}
     if op.overwrites:
-        present = [t.name for t, p in zip(op.signature.operands, call.present, strict=True) if p]
-        given["overwrite"] = all(call.groups[present.index(op.overwrites)])  # or other groups read the operand, too
+        names = [t.name for t in call.given(op.signature.operands)]
+        given["overwrite"] = all(call.groups[names.index(op.overwrites)])  # or other groups read the operand, too
     return given
 
 

@@ -8,6 +8,7 @@ between kernel and reference.
 import dataclasses
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
@@ -47,7 +48,7 @@ class Call:
     groups: tuple[tuple[bool, ...], ...]
     implementation: Implementation
     static: tuple[tuple[str, Hashable], ...]
-    split: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
+    split: sharding.Split = ()
 
     @property
     def group_count(self) -> int:
@@ -58,10 +59,29 @@ class Call:
         """The keyword arguments that this call passes on to the calls it makes, as a transpose rule gets them."""
         return {**dict(self.static), "implementation": self.implementation}
 
+    def on(self, operands: Sequence, groups: Sequence[tuple[bool, ...]]) -> "Call":
+        """The same of other operands, None for what is absent."""
+        present = tuple(o is not None for o in operands)
+        return dataclasses.replace(self, present=present, groups=tuple(itertools.compress(groups, present)))
+
+    def given(self, values: Sequence) -> tuple:
+        """Of one entry for every operand of the signature, those of the operands given."""
+        return tuple(itertools.compress(values, self.present))
+
     def expand(self, values: Sequence, absent: Any = None) -> list:
         """One entry for every operand of the signature, `absent` where none was given."""
         given = iter(values)
         return [next(given) if p else absent for p in self.present]
+
+
+def _part(attribute: str) -> Callable:
+    """A decorator that makes the function a part of the op."""
+
+    def decorate(op: "TileOp", function: Callable) -> Callable:
+        setattr(op, attribute, function)
+        return function
+
+    return decorate
 
 
 class TileOp:
@@ -84,6 +104,7 @@ class TileOp:
       as a clause, or `None`. Optional.
     * `@op.tiles`: gets the same, and the chip as `target`, and yields the tiles that the kernel may be launched with,
       the one to use untuned first. The kernel then gets the chosen one as `tile`. `jtile.tuning` has more. Optional.
+    * `@op.notes`: gets the same and the chosen tile as `tile`, and returns what `jtile.explain` is to add. Optional.
     * `@op.transpose`: reverse mode. `transpose(operands, results, cotangents, **options)` returns one cotangent an
       operand, `None` for zero, usually by calling another `TileOp`, the backward kernel. The first result's cotangent
       is always an array, another's is `None` where it is zero. Optional: the reference is differentiated without it.
@@ -117,6 +138,7 @@ class TileOp:
         self.kernel_dtypes: tuple[str, ...] = lowering.KERNEL_DTYPES  # of floating operands
         self.overwrites: str | None = None  # the operand in whose memory the kernel may put its first result
         self.tiles_function: Callable[..., Iterable[Hashable]] | None = None
+        self.notes_function: Callable[..., str] | None = None
         self.transpose_function: Callable[..., tuple] | None = None
         self.parent: TileOp | None = None  # the op whose derivative this is: such an op has no kernel by design
         self.primitive = TilePrimitive(self)
@@ -127,25 +149,12 @@ class TileOp:
     def __repr__(self) -> str:
         return f"TileOp({self.name!r})"
 
-    def reference(self, function: Callable) -> Callable:
-        self.reference_function = function
-        return function
-
-    def kernel(self, function: Callable) -> Callable:
-        self.kernel_function = function
-        return function
-
-    def limits(self, function: Callable) -> Callable:
-        self.limits_function = function
-        return function
-
-    def tiles(self, function: Callable) -> Callable:
-        self.tiles_function = function
-        return function
-
-    def transpose(self, function: Callable) -> Callable:
-        self.transpose_function = function
-        return function
+    reference = _part("reference_function")
+    kernel = _part("kernel_function")
+    limits = _part("limits_function")
+    tiles = _part("tiles_function")
+    notes = _part("notes_function")
+    transpose = _part("transpose_function")
 
     def __call__(
         self,
@@ -160,16 +169,16 @@ class TileOp:
                 f"got {implementation!r}"
             )
         static = self._check_static(static)
-        arrays = sharding.parts(self, self._check_operands(operands), split)
+        arrays = self._check_operands(operands)
         given = [a for a in arrays if a is not None]
         call = Call(
             present=tuple(a is not None for a in arrays),
             groups=((),) * len(given),
             implementation=implementation,
             static=tuple(sorted(static.items())),
-            split=tuple(sorted({**sharding.splits(), **split}.items())),
+            split=sharding.SPLIT.get(),
         )
-        return sharding.completed(self, self.bind(given, call), split)
+        return sharding.bound_to_parts(self, call, split, given) if split else self.bind(given, call)
 
     def bind(self, given: Sequence, call: Call) -> tuple:
         """Bind the primitive to the operands that are present; `None` in the result for what is absent."""

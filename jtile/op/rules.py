@@ -8,9 +8,9 @@ its lowering is the JVP of the reference, and its transpose is the op's own tran
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import jax
@@ -24,6 +24,8 @@ from jtile.op.signature import Signature, Term
 
 if TYPE_CHECKING:
     from jtile.op.primitive import Call, TileOp
+
+type Terms = tuple[Term, ...]
 
 
 def register(op: TileOp) -> None:
@@ -86,7 +88,7 @@ def named(op: TileOp, shapes: Sequence, call: Call):
     try:
         yield
     except Exception as error:
-        terms = [t for t, p in zip(op.signature.operands, call.present, strict=True) if p]
+        terms = call.given(op.signature.operands)
         given = (f"`{t.name}` {s.dtype}{list(s.shape)}" for t, s in zip(terms, shapes, strict=True))
         error.add_note(f"This is {op.name} of {', '.join(given)}.")
         raise
@@ -129,22 +131,20 @@ def batch(op: TileOp, operands: Sequence, axes: Sequence, *, call: Call):
     It joins `...` when every operand and every result that has `...` is mapped and no operand without it is: rows are
     rows. Otherwise results would be summed over it, or operands repeated in memory, so it becomes a group axis.
     """
-    terms = [t for t, p in zip(op.signature.operands, call.present, strict=True) if p]
+    terms = call.given(op.signature.operands)
     mapped = [axis is not None for axis in axes]
     rows = all(t.leading == m for t, m in zip(terms, mapped, strict=True)) and all(
         t.leading for t in op.signature.results
     )
     count = call.group_count
 
-    def move(x, axis, mask):
-        if axis is None:
-            return x
-        return jnp.moveaxis(x, axis, sum(mask) if rows else 0)
-
-    moved = [move(x, axis, mask) for x, axis, mask in zip(operands, axes, call.groups, strict=True)]
+    moved = [
+        x if axis is None else jnp.moveaxis(x, axis, sum(mask) if rows else 0)
+        for x, axis, mask in zip(operands, axes, call.groups, strict=True)
+    ]
     if not rows:
         groups = tuple((m, *mask) for m, mask in zip(mapped, call.groups, strict=True))
-        call = dataclasses.replace(call, groups=groups)
+        call = replace(call, groups=groups)
     results = [r for r in op.bind(moved, call) if r is not None]
     return results, [count if rows else 0] * len(results)
 
@@ -166,32 +166,17 @@ def is_zero(tangent) -> bool:
 def jvp(op: TileOp, primals: Sequence, tangents: Sequence, *, call: Call):
     results = op.bind(primals, call)
     if op.transpose_function:
-        terms = op.signature.results
-        results = tuple(
-            r if r is None else checkpoint_name(r, f"{op.name}_{t.name}") for r, t in zip(results, terms, strict=True)
-        )
-    shapes = tuple(ungrouped(primals, call))
-    saved = [r if s else None for r, s in zip(results, _saved_results(op, shapes, call), strict=True)]
-    live = [None if is_zero(t) else t for t in tangents]
-    none: tuple = ()  # the mask of an absent operand
-    masks = call.expand(call.groups, none)
+        names = (f"{op.name}_{t.name}" for t in op.signature.results)
+        results = tuple(r if r is None else checkpoint_name(r, n) for r, n in zip(results, names, strict=True))
+    needed = _saved_results(op, tuple(ungrouped(primals, call)), call)
+    saved = [r if s else None for r, s in zip(results, needed, strict=True)]
     everyone = (True,) * call.group_count
-    operands = [*call.expand(primals), *saved, *call.expand(live)]
-    every_mask = [*masks, *[everyone] * len(saved), *masks]
-    tangent_call = dataclasses.replace(
-        call,
-        present=tuple(o is not None for o in operands),
-        groups=tuple(m for o, m in zip(operands, every_mask, strict=True) if o is not None),
-    )
+    masks = call.expand(call.groups, everyone)
+    operands = [*call.expand(primals), *saved, *call.expand([None if is_zero(t) else t for t in tangents])]
+    tangent_call = call.on(operands, [*masks, *[everyone] * len(saved), *masks])
     out = op.linear.bind([o for o in operands if o is not None], tangent_call)
-    return (
-        [r for r in results if r is not None],
-        [
-            ad.Zero(jax.typeof(r).to_tangent_aval()) if t is None else t
-            for r, t in zip(results, out, strict=True)
-            if r is not None
-        ],
-    )
+    moving = [(r, t) for r, t in zip(results, out, strict=True) if r is not None]
+    return [r for r, _ in moving], [ad.Zero(jax.typeof(r).to_tangent_aval()) if t is None else t for r, t in moving]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -200,10 +185,7 @@ def _saved_results(op: TileOp, shapes: tuple, call: Call) -> tuple[bool, ...]:
     if op.transpose_function is None:
         return (False,) * len(op.signature.results)
     results = _result_shapes(op, shapes, call, jax.config.jax_enable_x64)
-    cotangents = [
-        None if r is None or t.saved or not jnp.issubdtype(r.dtype, jnp.floating) else r
-        for r, t in zip(results, op.signature.results, strict=True)
-    ]
+    cotangents = [None if t.saved else _floating(r) for r, t in zip(results, op.signature.results, strict=True)]
     with borrowed.no_mesh():
         rule = functools.partial(op.transpose_function, **call.options)
         jaxpr = jax.make_jaxpr(lambda r, o, c: rule(tuple(o), r, tuple(c)))(
@@ -216,21 +198,13 @@ def _saved_results(op: TileOp, shapes: tuple, call: Call) -> tuple[bool, ...]:
 
 def linear_of(op: TileOp) -> TileOp:
     operands, results = op.signature.operands, op.signature.results
-    count = len(operands) + len(results)
-    linear = _derived(
-        op,
-        "jvp",
-        [*operands, *results, *(t.renamed(f"{t.name}_tangent") for t in operands)],
-        [t.renamed(f"{t.name}_tangent") for t in results],
-    )
+    linear = _derived(op, "jvp", (*operands, *results), "tangent", operands, results)
 
     @linear.reference
     def reference(*values, **static):
-        primals, tangents = values[: len(operands)], values[count:]
-        active = [i for i, t in enumerate(tangents) if t is not None]
-        present, function = _differentiable(op, primals, active, static)
-        _, out = jax.jvp(function, [primals[i] for i in active], [tangents[i] for i in active])
-        return _scatter(out, present, len(results))
+        primals, tangents = values[: len(operands)], values[-len(operands) :]
+        active = tuple(x if t is not None else None for x, t in zip(primals, tangents, strict=True))
+        return jax.jvp(_differentiable(op, primals, static), active, tangents)[1]
 
     for primitive in linear.primitive, linear.settled:
         ad.primitive_transposes[primitive] = functools.partial(transpose, op)
@@ -239,65 +213,56 @@ def linear_of(op: TileOp) -> TileOp:
 
 def pullback_of(op: TileOp) -> TileOp:
     operands, results = op.signature.operands, op.signature.results
-    pullback = _derived(
-        op,
-        "vjp",
-        [*operands, *(t.renamed(f"{t.name}_cotangent") for t in results)],
-        [t.renamed(f"{t.name}_cotangent") for t in operands],
-    )
+    pullback = _derived(op, "vjp", operands, "cotangent", results, operands)
 
     @pullback.reference
     def reference(*values, **static):
         primals, cotangents = values[: len(operands)], values[len(operands) :]
-        active = [i for i, x in enumerate(primals) if x is not None and jnp.issubdtype(x.dtype, jnp.floating)]
-        present, function = _differentiable(op, primals, active, static)
-        out, vjp = jax.vjp(function, *[primals[i] for i in active])
-        given = [cotangents[i] for i in present]
-        return _scatter(
-            vjp([jnp.zeros_like(o) if c is None else c for o, c in zip(out, given, strict=True)]), active, len(operands)
-        )
+        out, vjp = jax.vjp(_differentiable(op, primals, static), *map(_floating, primals))
+        given = (jnp.zeros_like(o) if c is None and o is not None else c for o, c in zip(out, cotangents, strict=True))
+        return vjp(tuple(given))
 
     return pullback
 
 
-def _derived(op: TileOp, suffix: str, operands: Sequence[Term], results: Sequence[Term]) -> TileOp:
+def _derived(op: TileOp, name: str, point: Terms, word: str, incoming: Terms, outgoing: Terms) -> TileOp:
+    """An op that takes, at a point, incoming tangents or cotangents, by that word, to outgoing ones."""
     from jtile.op.primitive import TileOp
 
-    optional = functools.partial(map, lambda t: t.renamed(t.name, optional=True, saved=False, reduction="sum"))
-    signature = Signature(tuple(optional(operands)), tuple(optional(results)), op.signature.derivative_whole)
-    derived = TileOp(f"{op.name}_{suffix}", signature)
+    def terms(these: Terms, form: str) -> Terms:
+        return tuple(replace(t, name=form.format(t.name), optional=True, saved=False, reduction="sum") for t in these)
+
+    moving = f"{{}}_{word}"
+    given = terms(point, "{}") + terms(incoming, moving)
+    derived = TileOp(f"{op.name}_{name}", Signature(given, terms(outgoing, moving), op.signature.derivative_whole))
     derived.parent = op
     return derived
 
 
-def _differentiable(op: TileOp, primals: Sequence, active: Sequence[int], static: dict) -> tuple[list[int], Callable]:
-    """The reference as a function of its `active` operands to its floating results, and which results those are."""
-
-    def function(*values):
-        full = list(primals)
-        for i, value in zip(active, values, strict=True):
-            full[i] = value
-        return op.reference_function(*full, **static)
-
-    shapes = jax.eval_shape(function, *[primals[i] for i in active])
-    present = [i for i, r in enumerate(shapes) if r is not None and jnp.issubdtype(r.dtype, jnp.floating)]
-    return present, lambda *values: [function(*values)[i] for i in present]
+def _floating(x):
+    """What has a derivative; None otherwise, which to JAX is a tree of no arrays."""
+    return x if x is not None and jnp.issubdtype(x.dtype, jnp.floating) else None
 
 
-def _scatter(values: Sequence, places: Sequence[int], count: int) -> tuple:
-    found = dict(zip(places, values, strict=True))
-    return tuple(found.get(i) for i in range(count))
+def _differentiable(op: TileOp, primals: Sequence, static: dict) -> Callable:
+    """The reference as a function of operands that are not None, the others being `primals`, to floating results."""
+
+    def function(*active):
+        operands = (p if x is None else x for p, x in zip(primals, active, strict=True))
+        return tuple(map(_floating, op.reference_function(*operands, **static)))
+
+    return function
 
 
-def transpose(op: TileOp, cotangents: Sequence, *values, call: Call) -> list:
+def transpose(op: TileOp, cotangents: Sequence, *values, call: Call) -> Sequence:
     """Transpose `op.linear`: from the results' cotangents to the operands' ones, by the op's backward kernel."""
     n, m = len(op.signature.operands), len(op.signature.results)
     everyone = (True,) * call.group_count
-    full, masks = call.expand(values), call.expand(call.groups, ())
-    operands, saved, tangents = full[:n], full[n : n + m], full[n + m :]
-    shapes = _linear_results(op, values, call)
+    full, masks = call.expand(values), call.expand(call.groups, everyone)
+    tangents = full[n + m :]
+    avals = [v.aval if ad.is_undefined_primal(v) else jax.typeof(v) for v in values]
     incoming = iter(cotangents)
-    cotangent = [None if s is None else next(incoming) for s in shapes]
+    cotangent = [None if s is None else next(incoming) for s in result_shapes(op.linear, avals, call)]
     # A saved result has a cotangent in higher derivatives alone, and the rule does not take it.
     for_kernel = op.transpose_function is not None and all(
         c is None or is_zero(c) for c, t in zip(cotangent, op.signature.results, strict=True) if t.saved
@@ -305,37 +270,26 @@ def transpose(op: TileOp, cotangents: Sequence, *values, call: Call) -> list:
     if for_kernel and cotangent[0] is not None:
         cotangent[0] = ad.instantiate_zeros(cotangent[0])
     cotangent = [None if c is None or is_zero(c) else c for c in cotangent]
-    active = [i for i, t in enumerate(tangents) if t is not None]
 
     def pull(*values):
-        given = iter(values)
-        groups = (tuple(None if v is None else next(given) for v in many) for many in (operands, saved, cotangent))
+        operands, saved, outgoing = values[:n], values[n : n + m], values[n + m :]
         if for_kernel:
-            out = op.transpose_function(*groups, **call.options)  # type: ignore[misc]
+            pulled = op.transpose_function(operands, saved, outgoing, **call.options)  # type: ignore[misc]
         else:
-            primals, _, outgoing = groups
-            out = op.pullback(*primals, *outgoing, **call.options)
-        return tuple(out[i] for i in active)
+            pulled = op.pullback(*operands, *outgoing, **call.options)
+        return tuple(None if t is None else p for t, p in zip(tangents, pulled, strict=True))
 
-    given = [*operands, *saved, *cotangent]
-    given_masks = [*masks[:n], *masks[n : n + m], *[everyone] * len(cotangent)]
-    pairs = [(v, mask) for v, mask in zip(given, given_masks, strict=True) if v is not None]
     with sharding.on_parts(call):
-        pulled = vmap_groups(pull, [mask for _, mask in pairs], call.group_count)(*[v for v, _ in pairs])
+        mapped = vmap_groups(pull, [*masks[: n + m], *[everyone] * m], call.group_count)
+        pulled = mapped(*full[: n + m], *cotangent)
 
-    def finish(i, value):
+    def finish(value, tangent, mask):
         if value is None:
             return None
-        spare = tuple(axis for axis, has in enumerate(masks[n + m + i]) if not has)
+        spare = tuple(axis for axis, has in enumerate(mask) if not has)
         wide = jnp.promote_types(value.dtype, jnp.float32)
         value = jnp.sum(value, axis=spare, dtype=wide) if spare else value
-        return sharding.match(value.astype(tangents[i].aval.dtype), tangents[i].aval)
+        return sharding.match(value.astype(tangent.aval.dtype), tangent.aval)
 
-    out = {i: finish(i, value) for i, value in zip(active, pulled, strict=True)}
-    places = [None] * (n + m) + [out.get(i) for i in range(n)]
-    return [place for place, present in zip(places, call.present, strict=True) if present]
-
-
-def _linear_results(op: TileOp, values: Sequence, call: Call) -> tuple:
-    avals = [v.aval if ad.is_undefined_primal(v) else jax.typeof(v) for v in values]
-    return result_shapes(op.linear, avals, call)
+    places = [None] * (n + m) + list(map(finish, pulled, tangents, masks[n + m :]))
+    return call.given(places)

@@ -13,7 +13,6 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from jtile.op.primitive import Call, TileOp
 
 Spec = tuple[tuple[str, ...], ...]  # the mesh axes of each dimension
+Split = tuple[tuple[str, tuple[str, ...]], ...]  # dimensions, and the mesh axes that split them
 
 
 def shape_of(term: Term, sizes: dict[str, int], leading: Shape) -> Shape:
@@ -40,14 +40,12 @@ def shape_of(term: Term, sizes: dict[str, int], leading: Shape) -> Shape:
 class Layout:
     """The factors of every dimension of the operands and results that are present in one call."""
 
-    op: str
-    names: tuple[str, ...]  # of the operands, for errors
-    indexes: tuple[str | None, ...]  # the factor along which an operand's values are positions
-    reductions: tuple[str, ...]  # what a result is over the factors that it lacks
+    op: TileOp
+    operand_terms: tuple[Term, ...]
+    result_terms: tuple[Term, ...]
     operands: tuple[tuple[Dim, ...], ...]
     results: tuple[tuple[Dim, ...], ...]
     sizes: dict[str, int]
-    whole: frozenset[str]
 
     @classmethod
     def of(cls, op: TileOp, avals: Sequence, call: Call) -> Layout:
@@ -62,18 +60,16 @@ class Layout:
             mine = tuple(g for g, has in zip(groups, mask, strict=True) if has)
             return mine + (rows if term.leading else ()) + term.dims
 
-        terms = [t for t, p in zip(op.signature.operands, call.present, strict=True) if p]
-        present = rules.result_shapes(op, avals, call)
-        results = [t for t, r in zip(op.signature.results, present, strict=True) if r is not None]
+        terms = call.given(op.signature.operands)
+        present = zip(op.signature.results, rules.result_shapes(op, avals, call), strict=True)
+        results = tuple(t for t, r in present if r is not None)
         return cls(
-            op.name,
-            tuple(t.name for t in terms),
-            tuple(t.indexes for t in terms),
-            tuple(t.reduction for t in results),
+            op,
+            terms,
+            results,
             tuple(dims(t, mask) for t, mask in zip(terms, call.groups, strict=True)),
             tuple(dims(t, (True,) * call.group_count) for t in results),
             sizes,
-            op.signature.whole,
         )
 
     def rule(self) -> SdyShardingRule:
@@ -83,13 +79,14 @@ class Layout:
         plain = {dim[0] for dims in (*operands, *results) for dim in dims if len(dim) == 1}
         kept = {f for dims in results for dim in dims for f in dim}
         factors = list(dict.fromkeys(f for dims in (*operands, *results) for dim in dims for f in dim))
+        whole = self.op.signature.whole
         compound_only: dict[str, Any] = {f: self.sizes[f] for f in factors if f not in plain}
         mapping = lambda dims: ArrayMapping(*(dim[0] if len(dim) == 1 else CompoundFactor(*dim) for dim in dims))  # noqa: E731
         return SdyShardingRule(
             tuple(map(mapping, operands)),
             tuple(map(mapping, results)),
-            need_replication_factors=tuple(f for f in factors if f in self.whole),
-            reduction_factors=tuple(f for f in factors if f not in kept and f not in self.whole),
+            need_replication_factors=tuple(f for f in factors if f in whole),
+            reduction_factors=tuple(f for f in factors if f not in kept and f not in whole),
             **compound_only,
         )
 
@@ -101,19 +98,20 @@ class Layout:
         """
         assigned: dict[str, tuple[str, ...]] = {}
         owner: dict[str, str] = {}
-        for name, dims, spec in zip(self.names, self.operands, specs, strict=True):
+        for term, dims, spec in zip(self.operand_terms, self.operands, specs, strict=True):
             for dim, axes in zip(dims, spec, strict=True):
                 factor = self._splittable(dim, axes)
                 if factor is None:
                     continue
                 if strict and assigned.get(factor, axes) != axes:
                     raise ValueError(
-                        f"{self.op}: {_words(factor)} is split over mesh axes {assigned[factor]} in "
-                        f"`{owner[factor]}` and over {axes} in `{name}`; bring them together with jax.sharding.reshard"
+                        f"{self.op.name}: {in_words(factor)} is split over mesh axes {assigned[factor]} in "
+                        f"`{owner[factor]}` and over {axes} in `{term.name}`; bring them together with "
+                        "jax.sharding.reshard"
                     )
                 taken = {a for f, used in assigned.items() if f != factor for a in used}
                 if factor not in assigned and not taken & set(axes):
-                    assigned[factor], owner[factor] = axes, name
+                    assigned[factor], owner[factor] = axes, term.name
         fits = lambda f, axes: self.sizes[f] % math.prod(mesh.shape[a] for a in axes) == 0  # noqa: E731
         return {f: axes for f, axes in assigned.items() if fits(f, axes)}
 
@@ -124,7 +122,7 @@ class Layout:
     def _splittable(self, dim: Dim, axes: tuple[str, ...]) -> str | None:
         """Which factor of a dimension mesh axes split: the outermost one that is larger than 1."""
         factor = next((f for f in dim if self.sizes[f] > 1), None)
-        return factor if axes and factor not in self.whole else None
+        return factor if axes and factor not in self.op.signature.whole else None
 
     def place(self, dims: Sequence[Dim], assigned: dict[str, tuple[str, ...]]) -> PartitionSpec:
         split = (next((assigned[f] for f in dim if f in assigned), None) for dim in dims)
@@ -136,16 +134,14 @@ class Layout:
         return tuple(a for f, axes in assigned.items() if f not in mine for a in axes)
 
 
-def _words(factor: str) -> str:
+def in_words(factor: str) -> str:
     kinds = {"L": "leading dimension", "G": "vmapped dimension"}  # names in signatures are lowercase
     return f"{kinds[factor[0]]} {factor[1:]}" if factor[0] in kinds else f"dimension `{factor}`"
 
 
 def axes_of(spec: PartitionSpec | None, ndim: int) -> Spec:
-    def axes(entry) -> tuple[str, ...]:
-        return () if entry is None or entry is PartitionSpec.UNCONSTRAINED else _axes(entry)
-
-    return tuple(axes(entry) for entry in (*(spec or ()), *[None] * ndim)[:ndim])
+    entries = (*(spec or ()), *[None] * ndim)[:ndim]
+    return tuple(() if e is None or e is PartitionSpec.UNCONSTRAINED else _axes(e) for e in entries)
 
 
 def result_specs(op: TileOp, avals: Sequence, call: Call) -> list[PartitionSpec | None]:
@@ -171,32 +167,6 @@ def settled(avals: Iterable) -> bool:
     return mesh is not None and AxisType.Auto not in mesh.axis_types
 
 
-def moves(op: TileOp, call: Call, avals: Sequence) -> str:
-    """What devices exchange for a call on a mesh, in words."""
-    mesh = borrowed.mesh_of(avals)
-    if mesh is None or mesh.size == 1:
-        return ""
-    layout = Layout.of(op, avals, call)
-    if AxisType.Auto in mesh.axis_types:
-        kept = {f for dims in layout.operands for dim in dims for f in dim if layout.sizes[f] > 1} & layout.whole
-        return f"all of {', '.join(map(_words, sorted(kept)))} where it is split" if kept else ""
-    assigned = layout.settled(avals, mesh)
-    found = [
-        f"all of {_words(dim[0])} of `{name}`"
-        for name, dims, aval in zip(layout.names, layout.operands, avals, strict=True)
-        for dim, axes in zip(dims, axes_of(aval.sharding.spec, aval.ndim), strict=True)
-        if axes and not any(assigned.get(f) == axes for f in dim)
-    ]
-    shapes = rules.result_shapes(op, avals, call)
-    present = [t for t, shape in zip(op.signature.results, shapes, strict=True) if shape is not None]
-    found += [
-        f"the {t.reduction} of `{t.name}`"
-        for t, dims in zip(present, layout.results, strict=True)
-        if layout.reduced(dims, assigned)
-    ]
-    return ", ".join(found)
-
-
 def split(op: TileOp, call: Call, mesh: AbstractMesh, operands: Sequence, avals: Sequence) -> Sequence[jax.Array]:
     """Run an op on every device's part of the operands, whose types tell how an explicit mesh splits them.
 
@@ -209,24 +179,24 @@ def split(op: TileOp, call: Call, mesh: AbstractMesh, operands: Sequence, avals:
     mesh = mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))
     specs = [tuple(layout.place(dims, assigned) for dims in many) for many in (layout.operands, layout.results)]
     # The op is bound again, where all axes are manual: lowered there it is traced without a mesh.
-    local = functools.partial(_local, layout, assigned, call, lambda *parts, call: op.settled.bind(*parts, call=call))
+    local = functools.partial(_local, op, call, assigned, op.settled.bind)
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.shard_map(
             local, mesh=mesh, in_specs=specs[0], out_specs=specs[1], axis_names=explicit, check_vma=False
         )(*operands)
 
 
-def partitioned(op: TileOp, call: Call, function: Callable, operands: Sequence, around) -> Sequence[jax.Array]:
-    """Run `function` on every device's part of the operands, once XLA has chosen how to split them.
+def partitioned(op: TileOp, call: Call, operands: Sequence, around) -> Sequence[jax.Array]:
+    """Run an op on every device's part of the operands, once XLA has chosen how to split them.
 
     `around` is the mesh of the `shard_map` in which this is lowered, if there is one: its manual axes have names, too.
     """
     layout = Layout.of(op, operands, call)
-    whole = custom_partitioning(lambda *values: tuple(function(*values, call=call)))
+    whole = custom_partitioning(lambda *values: tuple(op.settled.bind(*values, call=call)))
 
     def alone(assigned, *parts):
         with borrowed.no_mesh():
-            return _local(layout, assigned, call, function, *parts)
+            return _local(op, call, assigned, op.settled.bind, *parts)
 
     def partition(mesh, operand_infos, result_infos):
         del result_infos
@@ -239,90 +209,68 @@ def partitioned(op: TileOp, call: Call, function: Callable, operands: Sequence, 
     return whole(*operands)
 
 
-def _local(layout: Layout, assigned: dict[str, tuple[str, ...]], call: Call, function: Callable, *parts: jax.Array):
+def bound_to_parts(op: TileOp, call: Call, split: Mapping[str, str | tuple[str, ...]], parts: Sequence) -> tuple:
+    """What `op.bind` returns, of operands that the user has split inside `shard_map`."""
+    splittable = set().union(*(t.factors + ["..."] * t.leading for t in op.signature.operands)) - op.signature.whole
+    for dim in split:
+        if dim not in splittable:
+            raise ValueError(
+                f"{op.name}: `split` names {dim!r}, and the op can be split along "
+                f"{', '.join(map(repr, sorted(splittable))) or 'no dimension'}"
+                + (f"; gather {dim!r} by jax.lax.all_gather" if dim in op.signature.whole else "")
+            )
+    assigned = {"L0" if dim == "..." else dim: _axes(axes) for dim, axes in split.items()}
+    shapes = rules.result_shapes(op, parts, call)
+
+    def bind(*parts, call):
+        return [r for r in op.bind(parts, call) if r is not None]
+
+    results = iter(_local(op, call, assigned, bind, *parts))
+    return tuple(None if s is None else next(results) for s in shapes)
+
+
+def _local(op: TileOp, call: Call, assigned: dict[str, tuple[str, ...]], function: Callable, *parts: jax.Array):
     """Run `function` on one device's parts of the operands, and complete its results."""
-    call = dataclasses.replace(call, split=(*call.split, *assigned.items()))
-    count = {dim: math.prod(map(jax.lax.axis_size, axes)) for dim, axes in assigned.items()}
-    inside = (
-        _positions_inside(part, assigned[i], layout.sizes[i] // count[i]) if i in assigned else part
-        for part, i in zip(parts, layout.indexes, strict=True)
+    layout = Layout.of(op, parts, call)
+    call = dataclasses.replace(call, split=tuple({**dict(call.split), **assigned}.items()))
+
+    def inside(part, along: str | None):
+        """Positions along a dimension, in this device's part of it."""
+        if along not in assigned:
+            return part
+        return part - (jax.lax.axis_index(assigned[along]) * layout.sizes[along]).astype(part.dtype)
+
+    results = function(*(inside(x, t.indexes) for x, t in zip(parts, layout.operand_terms, strict=True)), call=call)
+    return tuple(
+        _completed(result, term.reduction, layout.reduced(dims, assigned))
+        for result, term, dims in zip(results, layout.result_terms, layout.results, strict=True)
     )
-    axes = (layout.reduced(dims, assigned) for dims in layout.results)
-    return tuple(map(_completed, function(*inside, call=call), layout.reductions, axes))
 
 
 # The same in the middle of a function: what the rest of it needs to know of the whole.
 
-_SPLIT: ContextVar[Mapping[str, tuple[str, ...]]] = ContextVar("split", default=MappingProxyType({}))
+SPLIT: ContextVar[Split] = ContextVar("split", default=())
 
 
 @contextlib.contextmanager
 def on_parts(call: Call):
     """A context for a reference, kernel or transpose rule whose operands are one device's parts: so are those of the
     ops that it calls."""
-    token = _SPLIT.set({dim: _axes(axes) for dim, axes in call.split})
+    token = SPLIT.set(call.split)
     try:
         yield
     finally:
-        _SPLIT.reset(token)
-
-
-def splits() -> Mapping[str, tuple[str, ...]]:
-    """The mesh axes that split each dimension there."""
-    return _SPLIT.get()
+        SPLIT.reset(token)
 
 
 def over_devices(value: jax.Array, dim: str, reduction: Literal["sum", "logsumexp"] = "sum") -> jax.Array:
     """In a reference or kernel function: the reduction of `value`, computed from this device's part of dimension `dim`,
     over the devices that share it out. Where it is whole, `value` itself."""
-    return _completed(value, reduction, _SPLIT.get().get(dim, ()))
-
-
-# Operands that the user has split, inside `shard_map`.
-
-
-def parts(op: TileOp, operands: Sequence, split: Mapping[str, str | tuple[str, ...]]) -> list:
-    """Operands that are one device's, as the op is to see them."""
-    known = {dim for term in op.signature.operands for dim in _named(term)}
-    allowed = known - op.signature.whole
-    for dim in split:
-        if dim not in allowed:
-            raise ValueError(
-                f"{op.name}: `split` names {dim!r}, and the op can be split along "
-                f"{', '.join(map(repr, sorted(allowed))) or 'no dimension'}"
-                + (f"; gather {dim!r} by jax.lax.all_gather" if dim in known else "")
-            )
-    sizes, _ = op.signature.check(op.name, [None if x is None else x.shape for x in operands])
-
-    def inside(term: Term, x):
-        if x is None or term.indexes is None or term.indexes not in split:
-            return x
-        return _positions_inside(x, _axes(split[term.indexes]), sizes[term.indexes])
-
-    return list(map(inside, op.signature.operands, operands))
-
-
-def completed(op: TileOp, results: Sequence, split: Mapping[str, str | tuple[str, ...]]) -> tuple:
-    """What devices computed from their parts, put together."""
-
-    def complete(term: Term, result):
-        lacking = [_axes(axes) for dim, axes in split.items() if dim not in _named(term)]
-        return None if result is None else _completed(result, term.reduction, sum(lacking, ()))
-
-    return tuple(map(complete, op.signature.results, results))
-
-
-def _named(term: Term) -> list[str]:
-    return ["..."] * term.leading + term.factors
+    return _completed(value, reduction, dict(SPLIT.get()).get(dim, ()))
 
 
 def _axes(entry: str | tuple[str, ...]) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,)
-
-
-def _positions_inside(positions: jax.Array, axes: tuple[str, ...], part: int) -> jax.Array:
-    """Positions along a dimension as positions in this device's part of it, whose size is given."""
-    return positions - (jax.lax.axis_index(axes) * part).astype(positions.dtype)
 
 
 def _completed(result: jax.Array, reduction: str, axes: tuple[str, ...]) -> jax.Array:

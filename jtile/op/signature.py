@@ -49,9 +49,6 @@ class Term:
     def factors(self) -> list[str]:
         return [factor for dim in self.dims for factor in dim]
 
-    def renamed(self, name: str, **changes) -> "Term":
-        return dataclasses.replace(self, name=name, **changes)
-
 
 @dataclasses.dataclass(frozen=True)
 class Signature:
@@ -68,7 +65,7 @@ class Signature:
         public, _, saved = sides[1].partition(";")
         signature = cls(
             tuple(_terms(sides[0], text)),
-            tuple(_terms(public, text)) + tuple(t.renamed(t.name, saved=True) for t in _terms(saved, text)),
+            tuple(_terms(public, text)) + tuple(dataclasses.replace(t, saved=True) for t in _terms(saved, text)),
             frozenset(whole.split()),
         )
         signature._validate(text)

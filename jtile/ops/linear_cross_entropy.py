@@ -347,16 +347,7 @@ def forward_transpose(operands, results, cotangents, *, total, **options):
 
 def _losses(options: Options, implementation: Implementation, x, weight, labels, bias):
     """Of each token. Its derivative forms the logits again."""
-    statistics = forward(
-        x,
-        weight,
-        labels,
-        bias,
-        logits_soft_cap=options.logits_soft_cap,
-        total=options.label_smoothing > 0,
-        split=options.split,
-        implementation=implementation,
-    )
+    statistics = forward(x, weight, labels, bias, **options.of_statistics, implementation=implementation)
     return options.loss(labels, options.vocabulary(weight.shape[1]), *statistics)
 
 

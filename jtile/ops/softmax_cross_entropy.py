@@ -15,7 +15,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -226,8 +226,8 @@ def softmax_cross_entropy(
     A token whose loss has a zero cotangent gets a zero gradient even where its logits are not finite.
 
     Logits may be split over devices along the vocabulary, too: for each token devices then exchange two numbers, three
-    with label smoothing, and none for the gradient. (As many again in `jax.shard_map(check_vma=False)`, where JAX does
-    not know that they have the same cotangents.)
+    with label smoothing, and none for the gradient. (As many again in `jax.shard_map(check_vma=False)`: there a
+    cotangent is the sum of what devices have of it, since JAX does not know whether they use the loss alike.)
 
     Args:
         logits: any leading shape, then the vocabulary, of any size from 1.
@@ -270,14 +270,7 @@ def softmax_cross_entropy(
         "softmax_cross_entropy", labels, ignore_index, label_smoothing, z_loss, logits_soft_cap, axis_name
     )
     labels = labels.astype(jnp.int32)
-    statistics = forward(
-        logits,
-        labels,
-        logits_soft_cap=options.logits_soft_cap,
-        total=options.label_smoothing > 0,
-        split=options.split,
-        implementation=implementation,
-    )
+    statistics = forward(logits, labels, **options.of_statistics, implementation=implementation)
     return options.loss(labels, options.vocabulary(logits.shape[-1]), *statistics)
 
 
@@ -296,7 +289,7 @@ class Options:
 
     @classmethod
     def checked(cls, op: str, labels, ignore_index, label_smoothing, z_loss, logits_soft_cap, axis_name) -> "Options":
-        check_known(op, ignore_index=ignore_index)
+        check_known(op, ignore_index=ignore_index, axis_name=axis_name)
         if not jnp.issubdtype(labels.dtype, jnp.integer):
             raise ValueError(
                 f"{op}: `labels` must be integers, a class for each token, got {labels.dtype}; of one-hot labels pass "
@@ -322,6 +315,15 @@ class Options:
     @property
     def split(self) -> dict[str, str | tuple[str, ...]]:
         return {} if self.axis_name is None else {"v": self.axis_name}
+
+    @property
+    def of_statistics(self) -> dict[str, Any]:
+        """What `forward` needs to know of them."""
+        return {
+            "logits_soft_cap": self.logits_soft_cap,
+            "total": self.label_smoothing > 0,
+            "split": self.split,
+        }
 
     def vocabulary(self, part: int) -> int:
         """The size of the whole vocabulary, from that of a device's part."""

@@ -627,6 +627,9 @@ def exchanges(trial: Trial) -> None:
             check(split, way, "forward pass", (forward,), sums + min(early, gradients))
             both = forward, compile_backward()
             check(split, way, "forward and backward pass", both, sums + gradients + unknown)
+            if not results:  # the gradients of all weights at once
+                found = sum(map(collectives, both), Counter())
+                assert found.total() <= 1, f"`{dim}` split, {way}, costs {dict(found)}, and needs one sum"
     for other, way in itertools.product(Split.others(trial), BY_SHARDINGS):
         split, forward, _ = programs(other.dim, way)  # an operand is gathered once, or a part of it will do
         check(split, way, "forward pass", (forward,), min(exchanged(forward), split.gathered()))

@@ -10,7 +10,6 @@ import importlib.resources
 import json
 import math
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
+from jtile.compiler.cache import write_file
 from jtile.compiler.target import Target
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ Pairs = tuple[tuple[str, Any], ...]
 
 class Problem(NamedTuple):
     """A call as its tile depends on it, each part as pairs of name and value: one device's part of the call where it is
-    split. Of options that are floats, such as an epsilon, the values do not count."""
+    split. Of options that are floats, such as an epsilon, the values do not count; of objects their `kind` does."""
 
     op: str
     dtypes: Pairs  # of the operands given
@@ -47,10 +47,11 @@ class Problem(NamedTuple):
         sizes, leading = op.signature.check(op.name, [None if x is None else x.shape for x in operands])
         if any(t.leading for t in terms):
             sizes = {"...": math.prod(leading), **sizes}
+        kinds = ((name, getattr(value, "kind", value)) for name, value in options)
         return cls(
             op.name,
             tuple((t.name, x.dtype.name) for t, x in zip(terms, operands, strict=True) if x is not None),
-            tuple((name, value) for name, value in options if value is None or isinstance(value, bool | int | str)),
+            tuple((name, v) for name, v in kinds if v is None or isinstance(v, bool | int | str)),
             tuple(sizes.items()),
         )
 
@@ -176,15 +177,7 @@ class Tuning:
     def save(self, path: str | os.PathLike) -> None:
         """Writes a JSON file, one line for each call. Whoever reads it meanwhile sees the old one or the new."""
         path = Path(path)
-        handle, unfinished = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}")
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(self.as_text())
-            os.chmod(unfinished, 0o644)
-            os.replace(unfinished, path)
-        except BaseException:
-            os.unlink(unfinished)
-            raise
+        write_file(path, self.as_text().encode(), 0o644, f".{path.name}")
 
     def as_text(self) -> str:
         lines = ",\n".join(f"  {json.dumps(entry.as_json())}" for entry in self)

@@ -27,10 +27,7 @@ from tests.compiler.kernels import CASES
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture
-def hopper():
-    if Target.current().compute_capability < 90:
-        pytest.skip("needs compute capability 9.0 (Hopper)")
+hopper = pytest.mark.gpu(compute_capability=90)
 
 
 def random(*shape, dtype=np.float32):
@@ -107,25 +104,29 @@ def copy_by_descriptors(x, y):
     target.store((i, j), source.load((i, j)) * 2)
 
 
-def test_descriptors_made_on_the_device(hopper):
+@hopper
+def test_descriptors_made_on_the_device():
     call = functools.partial(triton_call, kernel=copy_by_descriptors, grid=(2, 2))
     x = random(128, 128)
     np.testing.assert_array_equal(jax.jit(lambda x: call(x, out_shape=x))(x), 2 * x)
 
 
-def test_gluon_with_a_descriptor_made_by_the_host(hopper):
+@hopper
+def test_gluon_with_a_descriptor_made_by_the_host():
     a, b = random(64, 64, dtype=jnp.bfloat16), random(64, 64, dtype=jnp.bfloat16)
     expected = np.asarray(a, np.float32) @ np.asarray(b, np.float32)
     # Products of bfloat16 are exact in float32; the tensor core sums 64 of them, of size about 1.
     np.testing.assert_allclose(jax.jit(test_triton_call.call_product)(a, b), expected, atol=64 * 2**-20)
 
 
-def test_warp_specialised_kernel(hopper):
+@hopper
+def test_warp_specialised_kernel():
     x = random(256)
     np.testing.assert_array_equal(jax.jit(test_triton_call.call_two_roles)(x), x)
 
 
-def test_cluster(hopper):
+@hopper
+def test_cluster():
     x = random(1024, 64)
     call = functools.partial(test_pallas.call, compiler_params=CompilerParams(num_ctas=2))
     np.testing.assert_array_equal(jax.jit(call)(x), 3 * x)
@@ -211,9 +212,10 @@ def test_grids(grid):
     np.testing.assert_array_equal(jax.jit(call)(x), expected)
 
 
+@hopper
 @pytest.mark.parametrize("tma", [None, True])
 @pytest.mark.parametrize("shape, rows", [((2**23 + 3, 256), 128), ((2**31 + 77,), 8192)], ids=["matrix", "vector"])
-def test_past_two_to_the_31_elements(shape, rows, tma, hopper):
+def test_past_two_to_the_31_elements(shape, rows, tma):
     """Blocks beyond, the last of them ragged, are read and written where they are."""
     x = jax.lax.broadcasted_iota(jnp.int8, shape, 0)  # wraps around
     if len(shape) == 2:
@@ -299,9 +301,10 @@ def rows_of_heads(x, **params):
     return pl.pallas_call(kernel, out_shape=x, grid=grid, in_specs=[spec], out_specs=spec, compiler_params=params)(x)
 
 
+@hopper
 @pytest.mark.parametrize("params", [{"tma": True}, {"tma": True, "persistent": True}, {"persistent": True}], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 96])
-def test_blocks_of_heads(hopper, params, head_dim):
+def test_blocks_of_heads(params, head_dim):
     x = random(3, 200, 5, head_dim, dtype=jnp.bfloat16)
     for _ in range(2):
         np.testing.assert_array_equal(jax.jit(functools.partial(rows_of_heads, **params))(x), 2 * x)
@@ -338,8 +341,9 @@ def scores_times_values(q, k, v, mask, **params):
     )(q, k, v)
 
 
+@hopper
 @pytest.mark.parametrize("mask", [False, True])
-def test_two_groups_of_warps(hopper, mask):
+def test_two_groups_of_warps(mask):
     """Each has half of a block's rows, and masks them by their own numbers; ten times over, in one CUDA graph too."""
     q, k, v = (random(1024, 128, dtype=jnp.bfloat16) / 8 for _ in range(3))
     call = functools.partial(scores_times_values, mask=mask)

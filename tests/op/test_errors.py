@@ -13,17 +13,35 @@ import jtile
 X, SCALE, HEADS = jnp.ones((2, 8)), jnp.ones(8), jnp.ones((2, 4, 2, 16))
 OPS = {
     "rms_norm": lambda **options: jtile.rms_norm(X, SCALE, **options),
+    "layer_norm": lambda **options: jtile.layer_norm(X, SCALE, **options),
+    "gated_rms_norm": lambda **options: jtile.gated_rms_norm(X, X, SCALE, **options),
+    "group_norm": lambda groups=2, **options: jtile.group_norm(X, SCALE, groups=groups, **options),
     "rope": lambda **options: jtile.rope(HEADS, jnp.arange(4), **options),
+    "qk_norm_rope": lambda **options: jtile.qk_norm_rope(HEADS, HEADS, *[jnp.ones(16)] * 2, jnp.arange(4), **options),
     "gated_activation": lambda **options: jtile.gated_activation(X, X, **options),
     "softmax_cross_entropy": lambda **options: jtile.softmax_cross_entropy(X, jnp.zeros(2, int), **options),
+    "linear_cross_entropy": lambda **options: jtile.linear_cross_entropy(X, X.T, jnp.zeros(2, int), **options),
+    "softmax": lambda **options: jtile.softmax(X, **options),
+    "log_softmax": lambda **options: jtile.log_softmax(X, **options),
+    "dropout": lambda rate: jtile.dropout(X, rate, jax.random.key(0)),
     "dot_product_attention": lambda **options: jtile.dot_product_attention(HEADS, HEADS, HEADS, **options),
 }
 KNOWN = {
     "rms_norm": ["epsilon"],
+    "layer_norm": ["epsilon"],
+    "gated_rms_norm": ["epsilon", "norm_before_gate"],
+    "group_norm": ["epsilon", "groups"],
     "rope": ["theta", "interleaved", "rotary_dim"],
+    "qk_norm_rope": ["epsilon", "theta", "interleaved", "rotary_dim"],
     "gated_activation": ["activation"],
-    "softmax_cross_entropy": ["ignore_index", "label_smoothing", "z_loss", "logits_soft_cap"],
-    "dot_product_attention": ["scale", "is_causal", "return_lse"],
+    "softmax_cross_entropy": ["ignore_index", "label_smoothing", "z_loss", "logits_soft_cap", "axis_name"],
+    "linear_cross_entropy": ["ignore_index", "label_smoothing", "z_loss", "logits_soft_cap", "axis_name"],
+    "softmax": ["scale", "is_causal"],
+    "log_softmax": ["scale", "is_causal"],
+    "dropout": ["rate"],
+    "dot_product_attention": [
+        *("scale", "is_causal", "local_window_size", "logits_soft_cap", "dropout_rate", "return_lse", "axis_name"),
+    ],
 }
 UNDER = {
     "jit": lambda f: jax.jit(f)(1.0),

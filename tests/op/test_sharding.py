@@ -238,6 +238,22 @@ def test_reductions_and_positions_in_shard_map(check_vma):
         same([jax.jit(derive(loss(mapped)))(finite)], [derive(loss(softmax_reference))(finite)])
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_result_that_devices_share_and_one_of_them_uses(check_vma):
+    """Why cotangents are exchanged without `check_vma`: the others' are zero here."""
+
+    def used_by_the_first(x):
+        lse, _ = softmax(x, INDEX, split={"v": "a"})
+        return jax.lax.psum(jnp.where(jax.lax.axis_index("a") == 0, jnp.sum(jnp.sin(lse)), 0), "a")
+
+    mapped = jax.shard_map(
+        used_by_the_first, mesh=make_mesh(a=4), in_specs=P(None, "a"), out_specs=P(), check_vma=check_vma
+    )
+    finite = jnp.where(LOGITS == -jnp.inf, 0, LOGITS)
+    expected = jax.grad(lambda x: jnp.sum(jnp.sin(softmax_reference(x, INDEX)[0])))(finite)
+    same([jax.jit(jax.grad(mapped))(finite)], [expected])
+
+
 def test_derivatives_of_the_whole_gather():
     """The tangent of a log-sum-exp is no sum of the tangents of parts."""
     x, mesh = jnp.where(LOGITS == -jnp.inf, 0, LOGITS), make_mesh(a=4)

@@ -59,16 +59,16 @@ class Machine:
     def wait_until(self, condition, what):
         with self.changed:
             self.running -= 1
-            self.waiting.append(condition)
+            self.waiting.append((condition, what))
             self.changed.notify_all()
             while not condition():
-                if not self.error and self.running == 0 and not any(other() for other in self.waiting):
-                    self.error = RuntimeError(f"all partitions wait, one of them for {what}")
+                if not self.error and self.running == 0 and not any(other() for other, _ in self.waiting):
+                    self.error = RuntimeError(f"all partitions wait, for {', '.join(what for _, what in self.waiting)}")
                     self.changed.notify_all()
                 if self.error:
                     raise self.error
                 self.changed.wait()
-            self.waiting.remove(condition)
+            self.waiting.remove((condition, what))
             self.running += 1
 
     def change(self, function):

@@ -27,10 +27,11 @@ def plain_attention(query, key, value, *, scale=None, is_causal=False):
     query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     group = query.shape[-2] // key.shape[-2]
     key, value = (jnp.repeat(x, group, axis=-2) for x in (key, value))
-    scores = jnp.einsum("...shd,...thd->...hst", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = jnp.einsum("...shd,...thd->...hst", query, key, precision="highest")
+    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         scores = jnp.where(jnp.arange(scores.shape[-2])[:, None] >= jnp.arange(scores.shape[-1]), scores, -jnp.inf)
-    out = jnp.einsum("...hst,...the->...she", jax.nn.softmax(scores), value)
+    out = jnp.einsum("...hst,...the->...she", jax.nn.softmax(scores), value, precision="highest")
     return out, jnp.swapaxes(jax.nn.logsumexp(scores, axis=-1), -1, -2)
 
 
@@ -68,7 +69,8 @@ def check(
     expected = with_gradients(functools.partial(plain_attention, **options), *wide)
     for implementation in implementations:
         call = functools.partial(dot_product_attention, return_lse=True, implementation=implementation, **options)
-        assert_same(with_gradients(call, *inputs), expected, TOLERANCE[dtype])
+        more = max(1.0, math.sqrt(keys / 257))  # rounding errors of sums grow as the root of the number of terms
+        assert_same(with_gradients(call, *inputs), expected, more * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -84,45 +86,41 @@ def test_lengths_on_gpu(length, dtype):
     check((1,), length, length, 2, 1, 64, dtype=dtype, is_causal=True, implementations=["triton"])
 
 
-@pytest.mark.gpu
-def test_a_million_tokens_on_gpu():
-    """The first, the last and some between, of results and gradients, against sums over all that they see."""
-    length, head_dim = 2**20, 64
-    inputs = [x.astype(jnp.bfloat16) for x in jax.random.normal(jax.random.key(0), (4, 1, length, 1, head_dim))]
-    *inputs, dout = inputs
+@pytest.mark.parametrize(
+    "length, implementation", [(1024, "xla"), pytest.param(2**20, "triton", marks=pytest.mark.gpu)]
+)
+def test_a_long_sequence(length, implementation):
+    """A million tokens on a GPU: early, late and some in between, of results and gradients, against sums over all that
+    they see."""
+    *inputs, dout = jax.random.normal(jax.random.key(0), (4, 1, length, 1, 64)).astype(jnp.bfloat16)
 
     @jax.jit
     def everything(*inputs):
-        call = functools.partial(dot_product_attention, is_causal=True, return_lse=True, implementation="triton")
+        call = functools.partial(dot_product_attention, is_causal=True, return_lse=True, implementation=implementation)
         (out, lse), pullback = jax.vjp(call, *inputs)
         return out, lse, *pullback((dout, jnp.zeros_like(lse)))
 
     out, lse, dquery, dkey, dvalue = (x.astype(jnp.float32)[0, :, 0] for x in everything(*inputs))
-    query, key, value, dout = (x.astype(jnp.float32)[0, :, 0] for x in (*inputs, dout))
-    delta, numbers, product = (
-        jnp.sum(out * dout, axis=-1),
-        jnp.arange(length),
-        functools.partial(jnp.dot, precision="highest"),
-    )
+    query, key, value, dout_rows = (x.astype(jnp.float32)[0, :, 0] for x in (*inputs, dout))
+    product = functools.partial(jnp.dot, precision="highest")
+    delta, numbers = jnp.sum(out * dout_rows, axis=-1), jnp.arange(length)
 
-    @jax.jit
     def of_query(i):
         scores = jnp.where(numbers <= i, product(key, query[i]) / 8, -jnp.inf)
         weights = jax.nn.softmax(scores)
-        dscores = weights * (product(value, dout[i]) - delta[i])
+        dscores = weights * (product(value, dout_rows[i]) - delta[i])
         return product(weights, value), jax.nn.logsumexp(scores), product(dscores, key) / 8
 
-    @jax.jit
     def of_key(j):
         weights = jnp.where(numbers >= j, jnp.exp(product(query, key[j]) / 8 - lse), 0)
-        dscores = weights * (product(dout, value[j]) - delta)
-        return product(dscores, query) / 8, product(weights, dout)
+        dscores = weights * (product(dout_rows, value[j]) - delta)
+        return product(dscores, query) / 8, product(weights, dout_rows)
 
-    for i in 0, 1, 4095, 524_289, length - 2, length - 1:
-        for actual, expected in zip((out[i], lse[i], dquery[i]), of_query(i), strict=True):
-            np.testing.assert_allclose(actual, expected, rtol=0, atol=2**-7 * float(jnp.abs(expected).max()))
-        for actual, expected in zip((dkey[i], dvalue[i]), of_key(i), strict=True):
-            np.testing.assert_allclose(actual, expected, rtol=0, atol=2**-7 * float(jnp.abs(expected).max()))
+    for i in 1, length // 256 - 1, length // 2 + 1, length - 2:  # the first query's gradient is 0
+        found, expected = (out[i], lse[i], dquery[i], dkey[i], dvalue[i]), (*of_query(i), *of_key(i))
+        for name, a, e in zip(("out", "lse", "dquery", "dkey", "dvalue"), found, expected, strict=True):
+            tolerance = 2**-6 * float(jnp.abs(e).max())
+            np.testing.assert_allclose(a, e, rtol=0, atol=tolerance, err_msg=f"{name} of {i}")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

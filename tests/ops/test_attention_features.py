@@ -10,12 +10,15 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jtile
 from jtile.ops.attention import dot_product_attention
 from jtile.ops.random_bits import key_words, random_bits
 
 BATCH, QUERIES, KEYS, HEADS, KEY_HEADS, DIM = 2, 40, 70, 4, 2, 16
 # Of sums of some hundred terms in float32, in another order; and of bfloat16's roundings of weights and of results.
 TOLERANCE = {"float32": 6e-6, "bfloat16": 6 * 2**-8}
+ON_GPU = pytest.param("triton", marks=pytest.mark.gpu)
+IMPLEMENTATIONS = ["interpret", "xla", ON_GPU]
 
 
 def normal(seed, *shape):
@@ -165,18 +168,36 @@ def test_pairs_on_gpu(names, dtype):
     check(names, "triton", dtype)
 
 
+@pytest.mark.parametrize("implementation", ["interpret", ON_GPU])
 @pytest.mark.parametrize("axes", [(), (0,), (1, 2), (0, 1, 3), (0, 1, 2, 3)])
-def test_bias_gradients_of_broadcast_shapes(axes):
+def test_bias_gradients_of_broadcast_shapes(axes, implementation):
     """Gradients are sums over broadcast axes, for a bias and for no row more than another."""
     shape = [1 if i in axes else n for i, n in enumerate((BATCH, HEADS, QUERIES, KEYS))]
     options = dict(is_causal=True, logits_soft_cap=2.0, arrays=dict(bias=normal(3, *shape), sinks=normal(7, HEADS)))
-    call = functools.partial(dot_product_attention, return_lse=True, implementation="interpret")
+    call = functools.partial(dot_product_attention, return_lse=True, implementation=implementation)
     expected = run(oracle, options, operands())
     assert expected["bias"].shape == tuple(shape)
     assert_same(run(call, options, operands()), expected, 2e-5)  # sums of up to 22,400 terms
 
 
-@pytest.mark.parametrize("implementation", ["interpret", "xla"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_masks_of_every_broadcast_shape(implementation):
+    """Each is the mask that it is broadcast to."""
+    full = jnp.asarray(np.random.default_rng(5).random((BATCH, HEADS, QUERIES, KEYS)) < 0.6)
+    inputs = operands()
+
+    @jax.jit
+    def attend(mask):
+        return dot_product_attention(**inputs, mask=mask, implementation=implementation)
+
+    shapes = [lacking for n in range(1, 5) for lacking in itertools.combinations(range(4), n)]
+    for lacking in shapes if implementation == "triton" else shapes[::4]:
+        mask = full[tuple(slice(1) if i in lacking else slice(None) for i in range(4))]
+        expected, _ = oracle(**inputs, mask=mask)
+        np.testing.assert_allclose(attend(mask), expected, rtol=0, atol=6e-6, err_msg=str(mask.shape))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("what", ["causal", "window", "lengths", "mask", "segments"])
 def test_masked_keys_may_hold_anything(what, implementation):
     """NaN and infinity in masked keys and values reach no result and no gradient, also of queries in the same block."""
@@ -197,12 +218,11 @@ def test_masked_keys_may_hold_anything(what, implementation):
         "value": clean["value"].at[:, seen::2].set(jnp.inf).at[:, seen + 1 :: 2].set(jnp.nan),
     }
     expected, actual = run(call, options, clean), run(call, options, dirty)
-    for name in expected:
-        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
+    assert_same(actual, expected, 1e-6)
     assert not expected["key"][:, seen:].any() and not expected["value"][:, seen:].any()
 
 
-@pytest.mark.parametrize("implementation", ["interpret", "xla"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_what_is_not_a_number_is_so_to_those_that_see_it(implementation):
     """In one block of queries and keys."""
     inputs, call = operands(), functools.partial(dot_product_attention, implementation=implementation)
@@ -215,7 +235,7 @@ def test_what_is_not_a_number_is_so_to_those_that_see_it(implementation):
             assert jnp.isnan(out[:, first:]).all()
 
 
-@pytest.mark.parametrize("implementation", ["interpret", "xla"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_rows_that_see_nothing(implementation):
     """Zeros, a log-sum-exp of -inf, finite gradients; with a sink its score."""
     inputs = operands()
@@ -229,7 +249,7 @@ def test_rows_that_see_nothing(implementation):
     assert not found["out"].any() and jnp.isfinite(found["sinks"]).all()
 
 
-@pytest.mark.parametrize("implementation", ["interpret", "xla"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_packed_documents_are_separate_calls(implementation):
     """Three documents and padding in one sequence give what each gives alone, to the order of sums."""
     sizes, padding = (1, 17, 40), 6
@@ -313,6 +333,21 @@ def test_blocks_that_nothing_sees_are_not_visited():
     assert [int(n) for n in windowed] == [2, 4, 4, 5]
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_kernels_fit_cards_with_little_shared_memory(head_dim):
+    """With what needs the most of it: blocks of a bias and of a mask beside those of keys and values."""
+    shapes = dict(query=(1, 1024, 4, head_dim), key=(1, 1024, 2, head_dim), value=(1, 1024, 2, head_dim))
+    shapes |= dict(bias=(4, 1024, 1024), mask=(1, 1, 1024, 1024))
+    inputs = {n: jax.ShapeDtypeStruct(s, bool if n == "mask" else jnp.bfloat16) for n, s in shapes.items()}
+
+    def gradients(inputs):
+        floating = {n: x for n, x in inputs.items() if n != "mask"}
+        loss = lambda floating: dot_product_attention(**floating, mask=inputs["mask"]).astype(jnp.float32).sum()  # noqa: E731
+        return jax.grad(loss)(floating)
+
+    assert len(jtile.inspect(gradients, inputs, target="NVIDIA L4")) == 4
+
+
 def test_dropout_is_a_function_of_key_and_place():
     """The share that is dropped, and the same weights whatever is split off."""
     inputs = operands(queries=64, keys=64)
@@ -366,26 +401,30 @@ def test_a_part_of_the_queries_in_shard_map():
     assert_same(run(call, options, operands()), expected, TOLERANCE["float32"])
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
-def test_float8(dtype):
+def test_float8(dtype, implementation):
     inputs = {name: x.astype(dtype) for name, x in operands().items()}
     expected, _ = oracle(**inputs, is_causal=True)
-    for implementation in "interpret", "xla":
-        out = dot_product_attention(**inputs, is_causal=True, implementation=implementation)
-        assert out.dtype == jnp.bfloat16
-        np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=0, atol=2e-2)
+    out = dot_product_attention(**inputs, is_causal=True, implementation=implementation)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=0, atol=2e-2)
     with pytest.raises(NotImplementedError, match="float8.* has no gradient; cast"):
         jax.grad(lambda q: dot_product_attention(q, inputs["key"], inputs["value"]).astype(jnp.float32).sum())(
             inputs["query"]
         )
 
 
-def test_head_dims_of_latent_attention():
+@pytest.mark.parametrize(
+    "implementation, dtype",
+    [("interpret", "float32"), *(pytest.param("triton", d, marks=pytest.mark.gpu) for d in TOLERANCE)],
+)
+def test_head_dims_of_latent_attention(implementation, dtype):
     shapes = dict(query=(1, 20, 2, 576), key=(1, 20, 1, 576), value=(1, 20, 1, 512))
-    inputs = {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
-    call = functools.partial(dot_product_attention, return_lse=True, implementation="interpret")
-    options = dict(is_causal=True)
-    assert_same(run(call, options, inputs), run(oracle, options, inputs), TOLERANCE["float32"])
+    inputs = {name: normal(i, *shape).astype(dtype) for i, (name, shape) in enumerate(shapes.items())}
+    call = functools.partial(dot_product_attention, return_lse=True, implementation=implementation)
+    options, wide = dict(is_causal=True), {name: x.astype(jnp.float32) for name, x in inputs.items()}
+    assert_same(run(call, options, inputs), run(oracle, options, wide), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(

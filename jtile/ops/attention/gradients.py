@@ -96,9 +96,9 @@ class _Program:
             lse = LOG2_E * kernels._exponent(lse_ref[(*batch, rows, *head)], variant)
             block = elements.at(i * sizes.block_q, j * sizes.block_k, h, b)
             delta = delta_ref[(*batch, rows, *head)]
-            visible = block.visible()
-            dscores, _ = kernels._dscores(variant, block, products, dweights, lse, delta, visible, True)
-            return self.sum(block, variant.scale * kernels._seen(visible, products), dscores, acc, out_ref)
+            dscores, _ = kernels._dscores(variant, block, products, dweights, lse, delta, True)
+            products = jnp.where(block.visible(), products, 0.0) if variant.masks else products
+            return self.sum(block, variant.scale * products, dscores, acc, out_ref)
 
         if self.reads:
             self.clear(out_ref)

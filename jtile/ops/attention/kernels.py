@@ -88,7 +88,10 @@ def _wide(rows: list) -> list:
 
 
 def _finite(rows: list) -> tuple[list, jax.Array]:
-    """0 in place of rows in which something is not finite, for a weight of 0 times NaN would be NaN; and which."""
+    """0 in place of rows in which something is not finite, for a weight of 0 times NaN would be NaN; and which.
+
+    That costs registers, and so is done in blocks alone in which something is hidden from some query.
+    """
     bad = ~both(*(jnp.all(jnp.isfinite(x.astype(jnp.float32)), axis=1) for x in rows))
     return [jnp.where(bad[:, None], jnp.zeros_like(x), x) for x in rows], bad
 
@@ -247,19 +250,6 @@ def _over_keys(step, carry, elements: Elements, query_start):
     return _loop(step, carry, elements.refs, "key", side, found)
 
 
-def _over_what_is_seen(walk: Callable, variant: Variant):
-    """Sums over blocks: `walk(guarded)` makes them, guarded against what is in keys and values that are not seen.
-
-    That costs time, and is seldom needed. 0 times NaN or infinity is NaN, which shows in the sums; then they are made
-    once more, with a guard.
-    """
-    sums = walk(guarded=False)
-    if not variant.masks:
-        return sums
-    sound = both(*(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums[-1])))
-    return lax.cond(sound, lambda: sums, lambda: walk(guarded=True))
-
-
 def _query_block(i, blocks, variant: Variant):
     """The block of queries of the i-th program. Under a causal mask the last ones see the most keys, and go first."""
     return blocks - 1 - i if variant.window == (None, 0) else i
@@ -279,7 +269,7 @@ def _forward_kernel(query_ref, key_ref, value_ref, refs, out_ref, lse_ref, *, va
     query = query if scale > 0 or variant.modifies else [-x for x in query]
     scaled = lambda x: x if slope == 1.0 else slope * x  # noqa: E731
 
-    def step(j, carry, masked, guarded):
+    def step(j, carry, masked):
         total, peak, acc = carry
         rows = pl.ds(j * block_k, block_k)
         here = elements.at(query_start, j * block_k)
@@ -293,7 +283,7 @@ def _forward_kernel(query_ref, key_ref, value_ref, refs, out_ref, lse_ref, *, va
         weights = jnp.exp2(scaled(scores) - new_peak[:, None])
         shrink = jnp.exp2(peak - new_peak)
         value, counted = _wide(_read(value_ref, rows)), weights
-        if masked and guarded:  # to the queries that see it, the sum tells that a value is not finite
+        if masked and variant.masks:  # to the queries that see it, the sum tells that a value is not finite
             value, bad = _finite(value)
             counted = jnp.where(visible & bad[None, :], jnp.nan, weights)
         total = shrink * total + jnp.sum(counted, axis=1)
@@ -301,16 +291,13 @@ def _forward_kernel(query_ref, key_ref, value_ref, refs, out_ref, lse_ref, *, va
             weights = jnp.where(here.kept(), weights, 0.0)
         return total, new_peak, _add(tuple(shrink[:, None] * x for x in acc), weights, value)
 
-    def walk(guarded):
-        # Where every query sees a key in the first block, `peak` rises above its floor there.
-        peak = jnp.full(block_q, FLOOR, jnp.float32)
-        total = jnp.zeros(block_q, jnp.float32)
-        if variant.has("sinks"):  # a key more, of this score and of no value
-            peak, total = peak * 0 + LOG2_E * refs["sinks"][...].astype(jnp.float32), total + 1.0
-        carry = total, peak, _zeros(out_ref)
-        return _over_keys(functools.partial(step, guarded=guarded), carry, elements, query_start)
-
-    total, peak, acc = _over_what_is_seen(walk, variant)
+    # Where every query sees a key in the first block, `peak` rises above its floor there.
+    peak = jnp.full(block_q, FLOOR, jnp.float32)
+    total = jnp.zeros(block_q, jnp.float32)
+    if variant.has("sinks"):  # a key more, of this score and of no value
+        peak, total = peak * 0 + LOG2_E * refs["sinks"][...].astype(jnp.float32), total + 1.0
+    carry = total, peak, _zeros(out_ref)
+    total, peak, acc = _over_keys(step, carry, elements, query_start)
     lse = math.log(2) * (peak + jnp.log2(total))
     if variant.empties_rows or variant.modifies:
         empty = total == 0
@@ -325,14 +312,14 @@ def _exponent(lse, variant: Variant):
     return jnp.where(lse == -jnp.inf, jnp.inf, lse) if variant.empties_rows or variant.modifies else lse
 
 
-def _dscores(variant: Variant, here: Elements.Block, products, dweights, lse, delta, visible, guarded: bool):
+def _dscores(variant: Variant, here: Elements.Block, products, dweights, lse, delta, masked: bool):
     """The derivative by scores, of (block_q, block_k), and the one of scores by scaled products, None for 1.
 
     `products` are those of query and key, `dweights` those of dout and value; `lse` has the factor log₂ e.
     """
-    if guarded:
-        products, dweights = (_seen(visible, x) for x in (products, dweights))
+    visible, hides = here.visible() if masked else True, masked and variant.masks
     if variant.modifies:
+        products = jnp.where(visible, products, 0.0) if hides else products  # the slope at NaN is NaN
         scores, slope = here.scores(variant.scale * products, with_derivative=True)
         scores = LOG2_E * scores - lse[:, None]
     else:
@@ -342,11 +329,7 @@ def _dscores(variant: Variant, here: Elements.Block, products, dweights, lse, de
     if variant.dropout:
         dweights = jnp.where(here.kept(), variant.kept_factor * dweights, 0.0)
     dscores = jnp.exp2(scores) * (dweights - delta[:, None])
-    return (_seen(visible, dscores) if guarded else dscores), slope
-
-
-def _seen(visible, x):
-    return x if visible is True else jnp.where(visible, x, 0.0)
+    return jnp.where(visible, dscores, 0.0) if hides else dscores, slope
 
 
 def _dquery_kernel(
@@ -358,21 +341,16 @@ def _dquery_kernel(
     query, dout, delta = _read(query_ref, slice(None)), _read(dout_ref, slice(None)), delta_ref[...]
     lse = LOG2_E * _exponent(lse_ref[...], variant)
 
-    def step(j, carry, masked, guarded):
-        (acc,) = carry
+    def step(j, acc, masked):
         rows = pl.ds(j * block_k, block_k)
         key = _read(key_ref, rows)
         products, dweights = _inner(query, key), _inner(dout, _read(value_ref, rows))
         here = elements.at(query_start, j * block_k)
-        visible, guarded = here.visible() if masked else True, guarded and masked
-        dscores, slope = _dscores(variant, here, products, dweights, lse, delta, visible, guarded)
+        dscores, slope = _dscores(variant, here, products, dweights, lse, delta, masked)
         dscores = dscores if slope is None else dscores * slope
-        return (_add(acc, dscores, _finite(key)[0] if guarded else key),)
+        return _add(acc, dscores, _finite(key)[0] if masked and variant.masks else key)
 
-    def walk(guarded):
-        return _over_keys(functools.partial(step, guarded=guarded), (_zeros(dquery_ref),), elements, query_start)
-
-    (acc,) = _over_what_is_seen(walk, variant)
+    acc = _over_keys(step, _zeros(dquery_ref), elements, query_start)
     _write(dquery_ref, acc, variant.scale)
 
 
@@ -386,18 +364,19 @@ def _dkey_dvalue_kernel(
     slope = scale * LOG2_E
     key, value = _read(key_ref, slice(None)), _read(value_ref, slice(None))
 
-    def step(n, carry, masked, guarded):
-        ((dkey, dvalue),) = carry
+    def step(n, carry, masked):
+        dkey, dvalue = carry
         i, head = lax.div(n, group), lax.rem(n, group)
         block = pl.ds(i * block_q, block_q)
         query, dout = _read(query_ref, block, head), _read(dout_ref, block, head)
         here = elements.at(i * block_q, key_start, head)
-        visible, guarded = here.visible() if masked else True, guarded and masked
-        seen = functools.partial(_seen, visible) if guarded else lambda x: x
+        visible, hides = here.visible() if masked else True, masked and variant.masks
         # Blocks are (block_k, block_q), so that weights and dscores are left operands of the last products as they
         # stand. The first products start from a row statistic, which then holds no registers of its own.
         if variant.modifies:
-            scores, factor = here.scores(scale * seen(_inner(key, query)), with_derivative=True)
+            products = _inner(key, query)
+            products = jnp.where(visible, products, 0.0) if hides else products
+            scores, factor = here.scores(scale * products, with_derivative=True)
             scores = LOG2_E * scores + minus_lse_ref[head, block][None, :]
         else:
             scores = slope * (minus_lse_ref[head, block][None, :] + _inner(key, query))
@@ -412,22 +391,21 @@ def _dkey_dvalue_kernel(
         else:
             dscores = weights * (minus_delta_ref[head, block][None, :] + _inner(value, dout))
         dvalue = _add(dvalue, counted, dout)
-        dscores = seen(dscores)
+        dscores = jnp.where(visible, dscores, 0.0) if hides else dscores
         if variant.modifies:
             dscores = dscores * factor
-        return ((_add(dkey, dscores, _finite(query)[0] if guarded else query), dvalue),)
+        if masked and variant.masks_by_data:  # queries that are padding may be anything, too
+            query, _ = _finite(query)
+        return _add(dkey, dscores, query), dvalue
 
     # One loop over blocks and heads, not a loop in a loop: products accumulate across it without leaving registers.
     def found():
         size = sizes.queries if elements.rows_count else _round_up(sizes.queries, block_q)
         return visits.static_range(variant, elements.first, key_start, size, block_k, block_q, of_keys=False)
 
-    def walk(guarded):
-        side = variant.block_size[0] // block_q if variant.block_size else 1
-        carry = ((_zeros(dkey_ref), _zeros(dvalue_ref)),)
-        return _loop(functools.partial(step, guarded=guarded), carry, refs, "query", side, found, group)
-
-    ((dkey, dvalue),) = _over_what_is_seen(walk, variant)
+    carry = _zeros(dkey_ref), _zeros(dvalue_ref)
+    side = variant.block_size[0] // block_q if variant.block_size else 1
+    dkey, dvalue = _loop(step, carry, refs, "query", side, found, group)
     _write(dkey_ref, dkey, scale)
     _write(dvalue_ref, dvalue, variant.kept_factor if variant.dropout else 1.0)
 
@@ -606,7 +584,7 @@ def backward(query, key, value, *rest, tile: BackwardTiles | hopper.BackwardTile
     if not variant.masks_by_data:
         return dquery, dkey, dvalue
     leaked = jnp.any(jnp.isnan(dquery)) | jnp.any(jnp.isnan(dkey))
-    batch, block_k = jnp.where(leaked, query.shape[0], 0), hopper.BACKWARD_BLOCK_K
+    batch, block_k = jnp.where(leaked, query.shape[0], 0), hopper.backward_block_k(query, value)
     dquery = _dquery(*given, Tile(128, block_k, 8, 1), variant, _Onto((dquery,), batch))
     of_keys = _Onto((dkey, dvalue), batch)
     return dquery, *_dkey_dvalue(*given, Tile(tile.block_q, block_k, 8, 1), variant, of_keys)

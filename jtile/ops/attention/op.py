@@ -49,22 +49,31 @@ def ops(operands: tuple[Operand, ...], differentiable: tuple[str, ...] = ()) -> 
     gradients_of = "dquery: ... s (k g) d, dkey: ... t k d, dvalue: ... t k e"
     by_name = {o.name: o for o in operands}
 
-    def made(name: str, signature: str, parts, tiles_function, **options) -> TileOp:
+    def made(name: str, signature: str, parts, tiles_function, notes=None, **options) -> TileOp:
         op = TileOp(name, signature, whole=_whole(operands))
         meaning, kernel = (functools.partial(part, **options) for part in parts)
         op.reference(meaning)
         op.kernel(kernel)
         op.tiles(tiles_function)
         op.limits(_limits)
+        if notes is not None:
+            op.notes(notes)
         return op
 
-    forward = made("dot_product_attention", f"{given} -> {OUT}", (reference.forward, kernels.forward), tiles.forward)
+    forward = made(
+        "dot_product_attention",
+        f"{given} -> {OUT}",
+        (reference.forward, kernels.forward),
+        tiles.forward,
+        tiles.notes,
+    )
     forward.kernel_dtypes = KERNEL_DTYPES
     backward = made(
         "dot_product_attention_backward",
         f"{residuals} -> {gradients_of}",
         (reference.backward, kernels.backward),
         tiles.backward,
+        tiles.notes,
     )
     operand_gradients = {
         name: made(

@@ -33,7 +33,7 @@ FORWARD = {
     (2, 256): Tile(64, 32, 4, 2),
     (2, 576): Tile(32, 16, 8, 1),
     (4, 64): Tile(64, 32, 8, 2),
-    (4, 128): Tile(32, 32, 8, 2),
+    (4, 128): Tile(32, 16, 8, 2),
     (4, 256): Tile(32, 16, 8, 2),
     (4, 576): Tile(16, 16, 8, 1),
 }
@@ -56,6 +56,10 @@ DKEY_DVALUE = {
     (4, 256): Tile(16, 16, 8, 2),
     (4, 576): Tile(16, 16, 8, 1),
 }
+
+
+# Where there is more to scores than a band, and so less room in registers.
+DKEY_DVALUE_OF_MORE = DKEY_DVALUE | {(2, 128): Tile(32, 64, 4, 2)}
 
 
 class Problem(NamedTuple):
@@ -124,10 +128,11 @@ def forward(query, key, value, *arrays, target, variant: Variant) -> Iterator[Ti
 def backward(query, key, value, *rest, target, variant: Variant) -> Iterator[BackwardTiles | hopper.BackwardTile]:
     """One kernel's tile at a time differs from the untuned one; the tuner puts the best of both together."""
     arrays = rest[: len(variant.operands)]
-    if on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target, widest=128) is None:
+    if on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target) is None:
         yield from on_hopper.backward_tiles(query, key, value, variant=variant)
     problem = Problem(query, value, arrays, variant, target)
-    untuned = BackwardTiles(problem.of(DQUERY, "dquery"), problem.of(DKEY_DVALUE, "dkey_dvalue"))
+    dkey_dvalue = problem.of(DKEY_DVALUE if variant.is_band else DKEY_DVALUE_OF_MORE, "dkey_dvalue")
+    untuned = BackwardTiles(problem.of(DQUERY, "dquery"), dkey_dvalue)
     yield untuned
     yield from (untuned._replace(dquery=tile) for tile in problem.others("dquery", *DQUERY_BLOCKS))
     yield from (untuned._replace(dkey_dvalue=tile) for tile in problem.others("dkey_dvalue", *DKEY_DVALUE_BLOCKS))
@@ -137,3 +142,12 @@ def operand_gradient(query, key, value, *rest, target, variant: Variant, operand
     problem = Problem(query, value, rest[: len(variant.operands)], variant, target)
     yield problem.of(DKEY_DVALUE, "dkey_dvalue")
     yield from problem.others("dkey_dvalue", *DKEY_DVALUE_BLOCKS)
+
+
+def notes(query, key, value, *rest, target, tile, variant: Variant) -> str:
+    """What `jtile.explain` adds."""
+    if isinstance(tile, hopper.ForwardTile | hopper.BackwardTile):
+        return "on the schedule for Hopper"
+    arrays = rest[: len(variant.operands)]
+    obstacle = on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target)
+    return f"on the portable schedule: {obstacle or 'tuning found it faster'}"

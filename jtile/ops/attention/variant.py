@@ -90,6 +90,20 @@ class Variant:
         return dict(zip((operand.name for operand in self.operands), arrays, strict=True))
 
     @property
+    def kind(self) -> str:
+        """What its tiles depend on, beside operands."""
+        found = {
+            "causal": self.window == (None, 0),
+            "window": self.window not in ((None, None), (None, 0)),
+            "cap": self.soft_cap is not None,
+            "dropout": self.dropout > 0,
+            "score_mod": self.score_mod is not None,
+            "mask_mod": self.mask_mod is not None,
+            "blocks": self.block_size is not None,
+        }
+        return " ".join(name for name, has in found.items() if has)
+
+    @property
     def bounds(self) -> tuple[int | None, int | None]:
         """Query i sees keys from i + low to i + high, both included; None is no bound."""
         left, right = self.window

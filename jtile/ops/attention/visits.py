@@ -112,7 +112,7 @@ def ranges(variant: Variant, x: dict[str, jax.Array], queries: int, keys: int, t
     own_block, block = (tile.block_q, tile.block_k) if of_keys else (tile.block_k, tile.block_q)
     own, other = ("query", "key") if of_keys else ("key", "query")
     first = first_query(x)
-    lengths = {"query": None, "key": None}
+    lengths: dict[str, Any] = {"query": None, "key": None}
     if "query_lengths" in x:
         lengths["query"] = x["query_lengths"][:, None] - first
     if "key_lengths" in x:

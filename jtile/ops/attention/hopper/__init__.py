@@ -1,8 +1,10 @@
 """Attention's schedule for Hopper, in Gluon, Triton's language for schedules.
 
-`forward_kernel.py` and `backward_kernel.py` are its kernels, `band.py` which blocks visit each other, `pipeline.py` how
-warps hand blocks on. Here is when it serves, its tiles, and how a call becomes a launch. It needs Triton 3.9, whose
-Gluon has the inline assembly and the aggregates that the kernels are written with.
+`forward_kernel.py`, `backward_kernel.py` and, above head dim 128, `wide_backward_kernel.py` are its kernels, `band.py`
+which blocks visit each other, `pipeline.py` how warps hand blocks on. Features are not in them: `functions.py` writes a
+variant's functions of scores as Gluon for the kernels to call, `features.py` hands over what these read and which
+blocks are visited. Here is when the schedule serves, its tiles, and how a call becomes a launch. It needs Triton 3.9,
+whose Gluon has the inline assembly and the aggregates that the kernels are written with.
 """
 
 import dataclasses
@@ -46,7 +48,7 @@ class ForwardTile(NamedTuple):
 class BackwardTile(NamedTuple):
     """
     Attributes:
-        block_q: queries of a block, 64 or 128.
+        block_q: queries of a block: 128 at head dims up to 64, and 64 above.
         stages: blocks of queries that shared memory holds.
         together: key heads that are worked on at the same time, which share the cache.
     """
@@ -174,24 +176,37 @@ class Backward(_Call):
         masks = self.functions is not None and self.functions.masks
         return masks or (self.low, self.high) != (None, None) or self.keys % self.block_k > 0
 
-    # Each group makes half of a block of dquery: half of its rows, or half of its columns.
+    @property
+    def query_blocks(self) -> int:
+        """Lists name several at a time, to the last of them."""
+        rows = 1 if self.lists is None else self.lists.rows
+        return -(-super().query_blocks // rows) * rows
+
+    # dquery leaves in parts of 64 by 64, two of them in a turn.
 
     @property
-    def dq_rows(self) -> int:
-        return 64 if self.block_q == 128 else 0
+    def by_rows(self) -> bool:
+        """Whether parts are of one and the same columns."""
+        return self.key_width == 64
 
     @property
-    def dq_columns(self) -> int:
-        return 0 if self.block_q == 128 else self.key_width // 2
-
-    @property
-    def dq_width(self) -> int:
-        return self.dq_columns or self.key_width
+    def turns(self) -> int:
+        """Of a block of queries."""
+        return self.block_q * self.key_width // (2 * 64 * 64)
 
 
 def _width(head_dim: int) -> int:
     """The width of blocks: powers of two, filled up with zeros."""
     return max(64, 1 << (head_dim - 1).bit_length())
+
+
+def _widest(query, value) -> int:
+    return max(_width(query.shape[-1]), _width(value.shape[-1]))
+
+
+def backward_block_k(query, value) -> int:
+    """Keys of a block in the backward pass."""
+    return 64 if _widest(query, value) == 256 else 128
 
 
 @functools.cache
@@ -202,7 +217,7 @@ def _has_gluon() -> bool:
     return (int(major), int(minor)) >= (3, 9)
 
 
-def obstacle(query, key, value, scale: float, target: Target | None, *, widest: int = WIDEST) -> str | None:
+def obstacle(query, key, value, scale: float, target: Target | None) -> str | None:
     """Why this schedule does not serve a call, as a clause, or None."""
     if target is None or target.compute_capability != 90:
         return "the chip is no Hopper"
@@ -211,8 +226,8 @@ def obstacle(query, key, value, scale: float, target: Target | None, *, widest: 
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it multiplies 16-bit numbers, and the operands are {query.dtype}"
     for x in query, key, value:
-        if x.shape[-1] % 8 or not 40 <= x.shape[-1] <= widest:
-            return f"it takes head dims that are multiples of 8 from 40 to {widest}, and one is {x.shape[-1]}"
+        if x.shape[-1] % 8 or not 40 <= x.shape[-1] <= WIDEST:
+            return f"it takes head dims that are multiples of 8 from 40 to {WIDEST}, and one is {x.shape[-1]}"
     if scale <= 0:
         return f"it takes positive scales, and this is {scale}"
     if math.prod(query.shape[:-1]) >= 2**31:
@@ -221,32 +236,40 @@ def obstacle(query, key, value, scale: float, target: Target | None, *, widest: 
 
 
 def forward_tiles(query, key, value, *, low: int | None, high: int | None, target: Target) -> Iterator[ForwardTile]:
-    wide = max(_width(query.shape[-1]), _width(value.shape[-1]))
+    wide = _widest(query, value)
     (batch, keys, key_heads, _), heads = key.shape, query.shape[2]
+    # A program for several blocks saves what lies between two. Where blocks differ much in length, the hardware hands
+    # them out better.
+    if low is None and high is None:
+        loops = wide == 128
+    else:
+        loops = wide > 64 and query.shape[1] <= 4096
+    if low is not None and high is not None:  # blocks are alike, and those at work see no more of a head than this
+        loops, keys = True, min(keys, high - low + 128 * target.sms)
+    programs = target.sms if loops else 0
     head_bytes = keys * (key.shape[-1] + value.shape[-1]) * key.dtype.itemsize
     together = _fitting(CACHE * 6 // 10 // head_bytes * (heads // key_heads), batch * heads)
-    # Where blocks of queries differ in length, the hardware hands them out better.
-    programs = target.sms if low is None and high is None else 0
-    groups, block_k = {64: (3, 128), 128: (2, 128), 256: (2, 64)}[wide]
-    first = ForwardTile(groups, block_k, 2, together, programs)
+    groups, block_k, stages = {64: (3, 128, 2), 128: (2, 128, 2), 256: (2, 64, 2)}[wide]
+    if wide == 64 and (low, high) != (None, None):  # masks take registers that three groups do not have
+        groups, stages = 2, 3
+    first = ForwardTile(groups, block_k, stages, together, programs)
     yield first
     for other in {0, target.sms} - {programs}:
         yield first._replace(programs=other)
     for factor in (0.25, 0.5, 2, 4):
         yield first._replace(together=_fitting(int(factor * together), batch * heads))
     if wide == 64:
-        yield first._replace(groups=2, stages=3)
+        yield first._replace(groups=5 - groups, stages=groups)
 
 
 def backward_tiles(query, key, value, *, low, high) -> Iterator[BackwardTile]:
-    wide = max(_width(query.shape[-1]), _width(value.shape[-1]))
     batch, queries, heads, head_dim = query.shape
     key_heads = key.shape[2]
     # Query and dout in 16 bits, dquery in 32. A program that sees a part of the queries holds but a part in the cache.
     head_bytes = queries * head_dim * 8 * (heads // key_heads)
     part = 1 if low is None and high is None else 2
     together = _fitting(CACHE * 6 // 10 * part // head_bytes, batch * key_heads)
-    first = BackwardTile({64: 128, 128: 64}[wide], 2, together)
+    first = BackwardTile(128 if _widest(query, value) == 64 else 64, 2, together)
     yield first
     for factor in (0.25, 0.5, 2, 4):
         yield first._replace(together=_fitting(int(factor * together), batch * key_heads))
@@ -256,11 +279,12 @@ def _fitting(number: int, most: int) -> int:
     return max(1, min(number, most))
 
 
-def _descriptor(x, rows: int):
-    """How the Tensor Memory Accelerator sees an array (batch, length, heads, width): blocks of rows of one head."""
+def _descriptor(x, rows: int, columns: int | None = None):
+    """How the Tensor Memory Accelerator sees an array (batch, length, heads, width): blocks of rows of one head, of all
+    its columns if not told how many."""
     batch, length, heads, width = x.shape
     strides = (length * heads * width, width, heads * width, 1)
-    return _tensor(x, (batch, heads, length, width), strides, (1, 1, rows, _width(width)))
+    return _tensor(x, (batch, heads, length, width), strides, (1, 1, rows, columns or _width(width)))
 
 
 def _tensor(x, shape, strides, block, layout=None):
@@ -272,7 +296,7 @@ def _tensor(x, shape, strides, block, layout=None):
     return jax_triton.TensorDescriptor(x, shape, strides, block, layout)
 
 
-def _sizes(query, key, value) -> dict[str, int]:
+def _sizes(query, key, value) -> dict[str, Any]:
     (batch, queries, heads, key_dim), (keys, key_heads) = query.shape, key.shape[1:3]
     widths = dict(key_width=_width(key_dim), value_width=_width(value.shape[-1]))
     return dict(batch=batch, queries=queries, keys=keys, heads=heads, key_heads=key_heads, **widths)
@@ -333,9 +357,6 @@ def forward(
     )
 
 
-BACKWARD_BLOCK_K = 128
-
-
 def backward(
     query,
     key,
@@ -357,44 +378,49 @@ def backward(
     """The gradients of query, key and value."""
     from triton.experimental.gluon import language as gl
 
-    from jtile.ops.attention.hopper.backward_kernel import attention_backward
+    width = _widest(query, value)
+    if width == 256:
+        from jtile.ops.attention.hopper.wide_backward_kernel import attention_backward
+    else:
+        from jtile.ops.attention.hopper.backward_kernel import attention_backward
 
     call = Backward(
-        **_sizes(query, key, value),
+        **_sizes(query, key, value) | dict(key_width=width, value_width=width),
         low=low,
         high=high,
         scale=scale,
         block_q=tile.block_q,
-        block_k=BACKWARD_BLOCK_K,
+        block_k=backward_block_k(query, value),
         stages=tile.stages,
         together=tile.together,
         **options,
     )
-    batch, queries, heads, head_dim = query.shape
+    batch, queries, heads, _ = query.shape
     # What the kernel subtracts from scores, in powers of two, and from the weights' gradients. A query that sees no key
     # has the weights 2^-inf.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, math.log2(math.e) * lse)
     padded = call.query_blocks * call.block_q
     ends = [(0, 0), (0, padded - queries), (0, 0)]
     lse = jnp.pad(lse, ends, constant_values=jnp.inf)  # nor has one past the end
-    statistics = jnp.stack([lse, jnp.pad(row_sums(out, dout, dlse), ends)]).transpose(0, 1, 3, 2)
+    # XLA is not to make the sums while it puts the two together: that takes several times as long.
+    delta = jax.lax.optimization_barrier(row_sums(out, dout, dlse))
+    statistics = jnp.stack([lse, jnp.pad(delta, ends)]).transpose(0, 1, 3, 2)
     plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
     strides = (batch * heads * padded, heads * padded, padded, 1)
-    sums = jax.ShapeDtypeStruct((batch, heads, queries, head_dim), jnp.float32)
-    sums_strides = (heads * queries * head_dim, queries * head_dim, head_dim, 1)
+    sums = jax.ShapeDtypeStruct(query.shape, jnp.float32)
     like_key_and_value = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)]
-    turns = jax.ShapeDtypeStruct((batch * heads * call.query_blocks,), jnp.int32)
+    turns = jax.ShapeDtypeStruct((batch * heads * call.query_blocks * call.turns,), jnp.int32)
     dquery, dkey, dvalue, _ = triton_call(
-        _descriptor(query, call.block_q),
-        _descriptor(key, 64),
-        _descriptor(value, 64),
-        _descriptor(dout, call.block_q),
+        _descriptor(query, call.block_q, width),
+        _descriptor(key, 64, width),
+        _descriptor(value, 64, width),
+        _descriptor(dout, call.block_q, width),
         _tensor(statistics, statistics.shape, strides, (2, 1, 1, call.block_q), plain),
         origin,
         *_optional(visits, 3),
         *_optional(arrays, ARRAYS),
-        _tensor(sums, sums.shape, sums_strides, (1, 1, 64, call.dq_width)),
-        *(_descriptor(x, 64) for x in like_key_and_value),
+        _descriptor(sums, 64, 64),
+        *(_descriptor(x, 64, width) for x in like_key_and_value),
         kernel=attention_backward,
         out_shape=(sums, *like_key_and_value, turns),
         zeroed_outputs=(3,),
@@ -404,7 +430,7 @@ def backward(
     # No program has written where queries see no key.
     position = jnp.arange(queries) + (0 if origin is None else origin)
     if high is not None:
-        dquery = jnp.where((position + high >= 0)[:, None], dquery, 0)
+        dquery = jnp.where((position + high >= 0)[:, None, None], dquery, 0)
     if low is not None:
-        dquery = jnp.where((position + low < call.keys)[:, None], dquery, 0)
-    return (scale * dquery).transpose(0, 2, 1, 3).astype(query.dtype), dkey, dvalue
+        dquery = jnp.where((position + low < call.keys)[:, None, None], dquery, 0)
+    return (scale * dquery).astype(query.dtype), dkey, dvalue

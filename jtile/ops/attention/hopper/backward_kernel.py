@@ -6,8 +6,11 @@ operands of the next products as they stand.
 
 dquery is a sum over programs. Each adds its part to a float32 array, by the Tensor Memory Accelerator, when its turn
 has come: turns go by the number of the key block, so every sum is made in the same order each time. A program waits
-only for programs of smaller numbers, which the hardware starts earlier. Two kernels without such a sum, one by queries
-and one by keys, would take seven products.
+only for programs of smaller numbers, which the hardware starts earlier. That a sum has arrived takes as long to know as
+a block of queries takes to work on, so two warps add, and each takes every other turn. Two kernels without such a sum,
+one by queries and one by keys, would take seven products.
+
+While a group's part of dquery leaves, the tensor cores are at its dkey.
 
 The rest is FlashAttention-3's method (Shah et al., 2024, arXiv:2407.08608).
 """
@@ -23,11 +26,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from jtile.ops.attention.hopper.band import query_block, turn, visible, visiting
-from jtile.ops.attention.hopper.pipeline import arrive, matrix, ring, wait
+from jtile.ops.attention.hopper.pipeline import arrive, matrix, ring, room, wait
 
 
 @gluon.jit
-def _meet():
+def meet():
     """Both groups come together, at a barrier of the hardware that Triton does not use."""
     gl.inline_asm("barrier.cta.sync 8, 256;")
 
@@ -53,7 +56,7 @@ def _set_turn(turns, turn):
 
 
 @gluon.jit
-def _place(S: gl.constexpr):
+def place(S: gl.constexpr):
     """The block of keys, the batch and the head of a program. So many heads are worked on together as have room in the
     cache; of these the first blocks go first."""
     number = gl.program_id(0)
@@ -65,16 +68,17 @@ def _place(S: gl.constexpr):
 
 
 @gluon.jit
-def _load(
+def load(
     q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared, stat_shared, kv_full, origin,
     visits, S: gl.constexpr,
 ):  # fmt: skip
-    j, b, kh = _place(S)
-    mbarrier.expect(kv_full, 2 * (k_desc.nbytes_per_cta + v_desc.nbytes_per_cta))
-    for half in gl.static_range(2):
-        place = [b, kh, j * S.block_k + half * 64, 0]
-        tma.async_load(k_desc, place, kv_full, k_shared.index(half))
-        tma.async_load(v_desc, place, kv_full, v_shared.index(half))
+    j, b, kh = place(S)
+    parts: gl.constexpr = S.block_k // 64
+    mbarrier.expect(kv_full, parts * (k_desc.nbytes_per_cta + v_desc.nbytes_per_cta))
+    for part in gl.static_range(parts):
+        at = [b, kh, j * S.block_k + part * 64, 0]
+        tma.async_load(k_desc, at, kv_full, k_shared.index(part))
+        tma.async_load(v_desc, at, kv_full, v_shared.index(part))
     start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
     step = 0
     for h in range(kh * S.group, (kh + 1) * S.group):
@@ -89,28 +93,45 @@ def _load(
 
 
 @gluon.jit
-def _add_dquery(dq_desc, turns, dq, origin, visits, S: gl.constexpr):
-    j, b, kh = _place(S)
+def hand_on(part, n, dq):
+    """A part of dquery, transposed, to the warp that adds it. Consecutive threads have consecutive columns of it, which
+    shared memory takes without conflicts."""
+    wait(dq.empty.index(n % dq.slots), n // dq.slots % 2 ^ 1)
+    dq.block(n).permute((1, 0)).store(part)
+    fence_async_shared()
+    arrive(dq.barrier(n))
+
+
+@gluon.jit
+def add_dquery(dq_desc, turns, dq, origin, visits, first: gl.constexpr, S: gl.constexpr):
+    """One of two warps that add parts of dquery, each every other turn, two parts in a turn. A slot of `dq` belongs to
+    one of them and to one group: barriers tell only odd phases from even ones, so each waits for every phase."""
+    j, b, kh = place(S)
     start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
-    step = 0
-    for h in range(kh * S.group, (kh + 1) * S.group):
-        for n in range(start, stop):
-            i, _ = query_block(start + stop - 1 - n, whole_start, whole_stop, blocks, S)
-            own_turns = turns + (b * S.heads + h) * S.query_blocks + i
-            number = turn(i, j, b, kh, origin, visits[2], S)
-            mbarrier.wait(dq.full.index(0), step % 2)
-            _wait_turn(own_turns, number)
-            for part in gl.static_range(2):
-                row = i * S.block_q + part * S.dq_rows
-                if number == 0:
-                    tma.async_store(dq_desc, [b, h, row, part * S.dq_columns], dq.blocks.index(part))
-                else:
-                    tma.async_atomic_add(dq_desc, [b, h, row, part * S.dq_columns], dq.blocks.index(part))
-            tma.store_wait(0)
-            arrive(dq.empty.index(0))
-            tma.store_wait(0, read_only=False)
-            _set_turn(own_turns, number + 1)
-            step += 1
+    for number in range(first, S.turns * S.group * (stop - start), 2):
+        step = number // S.turns
+        h = kh * S.group + step // (stop - start)
+        i, _ = query_block(stop - 1 - step % (stop - start), whole_start, whole_stop, blocks, S)
+        before = turn(i, j, b, kh, origin, visits[2], S)
+        own_turns = turns + ((b * S.heads + h) * S.query_blocks + i) * S.turns + number % S.turns
+        for k in gl.static_range(2):
+            part = k * S.turns + number % S.turns
+            n = step * 2 * S.turns + part
+            dq.wait(n)
+            if k == 0:
+                _wait_turn(own_turns, before)
+            at = [b, h, i * S.block_q + (part * 64 if S.by_rows else 0), 0 if S.by_rows else part * 64]
+            if before == 0:
+                tma.async_store(dq_desc, at, dq.slot(n))
+            else:
+                tma.async_atomic_add(dq_desc, at, dq.slot(n))
+            if S.turns == 2 or k == 1:
+                tma.store_wait(0)
+                dq.release(n)
+                if S.turns == 1:
+                    dq.release(n - 1)
+        tma.store_wait(0, read_only=False)
+        _set_turn(own_turns, before + 1)
 
 
 @gluon.jit
@@ -120,7 +141,7 @@ def _step(
 ):  # fmt: skip
     dtype: gl.constexpr = k.dtype
     s_layout: gl.constexpr = queries.type.layout.parent
-    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.dq_width, 16])
+    square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     q, do = q_ring.block(step), do_ring.block(step)
     stat = stat_shared.index(step % S.stages).reinterpret(
         gl.float32, [2, S.block_q], gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -154,29 +175,26 @@ def _step(
         if S.functions.masks:  # whatever is in a masked value
             ds = gl.where(p == 0.0, 0.0, ds)
     ds = ds.to(dtype)
-    ds_left = gl.convert_layout(ds, gl.DotOperandLayout(0, dk.type.layout, 2))
-    dk = warpgroup_mma(ds_left, q, dk, is_async=True)
 
     # Two buffers: the other group may still read what this one wrote in the step before.
     ds_shared.index(step % 2 * 2 + group).store(ds)
     fence_async_shared()
-    _meet()
-    part = gl.zeros([64, S.dq_width], gl.float32, dq_layout)
+    meet()
+    part = gl.zeros([64, 64], gl.float32, square)
     for half in gl.static_range(2):
         ds_half, k_half = ds_shared.index(step % 2 * 2 + half), matrix(k_shared.index(half))
-        if S.dq_rows > 0:
+        if S.by_rows:
             ds_half = ds_half.slice(group * 64, 64, 1)
         else:
-            k_half = k_half.slice(group * S.dq_width, S.dq_width, 1)
-        part = warpgroup_mma(ds_half.permute((1, 0)), k_half, part, use_acc=half == 1, is_async=True)
-    dv, dk = warpgroup_mma_wait(2, deps=[dv, dk])
+            k_half = k_half.slice(group * 64, 64, 1)
+        part = warpgroup_mma(k_half.permute((1, 0)), ds_half, part, use_acc=half == 1, is_async=True)
+    ds_left = gl.convert_layout(ds, gl.DotOperandLayout(0, dk.type.layout, 2))
+    dk = warpgroup_mma(ds_left, q, dk, is_async=True)
+    dv, part = warpgroup_mma_wait(1, deps=[dv, part])
     do_ring.release(step)
+    hand_on(part, 2 * step + group, dq)
+    dk = warpgroup_mma_wait(0, deps=[dk])
     q_ring.release(step)
-    wait(dq.empty.index(0), step % 2 ^ 1)
-    part = warpgroup_mma_wait(0, deps=[part])
-    matrix(dq.blocks.index(group)).store(part)
-    fence_async_shared()
-    arrive(dq.full.index(0))
     return dk, dv
 
 
@@ -189,7 +207,7 @@ def _compute(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.block_q, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.key_width, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.value_width, 16])
-    j, b, kh = _place(S)
+    j, b, kh = place(S)
     start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
     col = j * S.block_k + group * 64
     queries = gl.arange(0, S.block_q, gl.SliceLayout(0, s_layout))
@@ -213,7 +231,7 @@ def _compute(
             masked, group, S,
         )
         # fmt: on
-    _meet()  # the other group reads this group's keys, which make room for dkey
+    meet()  # the other group reads this group's keys, which make room for dkey
     k.store((dk * S.scale).to(dtype))
     v.store(dv.to(dtype))
     fence_async_shared()
@@ -237,16 +255,13 @@ def attention_backward(
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, S.block_q], dtype)
     q = ring(q_desc, S.stages, 2)
     do = ring(do_desc, S.stages, 2)
-    dq = ring(dq_desc, 2, 2)
+    dq = room(dq_desc.dtype, dq_desc.block_shape, dq_desc.layout, 4, 4, 1)
     k_shared = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, S.key_width], k_desc.layout)
     v_shared = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, S.value_width], v_desc.layout)
     stat_shared = gl.allocate_shared_memory(gl.float32, [S.stages, 2, 1, 1, S.block_q], stat_desc.layout)
     ds_shared = gl.allocate_shared_memory(dtype, [4, 64, S.block_q], ds_layout)
     kv_full = mbarrier.allocate_mbarrier()
     mbarrier.init(kv_full, count=1)
-    # The groups fill both of its blocks, and one warp empties them.
-    mbarrier.init(dq.full.index(0), count=8)
-    mbarrier.init(dq.empty.index(0), count=1)
     fence_async_shared()
     # fmt: off
     gl.warp_specialize(
@@ -259,12 +274,13 @@ def attention_backward(
                 dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin,
                 visits, arrays, 1, S,
             )),
-            (_load, (
+            (load, (
                 q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared, stat_shared, kv_full, origin,
                 visits, S,
             )),
-            (_add_dquery, (dq_desc, turns, dq, origin, visits, S)),
+            (add_dquery, (dq_desc, turns, dq, origin, visits, 0, S)),
+            (add_dquery, (dq_desc, turns, dq, origin, visits, 1, S)),
         ],
-        [4, 1, 1],
-        [240, 24, 24],
+        [4, 1, 1, 1],
+        [240, 24, 24, 24],
     )

@@ -44,18 +44,17 @@ def _functions(query, key, arrays, variant: Variant, order: str) -> functions.Fu
     return functions.write(*_trace(query, key, arrays, variant, with_derivative=order == "kq"), variant, order)
 
 
-def _trace(query, key, arrays, variant: Variant, *, with_derivative: bool):
+def _trace(query, key, arrays, variant: Variant, *, with_derivative: bool) -> tuple[Any, float, functions.Sizes]:
     types = tuple((x.shape if x.ndim else (1,), x.dtype) for x in arrays)
     sizes = functions.Sizes(query.shape[0], query.shape[2], query.shape[1], key.shape[1])
-    return *_traced(variant, types, sizes, with_derivative=with_derivative), sizes
+    jaxpr, slope = _traced(variant, types, sizes, with_derivative=with_derivative)
+    return jaxpr, slope, sizes
 
 
-def obstacle(
-    query, key, value, *arrays, variant: Variant, target: Target | None, widest: int = hopper.WIDEST
-) -> str | None:
+def obstacle(query, key, value, *arrays, variant: Variant, target: Target | None) -> str | None:
     """Why this schedule does not serve a call, as a clause, or None."""
     scale = 1.0 if variant.modifies else variant.scale
-    if found := hopper.obstacle(query, key, value, scale, target, widest=widest):
+    if found := hopper.obstacle(query, key, value, scale, target):
         return found
     if variant.dropout:
         return "it has no dropout"
@@ -72,6 +71,9 @@ def obstacle(
 def forward_tiles(query, key, value, *, variant: Variant, target: Target) -> Iterator[hopper.ForwardTile]:
     sides = variant.block_size or (0, 0)
     for tile in hopper.forward_tiles(query, key, value, **band(variant), target=target):
+        if variant.block_size or variant.has(*visits.TELLING):
+            # Blocks of queries differ in length, and see but a part of the keys.
+            tile = tile._replace(programs=0, together=min(4 * tile.together, query.shape[0] * query.shape[2]))
         if tile.groups == 3 and (variant.modifies or variant.masks_by_data):
             tile = tile._replace(groups=2, stages=3)  # functions of scores need the registers that three do not have
         if not (sides[0] % (64 * tile.groups) or sides[1] % tile.block_k):
@@ -143,7 +145,7 @@ def backward_tiles(query, key, value, *, variant: Variant) -> Iterator[hopper.Ba
 def backward(query, key, value, *arrays, out, lse, dout, dlse, tile: hopper.BackwardTile, variant: Variant):
     """The gradients of query, key and value."""
     named: dict[str, Any] = variant.named(arrays)
-    blocks = _Blocks(tile.block_q, hopper.BACKWARD_BLOCK_K)
+    blocks = _Blocks(tile.block_q, hopper.backward_block_k(query, value))
     options: dict[str, Any] = dict(
         functions=_functions(query, key, arrays, variant, "kq"), masks_anywhere=variant.masks_anywhere
     )
@@ -167,7 +169,7 @@ def backward(query, key, value, *arrays, out, lse, dout, dlse, tile: hopper.Back
         )
         key_blocks = -(-key.shape[1] // blocks.block_k)
         visited = jnp.repeat(visited, options["lists"].columns, axis=2)[:, :, :key_blocks]
-        visited = jnp.repeat(visited, options["lists"].rows, axis=3)[..., :count]
+        visited = jnp.repeat(visited, options["lists"].rows, axis=3)
     if at is not None:
         # A block of queries gets what its blocks of keys add one after the other.
         numbers = jnp.cumsum(visited, axis=2, dtype=jnp.int32) - visited
@@ -194,9 +196,10 @@ def _between(start, stop, count: int):
 def _in_order(lists, counts):
     """Lists with their blocks in order, as 2 · block + whether it is to be masked; their lengths; and which blocks are
     in them, (batch, heads, blocks of keys, blocks of queries)."""
-    place = jnp.argsort(lists, axis=-1).astype(jnp.int32)  # of each block in its list
+    put = functools.partial(jnp.put_along_axis, axis=-1, inplace=False)  # XLA folds these sooner than sorts
+    blocks = jnp.broadcast_to(jnp.arange(lists.shape[-1], dtype=jnp.int32), lists.shape)
+    place = put(jnp.zeros_like(lists), lists, blocks)  # of each block in its list
     whole, count = counts[..., :1], counts[..., 1:]
     visited = place < count
-    entries = 2 * jnp.arange(lists.shape[-1], dtype=jnp.int32) + (place >= whole)
-    entries = jnp.where(visited, entries, jnp.iinfo(jnp.int32).max)
-    return jnp.sort(entries, axis=-1), count[..., 0], visited
+    at = jnp.where(visited, jnp.cumsum(visited, axis=-1) - 1, lists.shape[-1])
+    return put(jnp.zeros_like(lists), at, 2 * blocks + (place >= whole), mode="drop"), count[..., 0], visited

@@ -141,19 +141,36 @@ def _write(name: str, parameters: Sequence[str], jaxpr, given: Sequence[_Given],
 # Tracing
 
 
-def _inlined(jaxpr, consts, operands):
-    """The results of a jaxpr without the functions in it."""
+def _inlined(jaxpr, consts, operands, small):
+    """The results of a jaxpr without the functions in it.
+
+    Sums of integers that are `small` are exact as floats too: they are converted before, a row's and a column's numbers
+    each by itself, not after, each element's.
+    """
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *operands], strict=True))
+    sums = {}
+
+    def value(v):
+        return v.val if isinstance(v, Literal) else values[v]
+
+    def is_small(v):
+        return isinstance(v, Literal) or any(values[v] is x for x in small)
+
     for eqn in jaxpr.eqns:
-        given = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
-        if eqn.primitive.name == "jit":
+        given, name = list(map(value, eqn.invars)), eqn.primitive.name
+        if name in ("add", "sub") and all(map(is_small, eqn.invars)):
+            sums[eqn.outvars[0]] = eqn.primitive, given
+        if name == "jit":
             inner = eqn.params["jaxpr"]
-            found = _inlined(inner.jaxpr, inner.consts, given)
+            found = _inlined(inner.jaxpr, inner.consts, given, small)
+        elif name == "convert_element_type" and eqn.invars[0] in sums and eqn.params["new_dtype"] == jnp.float32:
+            primitive, terms = sums[eqn.invars[0]]
+            found = [primitive.bind(*(jax.lax.convert_element_type(x, jnp.float32) for x in terms))]
         else:
             found = eqn.primitive.bind(*given, **eqn.primitive.get_bind_params(eqn.params))
             found = found if eqn.primitive.multiple_results else [found]
         values.update(zip(eqn.outvars, found, strict=True))
-    return [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
+    return list(map(value, jaxpr.outvars))
 
 
 MOST_ROWS = 256  # of a block
@@ -200,7 +217,8 @@ def trace(
 ):
     """The jaxpr of (product, batch, head, row, query, key) -> score, its derivative, visible; and the scores' slope."""
     ends = {"q": sizes.queries - 1, "k": sizes.keys - 1}
-    capped = variant.soft_cap is not None and not (variant.score_mod or variant.has("bias"))
+    # A cap alone: tanh in one instruction, whose error is below that of rounding operands and weights to 16 bits.
+    cap = None if variant.score_mod or variant.has("bias") else variant.soft_cap
     # A window beside positions that all share is the schedule's own business.
     masks = variant if variant.has("query_offset") else dataclasses.replace(variant, window=(None, None))
 
@@ -208,8 +226,8 @@ def trace(
         x = _operands(variant, shapes, slots, row, Place(batch, head, query, key), ends)
         place = Place(x.pop("batch_index", batch), x.pop("head_index", head), query, key)
         scores: tuple = (product,)
-        if capped:
-            score = approx_tanh((variant.scale / variant.soft_cap) * product)
+        if cap is not None:
+            score = approx_tanh((variant.scale / cap) * product)
             scores = (score, 1 - score * score) if with_derivative else (score,)
         elif variant.modifies and with_derivative:
             scores = with_slope(variant.score)(variant.scale * product, place, x)
@@ -218,9 +236,11 @@ def trace(
         return *scores, masks.visible(place, x)
 
     traced = jax.make_jaxpr(both)(SCORE, *[NUMBER] * 5)
-    traced = jax.make_jaxpr(lambda *x: _inlined(traced.jaxpr, traced.consts, x))(SCORE, *[NUMBER] * 5)
-    slope = variant.soft_cap if capped else 1.0 if variant.modifies else variant.scale
-    return traced.jaxpr, slope * LOG2_E
+    few = not variant.has("origin") and max(sizes.queries, sizes.keys) < 2**23
+    inlined = lambda *x: _inlined(traced.jaxpr, traced.consts, x, x[3:] if few else ())  # noqa: E731
+    traced_again = jax.make_jaxpr(inlined)(SCORE, *[NUMBER] * 5)
+    slope = cap or (1.0 if variant.modifies else variant.scale)
+    return traced_again.jaxpr, slope * LOG2_E
 
 
 def obstacle(jaxpr) -> str | None:
@@ -231,13 +251,13 @@ def obstacle(jaxpr) -> str | None:
 
 def write(jaxpr, slope: float, sizes: Sizes, variant: Variant, order: str) -> Functions:
     """The functions of a traced variant, of blocks with these axes: what is known of their rows is computed once."""
-    integer = np.dtype(np.int32)
+    integer, queries = np.dtype(np.int32), (0, sizes.queries + MOST_ROWS)
     given = dict(
         product=_Given("product", order, np.dtype(np.float32)),
         batch=_Given("batch", "", integer, (0, sizes.batch - 1)),
         head=_Given("head", "", integer, (0, sizes.heads - 1)),
-        row=_Given("row", "q", integer, (0, sizes.queries + MOST_ROWS)),
-        query=_Given("query", "q", integer),
+        row=_Given("row", "q", integer, queries),
+        query=_Given("query", "q", integer, None if variant.has("origin") else queries),
         key=_Given("key", "k", integer, (0, sizes.keys + MOST_ROWS)),
     )
     variables = dict(zip(given, jaxpr.invars, strict=True))

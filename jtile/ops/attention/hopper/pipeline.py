@@ -75,12 +75,21 @@ class Ring:
 
 
 @gluon.jit
-def ring(descriptor, slots: gl.constexpr, readers: gl.constexpr):
-    """Room for blocks of a descriptor (1, 1, rows, width), each read by so many groups of warps."""
-    blocks = gl.allocate_shared_memory(descriptor.dtype, [slots] + descriptor.block_shape, descriptor.layout)
+def room(
+    dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr, slots: gl.constexpr, writers: gl.constexpr,
+    readers: gl.constexpr,
+):  # fmt: skip
+    """Room for blocks that so many writers fill, warps or a thread that loads, and so many warps read."""
+    blocks = gl.allocate_shared_memory(dtype, [slots] + shape, layout)
     full = mbarrier.allocate_mbarrier(slots)
     empty = mbarrier.allocate_mbarrier(slots)
     for i in gl.static_range(slots):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=4 * readers)
+        mbarrier.init(full.index(i), count=writers)
+        mbarrier.init(empty.index(i), count=readers)
     return Ring(blocks, full, empty, slots)  # type: ignore[call-arg]  # a dataclass of Triton's
+
+
+@gluon.jit
+def ring(descriptor, slots: gl.constexpr, readers: gl.constexpr):
+    """Room for blocks of a descriptor (1, 1, rows, width), each read by so many groups of warps."""
+    return room(descriptor.dtype, descriptor.block_shape, descriptor.layout, slots, 1, 4 * readers)
