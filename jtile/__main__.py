@@ -181,12 +181,12 @@ def compile_in_processes(given: argparse.Namespace) -> None:
         for part in range(given.processes):
             quiet = subprocess.DEVNULL
             parts.append(subprocess.Popen([*command, "--part", str(part)], stdout=quiet, env=environment))
-        for part in parts:
-            if part.wait():
-                raise RuntimeError(f"a process that compiles tiles ended with exit code {part.returncode}")
+        for process in parts:
+            if process.wait():
+                raise RuntimeError(f"a process that compiles tiles ended with exit code {process.returncode}")
     finally:
-        for part in parts:
-            part.kill()
+        for process in parts:
+            process.kill()
     print(f"compiled in {given.processes} processes, {_duration(time.perf_counter() - start)}", flush=True)
 
 

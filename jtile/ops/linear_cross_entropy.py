@@ -20,7 +20,7 @@ token's loss must be known by then, which is why the reduction is part of the op
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -272,19 +272,15 @@ def backward_kernel(x, weight, labels, bias, *of_token, tile, logits_soft_cap):
 @gradients.kernel
 def gradients_kernel(x, weight, labels, bias, token_weights, *, tile, options, vocabulary):
     cap, total = options.logits_soft_cap, options.label_smoothing > 0
+    tiles_of_logits: Any = of_logits.backward.tiles_function
 
     def some(sums, x, labels, token_weights):
         statistics, logits = _statistics(tile, x, weight, labels, bias, cap, total, keep=True)
         lse = over_devices(statistics[0], "v", "logsumexp")
         cotangents = _cotangents(options, vocabulary, token_weights, lse, *statistics[1:])
+        untuned = next(iter(tiles_of_logits(logits)))
         (dlogits,) = of_logits.backward_kernel(
-            logits,
-            labels,
-            lse,
-            *cotangents,
-            tile=next(of_logits.backward.tiles_function(logits)),
-            overwrite=True,
-            logits_soft_cap=cap,
+            logits, labels, lse, *cotangents, tile=untuned, overwrite=True, logits_soft_cap=cap
         )
         dx, sums = added(sums, dlogits, x, weight, bias)
         return (*statistics, dx), sums

@@ -36,8 +36,10 @@ def tiles(rows: int, columns: int, terms: int, dtype) -> Iterator[Tile]:
     )
     wide = Tile(64, 64, 32), Tile(64, 64, 32, 4), Tile(64, 128, 32), Tile(128, 64, 32)
     for tile in narrow if dtype.itemsize <= 2 else wide:
-        fit = (min(side, max(16, pl.next_power_of_2(n))) for side, n in zip(tile, (rows, columns, terms), strict=False))
-        yield Tile(*fit, *tile[3:])
+        fit = [
+            min(side, max(16, pl.next_power_of_2(n))) for side, n in zip(tile[:3], (rows, columns, terms), strict=True)
+        ]
+        yield tile._replace(rows=fit[0], columns=fit[1], terms=fit[2])
 
 
 @dataclasses.dataclass(frozen=True)
