@@ -86,10 +86,9 @@ class Emitter:
         self.parameters: dict[str, dict[str, Array | Descriptor]] = {ref.name: {} for ref in kernel.refs}
         self.ids: list[Value] = []  # this program's position along each axis of the grid
         names = [ref.name for ref in kernel.refs]
-        self.threads = 32 * params.num_warps * params.num_ctas
+        threads = 32 * params.num_warps * params.num_ctas
         self.changing: set[str] = set()  # names that are assigned again, and copies of them
-        aliases = {names[kernel.num_inputs + o]: names[i] for i, o in kernel.input_output_aliases}
-        self.order = Order(self.threads, aliases)
+        self.order = Order(threads, {names[kernel.num_inputs + o]: names[i] for i, o in kernel.input_output_aliases})
         self.sizes: list[Value] = []  # programs along each axis
         self.programs: str | None = None  # how many there are, where each takes the place of several in turn
         self.loops = 0

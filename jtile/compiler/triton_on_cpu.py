@@ -372,6 +372,7 @@ _LIBDEVICE = {
     "cyl_bessel_i1": scipy.special.i1,
     "erfc": scipy.special.erfc,
     "erfinv": scipy.special.erfinv,
+    "exp2": np.exp2,
     "expm1": np.expm1,
     "fmod": np.fmod,
     "lgamma": scipy.special.gammaln,
@@ -383,7 +384,6 @@ _LIBDEVICE = {
     "round": lambda x: np.trunc(x + np.copysign(0.5, x)),
     "sinh": np.sinh,
     "tan": np.tan,
-    "exp2": np.exp2,
     "tanh": np.tanh,
 }
 

@@ -105,15 +105,6 @@ def test_derivative_of_approx_exp2():
         jtile.approx_exp2(jnp.ones(2, jnp.bfloat16))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
-def test_a_barrier_hides_where_floats_come_from(dtype):
-    """Two 16-bit ones in a register, where a thread has two."""
-    x = np.zeros(256, dtype)
-    text = source(run(lambda x_ref, y_ref: y_ref.__setitem__(..., jax.lax.optimization_barrier(x_ref[...])), x), x)
-    assert ("mov.b32" in text) == (dtype != "int32")
-    assert f"pack={4 // x.itemsize}" in text or dtype == "int32"
-
-
 @pytest.mark.parametrize("operation", ATOMIC_TYPES)
 def test_atomics_that_the_hardware_lacks(operation):
     x = np.zeros(16, np.int16)
