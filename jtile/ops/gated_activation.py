@@ -70,7 +70,7 @@ TAIL = (0.119631998, 0.120712303, 0.100174889, 0.127695322, -0.0520408340, 0.204
 def _normal(x):
     """Φ(x) and its derivative."""
     t = 1 / (1 + 0.3 * jnp.abs(x))
-    r = TAIL[-1]
+    r: jax.Array | float = TAIL[-1]
     for coefficient in reversed(TAIL[:-1]):
         r = r * t + coefficient
     r = r * t

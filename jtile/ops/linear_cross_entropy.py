@@ -251,7 +251,13 @@ def gradients_kernel(x, weight, labels, bias, token_weights, *, options, vocabul
         lse = over_devices(statistics[0], "v", "logsumexp")
         cotangents = _cotangents(options, vocabulary, token_weights, lse, *statistics[1:])
         (dlogits,) = of_logits.backward_kernel(
-            logits, labels, lse, *cotangents, tile=next(of_logits.tiles(logits)), overwrite=True, logits_soft_cap=cap
+            logits,
+            labels,
+            lse,
+            *cotangents,
+            tile=next(of_logits.backward_tiles(logits)),
+            overwrite=True,
+            logits_soft_cap=cap,
         )
         dx, sums = added(sums, dlogits, x, weight, bias)
         return (*statistics, dx), sums

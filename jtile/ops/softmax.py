@@ -187,7 +187,8 @@ def forward_kernel(x, mask, query, *, tile, of_mask, scale, log):
     def softmax_kernel(*refs):
         *given, y_ref = refs
         z = scores(*given)
-        y_ref[...] = _normalized(z, *_statistics(z), log, _exp).astype(y_ref.dtype)
+        top, total = _statistics(z)
+        y_ref[...] = _normalized(z, top, total, log, _exp).astype(y_ref.dtype)
 
     def statistics_kernel(*refs):
         *given, top_ref, total_ref = refs
@@ -239,7 +240,8 @@ def _at_odd_addresses(x, tile, scale, log):
         return _statistics(_scores(x, inside, None, None, scale))
 
     def normalize(_, of_row, x):
-        return _normalized(_scores(x, None, None, None, scale), *of_row, log, _exp).astype(x.dtype)
+        top, total = of_row
+        return _normalized(_scores(x, None, None, None, scale), top, total, log, _exp).astype(x.dtype)
 
     found = _combined(*reduce(statistics, [x], 2, name=f"{name}_statistics", **options))
     return elementwise(normalize, [x], [number[:, 0] for number in found], name=f"{name}_normalize", **options)
@@ -290,7 +292,7 @@ def backward_kernel(y, dy, *, tile, scale, log):
             return [jnp.sum(jnp.where(inside, _summand(y, dy, log), 0.0), axis=1, keepdims=True)]
 
         def gradient(_, of_row, y, dy):
-            return _gradient(y, dy, *of_row, scale, log, _exp)
+            return _gradient(y, dy, of_row[0], scale, log, _exp)
 
         (totals,) = reduce(total, [y, dy], 1, name=f"{name}_total", **options)
         return (elementwise(gradient, [y, dy], [jnp.sum(totals, axis=-1)], name=f"{name}_gradient", **options),)

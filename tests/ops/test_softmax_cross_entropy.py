@@ -102,7 +102,7 @@ def test_any_division_of_the_vocabulary(monkeypatch, rows, v, programs):
     monkeypatch.setattr(op, "PROGRAMS", programs)
     logits, labels, _ = operands((rows, v))
     logits = logits - 50  # beside which a zero from past the edge would be everything
-    tile = next(op.tiles(logits))
+    tile = next(op.forward_tiles(logits))
     statistics = interpret_pallas(functools.partial(op.forward_kernel, tile=tile, logits_soft_cap=None, total=True))
     lse, picked, total = statistics(logits, labels)
     loss = lse - 0.9 * picked - 0.1 * total / v
@@ -247,7 +247,7 @@ def test_no_tokens():
 def test_forward_makes_no_second_array_of_logits(tokens):
     """Beside blocks, nothing comes near their size, and the kernel reads them once."""
     logits, labels = jax.ShapeDtypeStruct((tokens, 128_256), jnp.bfloat16), jax.ShapeDtypeStruct((tokens,), jnp.int32)
-    forward = functools.partial(op.forward_kernel, tile=next(op.tiles(logits)), logits_soft_cap=5.0, total=True)
+    forward = functools.partial(op.forward_kernel, tile=next(op.forward_tiles(logits)), logits_soft_cap=5.0, total=True)
     found = list(equations(jax.make_jaxpr(forward)(logits, labels).jaxpr))
     sizes = [math.prod(v.aval.shape) for e in found for v in e.outvars if hasattr(v.aval, "shape")]
     assert max(sizes) <= max(4096, 32 * tokens)
