@@ -272,13 +272,12 @@ def backward_kernel(x, weight, labels, bias, *of_token, tile, logits_soft_cap):
 @gradients.kernel
 def gradients_kernel(x, weight, labels, bias, token_weights, *, tile, options, vocabulary):
     cap, total = options.logits_soft_cap, options.label_smoothing > 0
-    tiles_of_logits: Any = of_logits.backward.tiles_function
 
     def some(sums, x, labels, token_weights):
         statistics, logits = _statistics(tile, x, weight, labels, bias, cap, total, keep=True)
         lse = over_devices(statistics[0], "v", "logsumexp")
         cotangents = _cotangents(options, vocabulary, token_weights, lse, *statistics[1:])
-        untuned = next(iter(tiles_of_logits(logits)))
+        untuned = next(of_logits.backward_tiles(logits))
         (dlogits,) = of_logits.backward_kernel(
             logits, labels, lse, *cotangents, tile=untuned, overwrite=True, logits_soft_cap=cap
         )

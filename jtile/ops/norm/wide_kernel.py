@@ -5,8 +5,8 @@ the scale, the row that is computed and the next one, which is on its way. A row
 its means, and for what follows from them. Each thread reads what it has copied itself.
 """
 
+# Tuples grow here, which mypy has no type for.
 # mypy: disable-error-code="assignment"
-# (Gluon has tuples grow in loops that it unrolls.)
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
