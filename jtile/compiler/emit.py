@@ -328,8 +328,8 @@ class Emitter:
         """The whole module, and for each of its lines where in the user's code it came from."""
         lines = [*self.start, *self.lines]
         if self.programs is not None:
-            # Flattened, the loads of the next turn begin before this one has ended. Triton 3.9 cannot flatten every loop
-            # (its pass may give the branches of an `if` buffers of two types), so only those that were asked for are.
+            # Flattened, the loads of the next turn begin before this one has ended. Triton 3.9 fails on some loops (it
+            # gives the branches of an `if` buffers of two types), so only those are that somebody asked for.
             flatten = ", flatten=True" if self.loops == 1 and not self.kernel.num_sizes else ""
             head = f"    for pid in tl.range(tl.program_id(0), {self.programs}, tl.num_programs(0){flatten}):"
             lines = [head, *(Line(f"    {line}", _origin(line)) for line in lines or ["    pass"])]

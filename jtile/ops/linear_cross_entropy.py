@@ -20,7 +20,7 @@ token's loss must be known by then, which is why the reduction is part of the op
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

@@ -179,7 +179,8 @@ def on_cpu(monkeypatch):
         named = variant.named(arrays)
         if "origin" in named:  # a device's part of the queries, from the twentieth on
             arrays = [*(named | {"origin": jnp.int32(-20)}).values()]
-        assert on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target) is None
+        obstacle = on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target)
+        assert (obstacle is None) == (variant.is_band or query.shape[-1] <= 128)
         tile = next(iter(on_hopper.forward_tiles(query, key, value, variant=variant, target=target)))
         got = on_hopper.forward(query, key, value, *arrays, tile=tile._replace(programs=3), variant=variant)
         wanted = reference.forward(query, key, value, *arrays, variant=variant)
@@ -290,8 +291,16 @@ def test_features_are_served(feature):
     assert [tile.partition("(")[0] for tile in tiles[:2]] == ["ForwardTile", "BackwardTile"]
 
 
+@pytest.mark.parametrize("feature", ["no lists", "of keys"])
+def test_what_nan_is_mended_with_compiles(feature):
+    """With loops that have branches in them, which Triton cannot always flatten."""
+    given = [jax.ShapeDtypeStruct((1, 300, heads, 64), jnp.bfloat16) for heads in (2, 1, 1, 2)]
+    names = [k.name for k in jtile.inspect(with_gradients(feature, "triton"), *given, target="NVIDIA H200")]
+    assert {"attention", "attention_dquery", "attention_dkey_dvalue"} <= set(names)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("feature, head_dim", [*((f, 64) for f in FEATURES), ("cap", 128), ("segments", 256)])
+@pytest.mark.parametrize("feature, head_dim", [*((f, 64) for f in FEATURES), ("cap", 128)])
 def test_features_on_a_gpu(feature, head_dim):
     """The schedule's output and the gradients that the backward pass makes of it."""
     query, key, value, dout = (jnp.asarray(x) for x in operands(1, 300, 300, 2, 1, head_dim))

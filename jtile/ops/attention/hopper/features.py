@@ -58,6 +58,9 @@ def obstacle(query, key, value, *arrays, variant: Variant, target: Target | None
         return found
     if variant.dropout:
         return "it has no dropout"
+    # Written and simulated, but not yet run on a GPU.
+    if not variant.is_band and max(query.shape[-1], value.shape[-1]) > 128:
+        return "beyond head dim 128 it has causal masks and windows alone"
     if variant.block_size and (variant.block_size[0] % 128 or variant.block_size[1] % 128):
         return f"its blocks are 128 by 128, and those in lists are {variant.block_size}"
     if whole := [o.name for o in variant.operands if set("qk") <= set(o.axes)]:
