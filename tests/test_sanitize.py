@@ -1,5 +1,12 @@
 """What `tests.sanitize` makes of compute-sanitizer's log."""
 
+import jax
+import jax.numpy as jnp
+
+import jtile
+from jtile.compiler import schedule
+from tests import sanitize
+from tests.compiler.kernels import CASES
 from tests.sanitize import reports
 
 LOG = """\
@@ -33,3 +40,18 @@ def test_a_clean_log():
 
 def test_what_names_no_kernel_is_reported():
     assert reports("=========\n========= Internal Sanitizer Error: out of memory\n=========\n")
+
+
+def test_initcheck_sees_every_store(monkeypatch):
+    """Those of the Tensor Memory Accelerator it does not see."""
+    monkeypatch.setattr(schedule, "schedules", schedule.schedules)
+    function, operands = CASES["products"]
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), operands)
+
+    def tma():
+        kernels = jtile.inspect(jtile.retarget_pallas(function), *shapes, target="NVIDIA H200")
+        return [kernel.tma_instructions > 0 for kernel in kernels]
+
+    assert any(tma())
+    sanitize.pytest_configure()
+    assert not any(tma())
