@@ -59,8 +59,9 @@ def tiles(given: dict[str, jax.Array], biased: bool, target: Target | None) -> I
     if not has_gluon():
         return
     lanes = pl.next_power_of_2(d)
-    for num_warps, parts in (16, 4), (16, 2), (32, 2):
-        for slots, held in ((2, False),) if biased else ((3, True), (2, True), (2, False)):
+    # First the one that was measured; the scale held in registers, and two rows ahead, are for the tuner.
+    for slots, held in ((2, False),) if biased else ((2, False), (3, True), (2, True)):
+        for num_warps, parts in (16, 4), (16, 2), (32, 2):
             rows = 2 * slots + ("dh" in given)  # in shared memory, where the kernel's own sums have a KiB
             if 2 * lanes * (rows + 2 * (not held)) + 1024 <= target.shared_bytes_per_block:
                 yield WideTile(target.sms, num_warps, parts, slots, held)
