@@ -86,10 +86,15 @@ def _varying(fn: Callable[..., Sequence[jax.Array]]) -> Callable[..., list[jax.A
 
     def call(*operands):
         axes = frozenset().union(*(borrowed.varying_axes(jax.typeof(x)) for x in operands))
-        with borrowed.varying_unchecked():
-            results = fn(*operands)
-        missing = (tuple(sorted(axes - borrowed.varying_axes(jax.typeof(y)))) for y in results)
-        return [jax.lax.pcast(y, m, to="varying") if m else y for y, m in zip(results, missing, strict=True)]
+
+        def varying(*operands):
+            with borrowed.varying_unchecked():
+                results = fn(*operands)
+            missing = (tuple(sorted(axes - borrowed.varying_axes(jax.typeof(y)))) for y in results)
+            return [jax.lax.pcast(y, m, to="varying") if m else y for y, m in zip(results, missing, strict=True)]
+
+        # Step by step, JAX would take each of the steps in between to give the same on every device.
+        return (jax.jit(varying) if axes else varying)(*operands)
 
     return call
 
