@@ -77,7 +77,7 @@ def sanitize(tool: str, arguments: list[str]) -> bool:
         command = [executable(), "--tool", tool, "--log-file", f"{folder}/log", "--report-api-errors", "no"]
         command += ["--require-cuda-init", "no", "--print-limit", "0", "--show-backtrace", "device", *exclude]
         command += [sys.executable, "-m", "pytest", "-m", "gpu"]
-        tests = subprocess.run([*command, "-q", *arguments], env=environment).returncode
+        tests = subprocess.run([*command, "-v", *arguments], env=environment).returncode
         path = pathlib.Path(folder, "log")
         log = path.read_text(errors="replace") if path.exists() else ""
     found = reports(log)
@@ -85,7 +85,9 @@ def sanitize(tool: str, arguments: list[str]) -> bool:
     for text, count in alike.most_common(20):
         print(f"{count} times:\n{text}\n")
     summaries = re.findall(r" SUMMARY: (.*)", log)
-    ours, outcome = f"{len(found)} of them on kernels that are not XLA's", "failed" if tests else "passed"
+    if not summaries:
+        print(f"{tool} ended without a summary. Its log's end:\n{log[-4000:]}")
+    ours, outcome = f"{len(found)} of them on kernels that are not XLA's", f"ended with {tests}" if tests else "passed"
     print(f"{tool}: {', '.join(summaries) or 'no summary'}, {ours}; the tests {outcome}", flush=True)
     return bool(summaries) and not found and not tests
 
