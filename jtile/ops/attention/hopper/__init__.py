@@ -8,7 +8,6 @@ whose Gluon has the inline assembly and the aggregates that the kernels are writ
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jtile.compiler.target import Target
-from jtile.compiler.triton_call import triton_call
+from jtile.compiler.triton_call import has_gluon, triton_call
 from jtile.ops.attention.reference import row_sums
 
 if TYPE_CHECKING:
@@ -209,19 +208,11 @@ def backward_block_k(query, value) -> int:
     return 64 if _widest(query, value) == 256 else 128
 
 
-@functools.cache
-def _has_gluon() -> bool:
-    import triton
-
-    major, minor, *_ = triton.__version__.split(".")
-    return (int(major), int(minor)) >= (3, 9)
-
-
 def obstacle(query, key, value, scale: float, target: Target | None) -> str | None:
     """Why this schedule does not serve a call, as a clause, or None."""
     if target is None or target.compute_capability != 90:
         return "the chip is no Hopper"
-    if not _has_gluon():
+    if not has_gluon():
         return "it needs Triton 3.9"
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it multiplies 16-bit numbers, and the operands are {query.dtype}"
