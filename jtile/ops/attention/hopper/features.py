@@ -112,6 +112,17 @@ def _call(variant: Variant, named, options: dict[str, Any]) -> dict[str, Any]:
     return dict(origin=origin, scale=variant.scale, **band(variant), arrays=arrays, options=options)
 
 
+def _layout(lists, block_size: tuple[int, int], blocks: _Blocks) -> hopper.Lists:
+    """How the kernels find a block's list, and the kernels' blocks in those of lists."""
+    return hopper.Lists(
+        batch=_steps(lists, 1),
+        head=_steps(lists[0], 1),
+        rows=block_size[0] // blocks.block_q,
+        columns=block_size[1] // blocks.block_k,
+        length=lists.shape[-1],
+    )
+
+
 def forward(query, key, value, *arrays, tile: hopper.ForwardTile, variant: Variant):
     """The output and the log-sum-exp. Where operands mask keys, NaN in a value that is masked may reach the output of
     queries in its block, and their log-sum-exp then."""
@@ -129,15 +140,7 @@ def forward(query, key, value, *arrays, tile: hopper.ForwardTile, variant: Varia
         options |= dict(ranges=_steps(at, 1))
     elif variant.block_size:
         lists, at = _with_heads(named, variant, "key_blocks", "key_counts")
-        options |= dict(
-            lists=hopper.Lists(
-                batch=_steps(lists, 1),
-                head=_steps(lists[0], 1),
-                rows=variant.block_size[0] // blocks.block_q,
-                columns=variant.block_size[1] // blocks.block_k,
-                length=lists.shape[-1],
-            )
-        )
+        options |= dict(lists=_layout(lists, variant.block_size, blocks))
     return hopper.forward(query, key, value, visits=(at, lists), tile=tile, **_call(variant, named, options))
 
 
@@ -161,15 +164,7 @@ def backward(query, key, value, *arrays, out, lse, dout, dlse, tile: hopper.Back
     elif variant.block_size:
         lists, counts = _with_heads(named, variant, "query_blocks", "query_counts")
         lists, at, visited = _in_order(lists, counts)
-        options |= dict(
-            lists=hopper.Lists(
-                batch=_steps(lists, 1),
-                head=_steps(lists[0], 1),
-                rows=variant.block_size[0] // blocks.block_q,
-                columns=variant.block_size[1] // blocks.block_k,
-                length=lists.shape[-1],
-            )
-        )
+        options |= dict(lists=_layout(lists, variant.block_size, blocks))
         key_blocks = -(-key.shape[1] // blocks.block_k)
         visited = jnp.repeat(visited, options["lists"].columns, axis=2)[:, :, :key_blocks]
         visited = jnp.repeat(visited, options["lists"].rows, axis=3)
