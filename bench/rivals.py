@@ -206,14 +206,21 @@ def _(is_causal, window=None, cap=None, alibi=False):
             query,
             key,
             value,
-            bias=_alibi_bias(query, key) if alibi else None,
-            mask=None if segment_ids is None else _same(segment_ids),
-            is_causal=is_causal,
-            local_window_size=None if window is None else (window - 1, 0),
+            **_seen(query, key, segment_ids, is_causal, window, alibi),
             implementation="cudnn",
         )
 
     return attention
+
+
+def _seen(query, key, segment_ids, is_causal, window, alibi) -> dict:
+    """What queries see, under the names that `jax.nn` gives it."""
+    return dict(
+        bias=_alibi_bias(query, key) if alibi else None,
+        mask=None if segment_ids is None else _same(segment_ids),
+        is_causal=is_causal,
+        local_window_size=None if window is None else (window - 1, 0),
+    )
 
 
 def _same(ids):
@@ -308,10 +315,7 @@ def _tokamax_attention(implementation):
                 query,
                 key,
                 value,
-                bias=_alibi_bias(query, key) if alibi else None,
-                mask=None if segment_ids is None else _same(segment_ids),
-                is_causal=is_causal,
-                local_window_size=None if window is None else (window - 1, 0),
+                **_seen(query, key, segment_ids, is_causal, window, alibi),
                 logits_soft_cap=cap,
                 implementation=implementation,
             )
