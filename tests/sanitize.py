@@ -35,7 +35,7 @@ SELECTION = (
 )
 
 # What the Tensor Memory Accelerator writes initcheck takes for never written: results come back "uninitialized". Under
-# it kernels do without where the choice is the compiler's, and those that ask for it are left out.
+# it the compiler makes no use of TMA, whether or not it is asked to, and tests of TMA itself are left out.
 WRITTEN_UNSEEN = "test_descriptors or test_gluon or test_warp_specialised"
 
 XLA = re.compile(r"fusion|^wrapped_|^(input|loop|copy|transpose|concatenate|iota|broadcast|convert|reduce|sort)_|"
@@ -72,13 +72,13 @@ def executable() -> str:
 
 
 def pytest_configure():
-    """What this module does as a plugin of pytest, for initcheck: no kernel gets TMA unasked."""
+    """What this module does as a plugin of pytest, for initcheck: no Pallas kernel gets TMA."""
     from jtile.compiler import schedule
 
     chosen = schedule.schedules
 
     def without_tma(kernel, params, target):
-        return chosen(kernel, params if params.tma else dataclasses.replace(params, tma=False), target)
+        return chosen(kernel, dataclasses.replace(params, tma=False), target)
 
     schedule.schedules = without_tma
 
