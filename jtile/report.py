@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 from jtile import borrowed
 from jtile.compiler import launch
 from jtile.compiler.launch import Launch
+from jtile.compiler.pallas import adopting
 from jtile.compiler.rewrite import equations
 from jtile.compiler.target import Occupancy, Target
 from jtile.op.lowering import choose, choose_tile, note
@@ -69,8 +70,9 @@ def inspect(fn: Callable, *args: Any, target: str | Target | None = "NVIDIA H200
     often it is launched.
 
     Args:
-      fn: a function that JAX can trace: jtile's ops, `jtile.triton_call` and Pallas kernels with
-        `jtile.CompilerParams`, under any of JAX's transformations.
+      fn: a function that JAX can trace: jtile's ops, `jtile.triton_call` and Pallas kernels, under any of JAX's
+        transformations. Kernels without `jtile.CompilerParams`, which JAX's own backend compiles when `fn` runs, are
+        shown as `jtile.retarget_pallas(fn)` has them.
       *args: its arguments, pytrees of arrays or of `jax.ShapeDtypeStruct`s. Only shapes and dtypes count.
       target: the chip's name; None for the GPU of this machine.
 
@@ -100,7 +102,7 @@ def launches(fn: Callable, args: Sequence, target: Target) -> list[Launch]:
     """The kernels that a function launches on a chip, each once."""
     # A new function each time: JAX would take a lowering that it remembers, and no kernel would be seen.
     traced = jax.jit(lambda *args: fn(*args))
-    with jax.sharding.use_abstract_mesh(target.abstract_mesh), launch.recording() as found:
+    with jax.sharding.use_abstract_mesh(target.abstract_mesh), launch.recording() as found, adopting():
         traced.trace(*jax.tree.map(_abstract, args)).lower(lowering_platforms=("cuda",))
     return list({(one.compiled.name, one.compiled.cubin): one for one in found}.values())
 

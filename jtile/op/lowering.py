@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.interpreters import mlir
 
 from jtile import borrowed, tuning
+from jtile.compiler.pallas import adopting
 from jtile.compiler.target import Target
 from jtile.op import rules, sharding
 
@@ -132,7 +133,7 @@ def lower(op: TileOp, platform: str | None, settled: bool, ctx, *operands, call:
 
     # Shardings and varying axes are settled by now. Kernels are traced without them, and need not know of them.
     plain = ctx.replace(avals_in=borrowed.plain_avals(ctx.avals_in), avals_out=borrowed.plain_avals(ctx.avals_out))
-    with borrowed.no_mesh(ctx.avals_in), borrowed.own_source_lines():
+    with borrowed.no_mesh(ctx.avals_in), borrowed.own_source_lines(), adopting():
         return mlir.lower_fun(run, multiple_results=True)(plain, *operands)
 
 
