@@ -93,24 +93,26 @@ class Layout:
     def assign(self, specs: Sequence[Spec], mesh, *, strict: bool = False) -> dict[str, tuple[str, ...]]:
         """The mesh axes of each factor, given how the operands are split. One that they do not divide is gathered.
 
-        With `strict`, two operands that split one factor differently are an error: under an explicit mesh, moving data
-        is the user's decision.
+        With `strict`, two operands that split what they share differently are an error: under an explicit mesh, moving
+        data is the user's decision.
         """
         assigned: dict[str, tuple[str, ...]] = {}
         owner: dict[str, str] = {}
         for term, dims, spec in zip(self.operand_terms, self.operands, specs, strict=True):
+            mine = {f for dim in dims for f in dim}
             for dim, axes in zip(dims, spec, strict=True):
                 factor = self._splittable(dim, axes)
                 if factor is None:
                     continue
-                if strict and assigned.get(factor, axes) != axes:
+                other = next((f for f, used in assigned.items() if f != factor and set(used) & set(axes)), None)
+                clash = factor if assigned.get(factor, axes) != axes else other if other in mine else None
+                if strict and clash:
                     raise ValueError(
-                        f"{self.op.name}: {in_words(factor)} is split over mesh axes {assigned[factor]} in "
-                        f"`{owner[factor]}` and over {axes} in `{term.name}`; bring them together with "
-                        "jax.sharding.reshard"
+                        f"{self.op.name}: {in_words(clash)} is split over mesh axes {assigned[clash]} in "
+                        f"`{owner[clash]}`, and {in_words(factor)} over {axes} in `{term.name}`; bring them together "
+                        "with jax.sharding.reshard"
                     )
-                taken = {a for f, used in assigned.items() if f != factor for a in used}
-                if factor not in assigned and not taken & set(axes):
+                if factor not in assigned and other is None:
                     assigned[factor], owner[factor] = axes, term.name
         fits = lambda f, axes: self.sizes[f] % math.prod(mesh.shape[a] for a in axes) == 0  # noqa: E731
         return {f: axes for f, axes in assigned.items() if fits(f, axes)}
@@ -220,6 +222,14 @@ def bound_to_parts(op: TileOp, call: Call, split: Mapping[str, str | tuple[str, 
                 + (f"; gather {dim!r} by jax.lax.all_gather" if dim in op.signature.whole else "")
             )
     assigned = {"L0" if dim == "..." else dim: _axes(axes) for dim, axes in split.items()}
+    for dim, axes in split.items():
+        try:
+            jax.lax.axis_size(axes)
+        except NameError:
+            raise ValueError(
+                f"{op.name}: mesh axes {_axes(axes)} are to split dimension {dim!r}, and not all of them are here; "
+                "call the op inside a jax.shard_map over them"
+            ) from None
     shapes = rules.result_shapes(op, parts, call)
 
     def bind(*parts, call):
