@@ -1,9 +1,9 @@
 """`pl.pallas_call(..., compiler_params=jtile.CompilerParams(...))`: Pallas' own lowering, handed over to jtile."""
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,18 +18,14 @@ from jtile.compiler.rewrite import map_pallas_calls
 from jtile.compiler.schedule import compile_kernel
 from jtile.compiler.target import Target
 from jtile.compiler.value import stored
+from jtile.context import setting
 
 _adopts: ContextVar[bool] = ContextVar("adopts", default=False)
 
 
-@contextlib.contextmanager
-def adopting() -> Iterator[None]:
+def adopting() -> AbstractContextManager:
     """A context in which jtile lowers what was written for JAX's own Triton backend, as if given `retarget_pallas`."""
-    token = _adopts.set(True)
-    try:
-        yield
-    finally:
-        _adopts.reset(token)
+    return setting(_adopts, True)
 
 
 def lower_pallas_call(platform: str, ctx, *operands, compiler_params, interpret, **params):
