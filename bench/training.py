@@ -1,8 +1,9 @@
 """`python -m bench.training --size 1b`: a training step of Llama, end to end, and where its time goes.
 
-The same model, batch and optimiser (AdamW; float32 parameters, bfloat16 activations) four times, each in a process of
-its own: `models/llama.py` on jtile's kernels; the same in plain XLA with cuDNN's attention; and Hugging Face's Llama in
-PyTorch under torch.compile, without and with Liger-Kernel.
+The same model, batch and optimiser (AdamW; float32 parameters, bfloat16 activations), each time in a process of its
+own: `models/llama.py` on jtile's kernels, fast and lean (with `remat="selective"`); the same in plain XLA with cuDNN's
+attention; and Hugging Face's Llama in PyTorch under torch.compile, without and with Liger-Kernel. Results of a day are
+merged into one file, however many runs they took.
 """
 
 import argparse
@@ -20,11 +21,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import results
+from bench import caches, results
 from bench.apart import import_torchs_triton
 
-CONTENDERS = ("jtile", "XLA and cuDNN", "torch.compile", "torch.compile and Liger-Kernel")
-WARM_UP, PROFILED, KERNELS_SHOWN = 3, 2, 12
+JAX: dict[str, dict[str, Any]] = {  # how each computes
+    "jtile": dict(implementation="triton"),
+    "jtile, lean": dict(implementation="triton", remat="selective"),
+    "XLA and cuDNN": dict(implementation="cudnn", linear_loss=False),
+}
+CONTENDERS = (*JAX, "torch.compile", "torch.compile and Liger-Kernel")
+WARM_UP, PROFILED, KERNELS_KEPT = 3, 2, 40
 
 # What a kernel is for, by its name; the first that fits.
 GROUPS = {
@@ -51,35 +57,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="file to write (default: in bench/results/<chip>/)")
     parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)  # in this process
     given = parser.parse_args(arguments)
+    caches.on_disk()
     if given.only:
         measured = prepare(given.only, given) if given.compile_only else train(given.only, given)
         given.output.write_text(json.dumps(measured))
         return 0
     deadline = time.monotonic() + given.limit
-    found = {
-        "chip": "unknown",
-        "size": given.size,
-        "batch": given.batch,
-        "seq": given.seq,
-        "versions": results.versions(),
-        "commit": results.commit(),
-        "command": " ".join(["python", "-m", "bench.training", *sys.argv[1:]]),
+    run = {
         "date": time.strftime("%Y-%m-%d"),
-        "rows": [],
+        "command": " ".join(["python", "-m", "bench.training", *sys.argv[1:]]),
+        "commit": results.commit(),
+        "versions": results.versions(),
     }
+    chip, rows, path = "unknown", [], given.output
     for name in given.contenders:
         row = in_a_process(name, given, deadline - time.monotonic())
         print(line(row), flush=True)
-        found["rows"].append(row)
-        found["chip"] = row.get("chip", found["chip"])
-        if not given.compile_only:  # what was measured before an interruption is there
-            path = given.output or results.of_today(found["chip"], f"training_{given.size}_")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(found, indent=1) + "\n")
+        if given.compile_only:
+            continue
+        rows.append(row | {"size": given.size, "batch": given.batch, "seq": given.seq})
+        chip = row.get("chip", chip)
+        path = given.output or results.of_today(chip, f"training_{given.size}_")
+        merge(path, chip, run, rows)  # what was measured before an interruption is there
     if given.compile_only:
         return 0
-    print(f"\n{markdown(found)}\n\nwrote {path}")
-    return 1 if any("gap" in row for row in found["rows"] if row["contender"] == "jtile") else 0
+    print(f"\n{markdown(results.read(path))}\n\nwrote {path}")
+    return 1 if any("gap" in row and row["contender"] in JAX for row in rows) else 0
+
+
+def merge(path: Path, chip: str, run: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Put a run's rows into a file. They take the place of earlier ones, but a gap takes that of gaps alone."""
+    content = results.read(path) if path.exists() else {"runs": [], "rows": []}
+    content["chip"] = chip
+    if run not in content["runs"]:
+        content["runs"].append(run)
+    known = {_key(row): row for row in content["rows"]}
+    for row in rows:
+        if "gap" not in row or "gap" in known.get(_key(row), row):
+            known[_key(row)] = row | {"run": content["runs"].index(run)}
+    content["rows"] = sorted(known.values(), key=lambda row: CONTENDERS.index(row["contender"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _key(row: dict[str, Any]) -> tuple:
+    return row["contender"], row["size"], row["batch"], row["seq"]
 
 
 def in_a_process(name: str, given: argparse.Namespace, seconds: float) -> dict[str, Any]:
@@ -92,7 +114,10 @@ def in_a_process(name: str, given: argparse.Namespace, seconds: float) -> dict[s
         for option in ("size", "batch", "seq", "steps"):
             command += [f"--{option}", str(getattr(given, option))]
         command += ["--compile-only"] * given.compile_only
-        environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", **os.environ}  # alone on the device
+        memory = {"MEM_FRACTION": "0.95"}  # alone on the device
+        if given.compile_only:
+            memory = {"PREALLOCATE": "false"}  # beside others
+        environment = {**{f"XLA_PYTHON_CLIENT_{name}": value for name, value in memory.items()}, **os.environ}
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
         except subprocess.TimeoutExpired:
@@ -105,19 +130,19 @@ def in_a_process(name: str, given: argparse.Namespace, seconds: float) -> dict[s
 
 
 def prepare(name: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Compile a contender's programs, which PyTorch does when it runs them first."""
+    """Compile a contender's programs, which PyTorch does when it runs them first: two layers are like all."""
     start = time.perf_counter()
-    if name.startswith("torch"):
-        _Torch(name, given).run(1)
-    else:
+    if name in JAX:
         _Jax(name, given).compile()
+    else:
+        _Torch(name, given, num_hidden_layers=2).run(1)
     return {"contender": name, "compile_seconds": time.perf_counter() - start}
 
 
 def train(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """Train for a few steps; tokens a second, peak memory, and each kernel's share."""
     start = time.perf_counter()
-    framework = _Torch if name.startswith("torch") else _Jax
+    framework = _Jax if name in JAX else _Torch
     training = framework(name, given)
     first_loss = training.run(1)
     first_step = time.perf_counter() - start
@@ -140,7 +165,7 @@ def train(name: str, given: argparse.Namespace) -> dict[str, Any]:
         "groups": {group: time / busy for group, time in grouped(kernels).items()},
         "kernels": [
             {"name": kernel[:120], "share": time / busy, "calls": count / PROFILED}
-            for kernel, (time, count) in list(kernels.items())[:KERNELS_SHOWN]
+            for kernel, (time, count) in list(kernels.items())[:KERNELS_KEPT]
         ],
     }
 
@@ -163,10 +188,7 @@ class _Jax:
         from models import llama
 
         self.jax, self.chip = jax, jax.devices()[0].device_kind
-        implementation = {"jtile": "triton", "XLA and cuDNN": "cudnn"}[name]
-        config = dataclasses.replace(
-            llama.SIZES[given.size], dtype="bfloat16", implementation=implementation, linear_loss=name == "jtile"
-        )
+        config = dataclasses.replace(llama.SIZES[given.size], dtype="bfloat16", **JAX[name])
         graph, _ = nnx.split(nnx.eval_shape(lambda: llama.Llama(config, rngs=nnx.Rngs(0))), nnx.Param)
         optimizer = optax.adamw(1e-4, b1=0.9, b2=0.95, weight_decay=0.1)
 
@@ -212,7 +234,7 @@ class _Jax:
 
 
 class _Torch:
-    def __init__(self, name: str, given: argparse.Namespace):
+    def __init__(self, name: str, given: argparse.Namespace, **changes: Any):
         import_torchs_triton()
         import torch
         import transformers
@@ -225,16 +247,20 @@ class _Torch:
 
             apply_liger_kernel_to_llama()
         torch.manual_seed(0)
-        config = transformers.LlamaConfig(**llama.write_config(llama.SIZES[given.size]), attn_implementation="sdpa")
+        size = dataclasses.replace(llama.SIZES[given.size], **changes)
+        config = transformers.LlamaConfig(**llama.write_config(size), attn_implementation="sdpa")
         config.use_cache = False
         with torch.device("cuda"):
             model = transformers.LlamaForCausalLM(config).train()
         optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.1, fused=True)
-        forward = torch.compile(model)
+        # By regions, as PyTorch's documentation recommends: layers that are alike are compiled once.
+        for layer in model.model.layers:
+            layer.compile()
+        model.loss_function = torch.compile(model.loss_function)
 
         def step(tokens):
             with torch.autocast("cuda", torch.bfloat16):
-                loss = forward(input_ids=tokens, labels=tokens).loss
+                loss = model(input_ids=tokens, labels=tokens).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -279,13 +305,17 @@ def line(row: dict[str, Any]) -> str:
 
 def markdown(found: dict[str, Any]) -> str:
     """What a file of measurements has, for people."""
-    about = (
-        f"Llama {found['size']}, {found['batch']} × {found['seq']} tokens a step, AdamW, float32 parameters and "
-        f"bfloat16 activations, on one {found['chip']}, {found['date']}:"
-    )
-    parts = [about, table(found["rows"])]
-    if any("gap" not in row for row in found["rows"]):
-        parts += ["Where the time goes, by what kernels are for:", profile(found["rows"])]
+    parts = []
+    for setting in dict.fromkeys((row["size"], row["batch"], row["seq"]) for row in found["rows"]):
+        rows = [row for row in found["rows"] if _key(row)[1:] == setting]
+        size, batch, seq = setting
+        parts += [
+            f"Llama {size}, {batch} × {seq} tokens a step, AdamW, float32 parameters and bfloat16 activations, on one "
+            f"{found['chip']}, {', '.join(dict.fromkeys(found['runs'][row['run']]['date'] for row in rows))}:",
+            table(rows),
+        ]
+        if any("gap" not in row for row in rows):
+            parts += ["Where the time goes, by what kernels are for:", profile(rows)]
     return "\n\n".join(parts)
 
 

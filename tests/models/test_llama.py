@@ -63,9 +63,10 @@ def test_a_token_changes_no_logits_before_it():
     assert (jnp.abs(before[:, 7:] - after[:, 7:]).max(-1) > 1e-4).all()
 
 
-def test_remat_changes_no_gradient():
+@pytest.mark.parametrize("remat", ["selective", "full"])
+def test_remat_changes_no_gradient(remat):
     tokens = some_tokens(2, 12)
-    plain, recomputed = (nnx.jit(nnx.grad(llama.loss))(make(remat=remat), tokens) for remat in (False, True))
+    plain, recomputed = (nnx.jit(nnx.grad(llama.loss))(make(remat=remat), tokens) for remat in ("none", remat))
     # The same operations in float32, fused otherwise.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), plain, recomputed)
 
@@ -365,9 +366,9 @@ def test_options_of_load(tmp_path):
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32),
     }
     write(tmp_path / "checkpoint", config, tensors | extra)
-    model = llama.load(tmp_path / "checkpoint", param_dtype="float32", implementation="xla", remat=True)
+    model = llama.load(tmp_path / "checkpoint", param_dtype="float32", implementation="xla", remat="full")
     assert (model.config.dtype, model.config.param_dtype) == ("bfloat16", "float32")
-    assert (model.config.implementation, model.config.remat) == ("xla", True)
+    assert (model.config.implementation, model.config.remat) == ("xla", "full")
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
