@@ -163,12 +163,16 @@ def linear(in_features: int, out_features: int, config: Config, rngs: nnx.Rngs, 
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         kernel_init=nnx.initializers.normal(gain / math.sqrt(in_features)),
-        dot_general=product,
+        dot_general=jax.lax.dot_general if config.op_implementation == "xla" else product,
         rngs=rngs,
     )
 
 
 def product(x, kernel, *dimensions, **options):
+    """`jax.lax.dot_general`, which XLA makes one with no other product of `x`.
+
+    Of queries, keys and values it would copy each out of the common result, since kernels read whole arrays.
+    """
     x, kernel = jax.lax.optimization_barrier((x, kernel))
     return jax.lax.dot_general(x, kernel, *dimensions, **options)
 
