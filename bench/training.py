@@ -253,7 +253,8 @@ class _Torch:
         with torch.device("cuda"):
             model = transformers.LlamaForCausalLM(config).train()
         optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.1, fused=True)
-        # By regions, as PyTorch's documentation recommends: layers that are alike are compiled once.
+        # By regions, as PyTorch's documentation recommends: layers that are alike are compiled once, or it fails.
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         for layer in model.model.layers:
             layer.compile()
         model.loss_function = torch.compile(model.loss_function)

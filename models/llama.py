@@ -43,12 +43,11 @@ class RopeScaling:
 class Config:
     """A model's shape, under the names of Hugging Face's config.json, and how it computes.
 
-    `dtype` is what activations are computed in, `param_dtype` what parameters are kept in. `remat` tells what is computed
-    again in the backward pass rather than kept: "none"; "selective", all but attention and the products that it and the
-    MLP begin with, which takes few percent of a step's time for a third of the memory; or "full", each block from what
-    it was given. `linear_loss` takes the loss from hidden states, some thousand tokens at a
-    time; without it, all logits are there at once. `implementation` goes to every op of jtile; "cudnn" is "xla" with
-    the attention of `jax.nn` on cuDNN, to compare with.
+    `dtype` is what activations are computed in, `param_dtype` what parameters are kept in. `remat` tells what the
+    backward pass computes again rather than finds kept: "none"; "selective", all but attention and the two products of
+    the MLP that its activation reads; or "full", each block from its input. `linear_loss` takes the loss from hidden
+    states, some thousand tokens at a time; without it, all logits are there at once. `implementation` goes to every op
+    of jtile; "cudnn" is "xla" with the attention of `jax.nn` on cuDNN, to compare with.
     """
 
     vocab_size: int
