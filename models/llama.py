@@ -134,7 +134,7 @@ SIZES = {
 
 # The model.
 
-# What remat="selective" keeps.
+# What remat="selective" keeps: the rest takes passes over memory, or small products (queries, keys, values and out).
 KEPT = ("residual", "dot_product_attention_out", "dot_product_attention_lse", "gate", "up")
 
 
@@ -168,9 +168,11 @@ def linear(in_features: int, out_features: int, config: Config, rngs: nnx.Rngs, 
 
 
 def product(x, kernel, *dimensions, **options):
-    """`jax.lax.dot_general`, which XLA makes one with no other product of `x`.
+    """`jax.lax.dot_general`, kept from being rearranged by XLA with others.
 
-    Of queries, keys and values it would copy each out of the common result, since kernels read whole arrays.
+    It would make queries, keys and values one product, and then copy each out of the result, since kernels read whole
+    arrays. And it would put off the gradients of kernels to the end, all that they are formed from being kept till
+    then: behind a barrier that of `x` is only there together with that of its kernel.
     """
     x, kernel = jax.lax.optimization_barrier((x, kernel))
     return jax.lax.dot_general(x, kernel, *dimensions, **options)
