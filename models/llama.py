@@ -154,6 +154,12 @@ class RMSNorm(nnx.Module):
         return jtile.rms_norm(x, self.scale[...], residual=residual, **options)
 
 
+class Embed(nnx.Embed):
+    def __call__(self, tokens):
+        """Takes rows, then casts them: flax casts all rows first, and sums their gradients in `dtype`."""
+        return self.embedding[...][tokens].astype(self.dtype)
+
+
 def linear(in_features: int, out_features: int, config: Config, rngs: nnx.Rngs, gain: float = 1.0) -> nnx.Linear:
     return nnx.Linear(
         in_features,
@@ -275,7 +281,7 @@ REMAT = {
 
 class Llama(nnx.Module):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(
+        self.embed = Embed(
             config.vocab_size,
             config.hidden_size,
             dtype=config.dtype,
