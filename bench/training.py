@@ -34,7 +34,7 @@ JAX: dict[str, dict[str, Any]] = {  # how each computes
 }
 CONTENDERS = (*JAX, "torch.compile", "torch.compile and Liger-Kernel")
 WARM_UP, PROFILED, KERNELS_KEPT = 3, 2, 40
-PREPARING = 0.6  # of the time that there is
+PREPARING = 0.7  # of the time that there is
 READY = "ready to train"
 
 # What a kernel is for, by its name; the first that fits.
