@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     run = {
         "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python", "-m", "bench.training", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "bench.training", *sys.argv[1:]]),
         "commit": results.commit(),
         "versions": results.versions(),
     }
