@@ -155,9 +155,9 @@ class RMSNorm(nnx.Module):
 
 
 class Embed(nnx.Embed):
-    def __call__(self, tokens):
+    def __call__(self, inputs, out_sharding=None):
         """Takes rows, then casts them: flax casts all rows first, and sums their gradients in `dtype`."""
-        return self.embedding[...][tokens].astype(self.dtype)
+        return self.embedding[...].at[inputs].get(out_sharding=out_sharding).astype(self.dtype)
 
 
 def linear(in_features: int, out_features: int, config: Config, rngs: nnx.Rngs, gain: float = 1.0) -> nnx.Linear:
@@ -272,7 +272,7 @@ class Block(nnx.Module):
         return self.mlp(x), residual, cache
 
 
-REMAT = {
+REMAT: dict[str, Callable] = {
     "none": lambda call: call,
     "selective": functools.partial(nnx.remat, policy=jax.checkpoint_policies.save_only_these_names(*KEPT)),
     "full": nnx.remat,
