@@ -21,9 +21,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench import cases, measure, report, results, rivals
+from bench import caches, cases, measure, report, results, rivals
 from bench.apart import Apart
-from jtile.compiler import cache
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,9 +107,8 @@ def set_up(cold: bool) -> None:
             os.environ[variable] = tempfile.mkdtemp(prefix="bench_")
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
         jax.config.update("jax_enable_compilation_cache", False)
-    elif not jax.config.jax_compilation_cache_dir:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache.directory() / "bench")
-        jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    else:
+        caches.on_disk()
 
 
 @contextlib.contextmanager
