@@ -109,8 +109,10 @@ def set_up(cold: bool) -> None:
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
         jax.config.update("jax_enable_compilation_cache", False)
     elif not jax.config.jax_compilation_cache_dir:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache.directory() / "bench")
-        jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+        directory = str(cache.directory() / "bench")
+        for option, value in ("compilation_cache_dir", directory), ("persistent_cache_min_compile_time_secs", 0.0):
+            os.environ[f"JAX_{option.upper()}"] = str(value)
+            jax.config.update(f"jax_{option}", value)
 
 
 @contextlib.contextmanager

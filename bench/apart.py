@@ -97,11 +97,11 @@ class RemoteTurns:
         self.apart, self.names = apart, list(apart.names)
         self.gap: str | None = None
 
-    def start(self, timed: float) -> None:
-        self._call("start", timed)
+    def start(self) -> None:
+        self._call("start")
 
-    def turn(self, number: int, name: str, settle: float) -> None:
-        self._call("turn", number, name, settle)
+    def turn(self, number: int, name: str, settle: float, timed: float) -> None:
+        self._call("turn", number, name, settle, timed)
 
     def finish(self) -> dict[str, Time]:
         found = self._call("finish")
@@ -164,12 +164,12 @@ class Served:
     def forget(self) -> None:
         self.bench.forget()
 
-    def start(self, timed: float) -> None:
+    def start(self) -> None:
         self.turns = self.bench.turns()
-        self.turns.start(timed)
+        self.turns.start()
 
-    def turn(self, number: int, name: str, settle: float) -> None:
-        self.turns.turn(number, name, settle)
+    def turn(self, number: int, name: str, settle: float, timed: float) -> None:
+        self.turns.turn(number, name, settle, timed)
 
     def finish(self) -> dict[str, Time]:
         return self.turns.finish()

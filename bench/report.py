@@ -38,7 +38,8 @@ COLORS = {
 
 def rows_table(rows: Sequence[Row]) -> rich.table.Table:
     """One pass of a case, rival by rival."""
-    title = f"{rows[0]['case']}, {rows[0]['pass']}, measured in {rows[0].get('took', 0):.0f} s"
+    took, preparing = (rows[0].get(name, 0) for name in ("took", "took_preparing"))
+    title = f"{rows[0]['case']}, {rows[0]['pass']}, measured in {took - preparing:.1f} s after {preparing:.1f} s"
     table = rich.table.Table(title=title, title_justify="left", title_style="bold")
     for name in ("rival", "time", "rate", "of the floor", "error", "memory", "first call"):
         table.add_column(name, justify="left" if name == "rival" else "right")

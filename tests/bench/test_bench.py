@@ -5,6 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from bench import __main__ as command
@@ -34,7 +35,7 @@ def test_work_is_what_operands_and_results_say(case):
         assert case.work[FORWARD] == pytest.approx(moved, rel=0.02)
     else:
         assert case.work[FORWARD] > 100 * moved  # bound by products, as it says
-    if BOTH in case.work:
+    if {BACKWARD, BOTH} <= set(case.work):
         assert case.work[BOTH] == case.work[FORWARD] + case.work[BACKWARD]
 
 
@@ -50,13 +51,37 @@ def test_what_is_not_installed_is_named():
     assert rivals.RIVALS["XLA"].missing() is None and "jax" in rivals.RIVALS["XLA"].version()
 
 
-def test_attention_is_judged_by_a_reference_that_holds_one_head_at_a_time():
+FEATURES = {"is_causal": False}, {}, {"window": 5}, {"cap": 2.0}, {"alibi": True}, {"prefix": 9}
+
+
+@pytest.mark.parametrize("features", FEATURES, ids=str)
+def test_attention_is_judged_by_a_reference_that_holds_one_head_at_a_time(features):
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 32, heads, 16)) for i, heads in enumerate((4, 2, 2)))
-    for is_causal in (False, True):
-        ours = rivals.entry(rivals.REFERENCE, "dot_product_attention").make(is_causal=is_causal)(
-            query=q, key=k, value=v
-        )
-        assert jnp.allclose(ours, jax.nn.dot_product_attention(q, k, v, is_causal=is_causal), atol=1e-5)
+    reference, ours = (
+        rivals.entry(name, "dot_product_attention").make(**{"is_causal": True} | features)(query=q, key=k, value=v)
+        for name in (rivals.REFERENCE, "XLA")
+    )
+    assert jnp.allclose(reference, ours, atol=1e-5)
+    if not {"cap", "alibi", "prefix"} & set(features):
+        window = (features["window"] - 1, 0) if "window" in features else None
+        causal = features.get("is_causal", True)
+        theirs = jax.nn.dot_product_attention(q, k, v, is_causal=causal, local_window_size=window)
+        assert jnp.allclose(reference, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("features", ({"is_causal": False}, {}, {"window": 200}, {"prefix": 300}, {"packed": True}))
+def test_work_and_blocks_of_attention_are_those_of_what_queries_see(features):
+    case = cases.attention(1, 1024, 2, 64, **{"is_causal": True} | features)
+    i, j = np.arange(1024)[:, None], np.arange(1024)
+    seen = (i >= j) | (j < features.get("prefix", 0)) | (not features.get("is_causal", True))
+    seen &= i - j < features.get("window", 1024)
+    if features.get("packed"):
+        ids = np.asarray(case.operands["segment_ids"](None))[0]
+        assert len(set(ids)) == len(cases.DOCUMENTS)
+        seen &= ids[:, None] == ids
+    assert case.work[FORWARD] == 4 * 2 * 64 * seen.sum() and case.work[BOTH] == 3.5 * case.work[FORWARD]
+    assert case.blocks == seen.reshape(8, 128, 8, 128).any((1, 3)).sum()
+    assert case.plain == ("dot_product_attention 1×1024×2×64 causal" if set(features) - {"is_causal"} else None)
 
 
 # Measuring
