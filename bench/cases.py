@@ -147,10 +147,14 @@ class Case:
 MIB = 2**20
 
 
-def sweeps(make: Callable[[int, int], Case]) -> Iterator[Case]:
-    """An op of bfloat16 rows over sizes of its first operand, 1 MiB to 1 GiB, and over widths 1,024 to 16,384."""
+def sizes(make: Callable[[int, int], Case]) -> Iterator[Case]:
+    """An op of bfloat16 rows over sizes of its first operand, 1 MiB to 1 GiB."""
     for i in range(0, 11, 2):
         yield dataclasses.replace(make(MIB * 2**i // 2 // 4096, 4096), table="sizes", at=MIB * 2**i)
+
+
+def widths(make: Callable[[int, int], Case]) -> Iterator[Case]:
+    """An op of 256 MiB in bfloat16 rows over their widths, 1,024 to 16,384."""
     for d in (1024, 2048, 4096, 8192, 16384):
         yield dataclasses.replace(make(256 * MIB // 2 // d, d), table="widths", at=d)
 
@@ -344,9 +348,13 @@ CASES = [
     rms_norm(32768, 8192),
     rms_norm(131072, 2048, residual=True),
     rms_norm(32768, 8192, residual=True),
-    *sweeps(rms_norm),
+    *sizes(rms_norm),
+    *widths(rms_norm),
+    *widths(functools.partial(rms_norm, residual=True)),
     layer_norm(131072, 2048),
     layer_norm(32768, 8192, residual=True),
+    *widths(layer_norm),
+    *widths(functools.partial(layer_norm, residual=True)),
     gated_rms_norm(65536, 4096),
     group_norm(16, 128, 128, 512),
     group_norm(32, 64, 64, 320),
@@ -354,10 +362,12 @@ CASES = [
     qk_norm_rope(8, 4096, 32, 8, 128),
     gated_activation(16384, 14336, "silu"),
     gated_activation(16384, 14336, "gelu"),
-    *sweeps(gated_activation),
+    *sizes(gated_activation),
+    *widths(gated_activation),
     softmax(32768, 8192),
     softmax(32768, 8192, op="log_softmax"),
-    *sweeps(softmax),
+    *sizes(softmax),
+    *widths(softmax),
     dropout(65536, 4096),
     dropout(65536, 4096, residual=True),
     softmax_cross_entropy(8192, 128256),

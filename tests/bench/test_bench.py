@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench import __main__ as command
-from bench import cases, measure, report, results, rivals, timing, trace
+from bench import cases, measure, report, results, rivals, targets, timing, trace
 from bench.apart import Apart
 from bench.cases import BACKWARD, BOTH, CASES, FORWARD
 
@@ -261,12 +261,11 @@ def stored(tmp_path):
 def test_the_report_shows_wins_losses_and_gaps(stored):
     text = report.markdown(stored / "results")
     assert "One NVIDIA H200, 2026-11-24, jax 0.11.2." in text
-    assert "| norm 8×8 | forward | **95% (3.81 TB/s)** | 50% | gap | 4.00 TB/s |" in text
-    assert "| norm 8×8 | value and gradient | 67% (2.67 TB/s) | **80%** | gap | 4.00 TB/s |" in text
-    assert "| attention 8 | forward | 50% (2 TFLOP/s) | wrong |" in text
+    assert "Every figure, with memory and times to first call: [2026-11-24.md](bench/results/NVIDIA_H200/2" in text
+    assert "| norm 8×8 | **95%**, XLA 50% | 67%, XLA **80%** |" in text
+    assert "| attention 8 | **50%** |" in text  # cuDNN's is wrong
     assert "- torch.compile not installed: pip install torch: 2 passes" in text
     assert "- cuDNN is wrong by 5.0e-01: attention 8 forward" in text
-    assert "| norm 8×8 | value and gradient | 1.00 GiB | 1.00 GiB |" in text
     assert text.count("norm 4×8") == 0  # sweeps are plotted
 
 
@@ -277,13 +276,18 @@ def test_writing_puts_it_between_the_marks_and_draws(stored):
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text and "**95%" in text
     names = {path.stem for path in (stored / "plots").glob("*.svg")}
-    kinds = ("memory_forward", "memory_value_and_gradient", "products_forward", "sizes", "widths")
+    kinds = ("memory", "losses", "sizes", "widths")
     assert names == {f"NVIDIA_H200_{kind}" for kind in kinds}
     assert all(f"({(plots / name).relative_to(report.README.parent)}.svg)" in text for name in names)
     first = {path: path.read_bytes() for path in (stored / "plots").iterdir()}
     report.write(stored / "results", readme, stored / "plots")
     assert readme.read_text() == text and all(path.read_bytes() == old for path, old in first.items())
-    assert "| norm 4×8 | forward | jtile | 4.0000 ms |" in (stored / "results/NVIDIA_H200/2026-11-24.md").read_text()
+    page = (stored / "results/NVIDIA_H200/2026-11-24.md").read_text()
+    assert "| norm 8×8 | forward | **95% (3.81 TB/s)** | 50% | gap | 4.00 TB/s |" in page
+    assert "| norm 8×8 | value and gradient | 67% (2.67 TB/s) | **80%** | gap | 4.00 TB/s |" in page
+    assert "| attention 8 | forward | 50% (2 TFLOP/s) | wrong |" in page
+    assert "| norm 8×8 | value and gradient | 1.00 GiB | 1.00 GiB |" in page
+    assert "| norm 4×8 | forward | jtile | 4.0000 ms | 1.00 TB/s | 25.0% | 1.0e-03 | 1.000 GiB | 0.5 s |" in page
 
 
 def test_a_readme_without_marks_is_refused(stored):
@@ -291,6 +295,67 @@ def test_a_readme_without_marks_is_refused(stored):
     readme.write_text("nothing")
     with pytest.raises(ValueError, match="lacks the line <!-- the bench"):
         report.write(stored / "results", readme, stored / "plots")
+
+
+# Targets
+
+CAUSAL, CAPPED = (
+    cases.attention(4, 4096, 16, 128, is_causal=True),
+    cases.attention(4, 4096, 16, 128, is_causal=True, cap=50.0),
+)
+
+
+def lines_of(*rows, steps=()):
+    """The table's lines by their first cell, which is followed by what was asked, what was reached, and whether."""
+    table = targets.table(targets.Measured.of(rows, steps))
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert all(len(line) == 4 for line in cells)
+    return {line[0]: tuple(line[1:]) for line in cells}
+
+
+def test_every_target_has_cases_and_a_file_with_its_arguments():
+    nothing = targets.Measured.of([], [])
+    assert all(target.figures(nothing) for chosen in targets.TARGETS.values() for target in chosen)
+    assert all((results.ROOT / f"{file}.md").is_file() for file in targets.TARGETS)
+    assert {line[1] for line in lines_of().values()} == {"not measured"}
+
+
+def test_a_target_is_met_where_all_is_measured_and_nothing_misses_it():
+    what, name = "Cross-entropy, value and gradient, of a copy's speed at 3 passes", "softmax_cross_entropy 8192×128256"
+    assert lines_of(row(name, "jtile", 1.1e-3, BOTH))[what] == ("≥ 0.9", "0.909", "met")
+    missed = "[missed](bench/results/cross_entropy.md)"
+    assert lines_of(row(name, "jtile", 1.2e-3, BOTH))[what] == ("≥ 0.9", "0.833", missed)
+    assert lines_of(row(name, "jtile", 1e-3, BOTH, right=False))[what] == ("≥ 0.9", "0.000", missed)
+
+
+def test_rivals_that_cannot_set_no_mark_and_a_mean_is_geometric():
+    rows = [
+        row(case.name, rival, seconds, unit="FLOP")
+        for case, times in ((CAUSAL, (1e-3, 2e-3)), (CAPPED, (2e-3, 2e-3)))
+        for rival, seconds in zip(("jtile", "FlexAttention"), times, strict=True)
+    ]
+    found = lines_of(*rows)
+    mean = "Attention, speed over FlexAttention, forward: geometric mean"
+    assert found[mean] == ("≥ 1.3", "1.414 (1.000 to 2.000); 20 of 22 not measured", "so far met")
+    features = "Features, rate on the blocks left, of plain"
+    assert found[features][1].startswith("0.500; 1 of 1 miss it: 4×4096×16×128 causal cap 50.0, forward 0.500;")
+    rows += [row(CAPPED.name, "tokamax Triton", unit="FLOP", gap="it has none")]
+    rows += [row(CAUSAL.name, "tokamax Triton", 3e-3, unit="FLOP")]
+    tokamax = lines_of(*rows)["Attention, speed over tokamax Triton, forward: geometric mean"]
+    assert tokamax == ("≥ 1.6", "3.000 (3.000); 20 of 21 not measured", "so far met")
+
+
+def test_training_steps_have_targets_too():
+    steps = [
+        {"contender": "jtile", "tokens_per_second": 110.0, "peak_bytes": 5},
+        {"contender": "XLA and cuDNN", "tokens_per_second": 100.0, "peak_bytes": 10},
+    ]
+    found = lines_of(steps=steps)
+    assert found["Training step of Llama 1b, tokens/s over XLA's with cuDNN"][1:] == (
+        "1.100",
+        "[missed](bench/results/training_1b.md)",
+    )
+    assert found["… of its peak memory"][1:] == ("0.500", "met")
 
 
 def test_the_terminal_shows_one_pass(capsys):
