@@ -229,7 +229,7 @@ def write(root: Path = results.ROOT, readme: Path = README, folder: Path = PLOTS
     for path in results.newest(root=root):
         found = results.read(path)
         by_table = [(t, [r for r in found["rows"] if r["table"] == t]) for t in cases.TABLES]
-        parts = [f"# {found['chip']}", heading(found)]
+        parts = [f"# {found['chip']}", heading(found), COLUMNS]
         for table, rows in by_table:
             if rows:
                 parts += [f"## {table.capitalize()}", *tables(rows), every_figure(rows)]
@@ -238,6 +238,13 @@ def write(root: Path = results.ROOT, readme: Path = README, folder: Path = PLOTS
         for name, title, draw in plots(found["rows"]):
             _save(draw(title), folder / f"{path.parent.name}_{name}.svg")
     readme.write_text(before + mark + "\n" + markdown(root) + "\n" + MARKS[1] + rest.partition(MARKS[1])[2])
+
+
+COLUMNS = (
+    "Times are the device's. Memory is what a call takes beside its operands, its results among it: of JAX's calls as "
+    "the compiled program says, of PyTorch's as its allocator does. A first call traces and compiles, or finds in the "
+    "caches on disk what an earlier run has compiled (with `--cold` there is none)."
+)
 
 
 def every_figure(rows: Sequence[Row]) -> str:
