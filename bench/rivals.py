@@ -157,6 +157,11 @@ def _(is_causal, window=None, cap=None, alibi=False, prefix=0):
 
 def _jtile_attention(implementation):
     def make(is_causal, window=None, cap=None, alibi=False, prefix=0):
+        @functools.cache
+        def block_mask(queries, keys):
+            with jax.ensure_compile_time_eval():  # as a model does once for all of its layers
+                return jtile.create_block_mask(lambda b, h, i, j: (i >= j) | (j < prefix), None, None, queries, keys)
+
         def flexible(query, key, value):
             slopes = jnp.array(_slopes(query.shape[2]))
             return jtile.flex_attention(
@@ -164,9 +169,7 @@ def _jtile_attention(implementation):
                 key,
                 value,
                 score_mod=(lambda score, b, h, i, j: score + slopes[h] * (j - i)) if alibi else None,
-                block_mask=jtile.create_block_mask(
-                    lambda b, h, i, j: (i >= j) | (j < prefix), None, None, query.shape[1], key.shape[1]
-                ),
+                block_mask=block_mask(query.shape[1], key.shape[1]),
                 implementation=implementation,
             )
 
