@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -313,9 +313,12 @@ def _first_keys(sequence: int, packed: bool, window: int | None) -> np.ndarray:
     return first if window is None else np.maximum(first, np.arange(sequence) - window + 1)
 
 
-def features(*shape: int) -> Iterator[Case]:
-    """Causal attention as it is, and with each feature."""
-    for feature in {}, {"window": 1024}, {"packed": True}, {"cap": 50.0}, {"alibi": True}, {"prefix": 512}:
+FEATURES = {"window": 1024}, {"packed": True}, {"cap": 50.0}, {"alibi": True}, {"prefix": 512}
+
+
+def causal(*shape: int, features: Sequence[Mapping[str, Any]] = ()) -> Iterator[Case]:
+    """Causal attention as it is, and with each of these."""
+    for feature in ({}, *features):
         yield attention(*shape, is_causal=True, **feature)
 
 
@@ -374,13 +377,13 @@ CASES = [
     softmax_cross_entropy(16384, 50257),
     linear_cross_entropy(8192, 4096, 128256),
     linear_cross_entropy(8192, 4096, 128256, mean=True),
-    *features(4, 4096, 16, 128),
+    *causal(4, 4096, 16, 128, features=FEATURES),
     attention(4, 4096, 16, 128),
-    attention(1, 16384, 16, 128, is_causal=True),
-    *features(4, 4096, 32, 64),
+    *causal(1, 16384, 16, 128),
+    *causal(4, 4096, 32, 64, features=FEATURES[:4]),
+    *causal(4, 4096, 8, 256),
     attention(4, 4096, 32, 128, key_heads=8, is_causal=True),
-    attention(4, 4096, 8, 256, is_causal=True),
-    *features(1, 32768, 16, 128),
+    *causal(1, 32768, 16, 128, features=FEATURES[:2]),
     *sequences(),
     silu_mul(16384, 14336),
     adamw(2**28),

@@ -18,18 +18,18 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """The rows of a chip, by table, case, pass and rival, and those of training steps, by contender."""
+    """The rows of a chip, by case, pass and rival, and those of training steps, by contender."""
 
-    rows: Mapping[tuple[str, str, str, str], Row]
+    rows: Mapping[tuple[str, str, str], Row]
     steps: Mapping[str, Row]
 
     @classmethod
     def of(cls, rows: Iterable[Row], steps: Iterable[Row]) -> "Measured":
-        by_place = {(row["table"], row["case"], row["pass"], row["rival"]): row for row in rows}
+        by_place = {(row["case"], row["pass"], row["rival"]): row for row in rows}
         return cls(by_place, {row["contender"]: row for row in steps})
 
     def row(self, case: Case, direction: str, rival: str) -> Row | None:
-        return self.rows.get((case.table, case.name, direction, rival))
+        return self.rows.get((case.name, direction, rival))
 
 
 Figures = dict[str, float | None]  # by place; None is not measured
@@ -85,7 +85,7 @@ def _ratio(rival, ratio, worst, found: Measured, case: Case, direction: str) -> 
 
 def of_plain(found: Measured, case: Case, direction: str) -> float | None:
     """The rate on the blocks that are left over that of the same attention without its feature."""
-    [plain] = [other for other in CASES if (other.table, other.name) == (case.table, case.plain)]
+    plain = next(other for other in CASES if other.name == case.plain)
     mine, base = (found.row(of, direction, "jtile") for of in (case, plain))
     if mine is None or not valid(base):
         return None
