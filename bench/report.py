@@ -88,7 +88,7 @@ def markdown(root: Path = results.ROOT) -> str:
     for path in results.newest("training_", root):
         parts.append(training.markdown(results.read(path)))
     for path in results.newest("pallas_", root):
-        parts.append(pallas_section(results.read(path)["rows"]))
+        parts.append(pallas_section(results.read(path)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -205,14 +205,14 @@ def gap_list(rows: Iterable[Row]) -> list[str]:
     return ["Gaps:", "\n".join(lines)] if lines else []
 
 
-def pallas_section(rows: Sequence[Row]) -> str:
+def pallas_section(found: dict[str, Any]) -> str:
     about = (
         "Kernels that come with JAX (`jax.experimental.pallas.ops.gpu`), at their default tiles, and a matrix product",
         "in Pallas: through JAX's own backend, through jtile compiled as they are written, and with what jtile chooses",
         "itself ([what each choice gave](bench/results/pallas.md); `python -m bench pallas`). In brackets the speed-up",
-        "over JAX's backend.",
+        f"over JAX's backend. One {found['chip']}, {found['runs'][-1]['date']}.",
     )
-    return "\n".join(about) + f"\n\n{pallas.table(list(rows))}"
+    return "\n".join(about) + f"\n\n{pallas.table(found['rows'])}"
 
 
 def plot_links(chip: str, rows: Sequence[Row]) -> list[str]:
