@@ -81,7 +81,7 @@ def run(given: argparse.Namespace) -> int:
         return compile_only(chosen, options)
     file = results.Results(given.output or results.of_today(device.device_kind), device.device_kind)
     failed = []
-    with processes() as aparts, progress(console) as bar:
+    with processes(given.rivals) as aparts, progress(console) as bar:
         task = bar.add_task("", total=len(chosen))
         for i, case in enumerate(chosen):
             if time.monotonic() > until:
@@ -116,14 +116,19 @@ def set_up(cold: bool) -> None:
 
 
 @contextlib.contextmanager
-def processes() -> Iterator[dict[str, Apart]]:
-    """For the rivals that run apart."""
+def processes(names: Sequence[str]) -> Iterator[dict[str, Apart]]:
+    """For those of these rivals that run apart."""
+    chosen = [rivals.RIVALS[name] for name in names]
+    needed = {rival.framework for rival in chosen if rival.apart and rival.missing() is None}
     with contextlib.ExitStack() as stack:
-        yield {name: stack.enter_context(contextlib.closing(Apart(name))) for name in ("jax", "torch")}
+        aparts = {name: stack.enter_context(contextlib.closing(Apart(name))) for name in ("jax", "torch")}
+        for name in needed:
+            aparts[name].start()
+        yield aparts
 
 
 def compile_only(chosen: Sequence[cases.Case], options: measure.Options) -> int:
-    with processes() as aparts:
+    with processes(options.rivals) as aparts:
         for case in chosen:
             for rows in measure.measure(case, options, aparts):
                 firsts = (f"{row['rival']} {row.get('gap') or first_call(row)}" for row in rows[1:])

@@ -80,11 +80,12 @@ def markdown(root: Path = results.ROOT) -> str:
     parts = []
     for path in results.newest(root=root):
         found = results.read(path)
-        core = [row for row in found["rows"] if row["table"] == "core"]
+        rows = results.latest(found["rows"])
+        core = [row for row in rows if row["table"] == "core"]
         page = f"bench/results/{path.parent.name}/{path.stem}.md"
         every = f"Every figure, with memory and times to first call: [{path.stem}.md]({page})."
         parts += [f"{heading(found)} {every}", targets.table(measured(path)), *summaries(core), *gap_list(core)]
-        parts += plot_links(path.parent.name, found["rows"])
+        parts += plot_links(path.parent.name, rows)
     for path in results.newest("training_", root):
         parts.append(training.markdown(results.read(path)))
     for path in results.newest("pallas_", root):
@@ -228,14 +229,15 @@ def write(root: Path = results.ROOT, readme: Path = README, folder: Path = PLOTS
         raise ValueError(f"{readme} lacks the line {MARKS[0].strip()} or, after it, {MARKS[1].strip()}")
     for path in results.newest(root=root):
         found = results.read(path)
-        by_table = [(t, [r for r in found["rows"] if r["table"] == t]) for t in cases.TABLES]
-        parts = [f"# {found['chip']}", heading(found), COLUMNS]
-        for table, rows in by_table:
-            if rows:
-                parts += [f"## {table.capitalize()}", *tables(rows), every_figure(rows)]
+        rows = results.latest(found["rows"])
+        parts = [f"# {found['chip']}", heading(found), COLUMNS, runs(found)]
+        for table in cases.TABLES:
+            of_table, every = ([row for row in some if row["table"] == table] for some in (rows, found["rows"]))
+            if of_table:
+                parts += [f"## {table.capitalize()}", *tables(of_table), every_figure(every)]
         path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
         folder.mkdir(parents=True, exist_ok=True)
-        for name, title, draw in plots(found["rows"]):
+        for name, title, draw in plots(rows):
             _save(draw(title), folder / f"{path.parent.name}_{name}.svg")
     readme.write_text(before + mark + "\n" + markdown(root) + "\n" + MARKS[1] + rest.partition(MARKS[1])[2])
 
@@ -243,14 +245,23 @@ def write(root: Path = results.ROOT, readme: Path = README, folder: Path = PLOTS
 COLUMNS = (
     "Times are the device's. Memory is what a call takes beside its operands, its results among it: of JAX's calls as "
     "the compiled program says, of PyTorch's as its allocator does. A first call traces and compiles, or finds in the "
-    "caches on disk what an earlier run has compiled (with `--cold` there is none)."
+    "caches on disk what was compiled before (with `--cold` there is none). Tables have the last run of each case."
 )
+
+
+def runs(found: dict[str, Any]) -> str:
+    """What was run, for whoever wants to run it again."""
+    lines = ["| run | date | commit | command |", "| --- |" + " --- |" * 3]
+    for i, run in enumerate(found["runs"]):
+        command = run["command"].replace("|", r"\|")
+        lines.append(f"| {i} | {run['date']} | {run.get('commit', 'unknown')} | `{command}` |")
+    return "\n".join(lines)
 
 
 def every_figure(rows: Sequence[Row]) -> str:
     lines = [
-        "| case | pass | rival | time | rate | of the floor | error | memory | first call |",
-        "| --- |" + " --- |" * 8,
+        "| case | pass | rival | run | time | rate | of the floor | error | memory | first call |",
+        "| --- |" + " --- |" * 9,
     ]
     for row in (row for row in rows if "gap" not in row and "share" in row):
         rest = (
@@ -259,7 +270,7 @@ def every_figure(rows: Sequence[Row]) -> str:
             else [f"{row['error']:.1e}", f"{row['extra_bytes'] / 2**30:.3f} GiB", f"{row['first_call_seconds']:.1f} s"]
         )
         figures = [f"{row['seconds'] * 1e3:.4f} ms", rate(row), f"{row['share']:.1%}", *rest]
-        lines.append(f"| {row['case']} | {row['pass']} | {row['rival']} | {' | '.join(figures)} |")
+        lines.append(f"| {row['case']} | {row['pass']} | {row['rival']} | {row['run']} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 

@@ -5,10 +5,11 @@ no such kernel, or a wrong one, sets no mark; jtile's own gap or wrong result mi
 misses it and everything is measured.
 """
 
+import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bench.cases import BACKWARD, BOTH, CASES, FORWARD, MIB, Case
@@ -18,18 +19,24 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """The rows of a chip, by case, pass and rival, and those of training steps, by contender."""
+    """The rows of each run, the last one first, by case, pass and rival; those of training steps, by contender."""
 
-    rows: Mapping[tuple[str, str, str], Row]
+    runs: Sequence[Mapping[tuple[str, str, str], Row]]
     steps: Mapping[str, Row]
 
     @classmethod
     def of(cls, rows: Iterable[Row], steps: Iterable[Row]) -> "Measured":
-        by_place = {(row["case"], row["pass"], row["rival"]): row for row in rows}
-        return cls(by_place, {row["contender"]: row for row in steps})
+        by_run: dict[int, dict] = collections.defaultdict(dict)
+        for row in rows:
+            by_run[row["run"]][row["case"], row["pass"], row["rival"]] = row
+        runs = [by_run[run] for run in sorted(by_run, reverse=True)]
+        return cls(runs, {row["contender"]: row for row in steps})
 
-    def row(self, case: Case, direction: str, rival: str) -> Row | None:
-        return self.rows.get((case.name, direction, rival))
+    def together(self, *places: tuple[str, str, str]) -> tuple[Row | None, ...]:
+        """What the last run that has rows for all of these found: figures of two runs are not compared."""
+        having = (run for run in self.runs if all(place in run for place in places))
+        run = next(having, {})
+        return tuple(run.get(place) for place in places)
 
 
 Figures = dict[str, float | None]  # by place; None is not measured
@@ -60,7 +67,7 @@ def valid(row: Row | None) -> bool:
 
 def share(found: Measured, case: Case, direction: str) -> float | None:
     """Of the speed of a copy, or of cuBLAS."""
-    mine = found.row(case, direction, "jtile")
+    (mine,) = found.together((case.name, direction, "jtile"))
     return mine and (mine["share"] if valid(mine) else 0.0)
 
 
@@ -75,7 +82,7 @@ def part_of(rival: str, field: str) -> Callable:
 
 
 def _ratio(rival, ratio, worst, found: Measured, case: Case, direction: str) -> float | None:
-    mine, other = (found.row(case, direction, name) for name in ("jtile", rival))
+    mine, other = found.together(*((case.name, direction, name) for name in ("jtile", rival)))
     if mine is None or other is None:
         return None
     if not valid(mine):
@@ -86,7 +93,7 @@ def _ratio(rival, ratio, worst, found: Measured, case: Case, direction: str) -> 
 def of_plain(found: Measured, case: Case, direction: str) -> float | None:
     """The rate on the blocks that are left over that of the same attention without its feature."""
     plain = next(other for other in CASES if other.name == case.plain)
-    mine, base = (found.row(of, direction, "jtile") for of in (case, plain))
+    mine, base = found.together(*((of.name, direction, "jtile") for of in (case, plain)))
     if mine is None or not valid(base):
         return None
     return base["seconds"] / plain.blocks / (mine["seconds"] / case.blocks) if valid(mine) else 0.0

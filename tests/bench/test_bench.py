@@ -120,13 +120,14 @@ def test_a_run_writes_every_pass_and_names_the_gaps(on_cpu, capsys):
     assert "torch.compile is a gap in every table" in printed and "jtile, rms_norm 16×64, forward" in printed
 
 
-def test_a_second_run_replaces_its_own_rows_alone(on_cpu):
+def test_a_second_run_is_kept_beside_the_first_and_the_last_of_each_case_counts(on_cpu):
     arguments = ["--rivals", "XLA", "--quick", "--output", str(on_cpu / "out.json")]
     assert command.main(["run", *arguments]) == 0
     assert command.main(["run", *arguments, "--filter", "rms_norm", "--passes", "forward"]) == 0
     rows = results.read(on_cpu / "out.json")["rows"]
-    assert len(rows) == (2 + 3) * 2
-    assert {row["case"] for row in rows if row["run"] == 1} == {SMALL.name}
+    assert len(rows) == (2 + 3 + 1) * 2 and {row["case"] for row in rows if row["run"] == 1} == {SMALL.name}
+    last = {(row["case"], row["pass"]): row["run"] for row in results.latest(rows)}
+    assert len(last) == 2 + 3 and [place for place, run in last.items() if run == 1] == [(SMALL.name, FORWARD)]
 
 
 def test_no_case_is_begun_when_time_is_up(on_cpu, capsys):
@@ -287,7 +288,8 @@ def test_writing_puts_it_between_the_marks_and_draws(stored):
     assert "| norm 8×8 | value and gradient | 67% (2.67 TB/s) | **80%** | gap | 4.00 TB/s |" in page
     assert "| attention 8 | forward | 50% (2 TFLOP/s) | wrong |" in page
     assert "| norm 8×8 | value and gradient | 1.00 GiB | 1.00 GiB |" in page
-    assert "| norm 4×8 | forward | jtile | 4.0000 ms | 1.00 TB/s | 25.0% | 1.0e-03 | 1.000 GiB | 0.5 s |" in page
+    assert "| 0 | 2026-11-24 | unknown | `python -m bench run` |" in page
+    assert "| norm 4×8 | forward | jtile | 0 | 4.0000 ms | 1.00 TB/s | 25.0% | 1.0e-03 | 1.000 GiB | 0.5 s |" in page
 
 
 def test_a_readme_without_marks_is_refused(stored):
@@ -343,6 +345,16 @@ def test_rivals_that_cannot_set_no_mark_and_a_mean_is_geometric():
     rows += [row(CAUSAL.name, "tokamax Triton", 3e-3, unit="FLOP")]
     tokamax = lines_of(*rows)["Attention, speed over tokamax Triton, forward: geometric mean"]
     assert tokamax == ("≥ 1.6", "3.000 (3.000); 16 of 17 not measured", "so far met")
+
+
+def test_figures_of_two_runs_are_not_compared():
+    first = [row(CAUSAL.name, rival, 1e-3, unit="FLOP") for rival in ("jtile", "cuDNN", "tokamax Mosaic")]
+    second = [
+        row(CAUSAL.name, rival, seconds, unit="FLOP", run=1) for rival, seconds in (("jtile", 5e-4), ("cuDNN", 1e-3))
+    ]
+    found = lines_of(*first, *second)
+    assert found["Plain attention, speed over cuDNN's: head dim 128, forward"][1].startswith("2.000;")
+    assert found["… over tokamax's Mosaic kernels'"][1].startswith("1.000;")
 
 
 def test_training_steps_have_targets_too():
