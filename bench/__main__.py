@@ -1,7 +1,9 @@
 """Measures jtile on this machine's GPU.
 
 `python -m bench run` times jtile's ops and their rivals in turn, checks each against a float32 reference, and writes
-`bench/results/<chip>/<date>.json` after every case; `--tables sizes widths sequences` measures the sweeps.
+`bench/results/<chip>/<date>.json` after every case; `--tables sizes widths sequences` measures the sweeps. With all
+rivals a pass of a case takes 2 to 3 s once the caches on disk are full; on a new machine fill them first, by some runs
+at once, each with `--compile-only` and a `--filter` of its own.
 `python -m bench report` makes tables and plots of what is there. `python -m bench list` shows cases and rivals.
 `python -m bench pallas` times Pallas kernels through jtile and through JAX's own backend.
 """
