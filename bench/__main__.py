@@ -23,9 +23,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench import cases, measure, report, results, rivals
+from bench import caches, cases, measure, report, results, rivals
 from bench.apart import Apart
-from jtile.compiler import cache
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,11 +109,8 @@ def set_up(cold: bool) -> None:
             os.environ[variable] = tempfile.mkdtemp(prefix="bench_")
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
         jax.config.update("jax_enable_compilation_cache", False)
-    elif not jax.config.jax_compilation_cache_dir:
-        directory = str(cache.directory() / "bench")
-        for option, value in ("compilation_cache_dir", directory), ("persistent_cache_min_compile_time_secs", 0.0):
-            os.environ[f"JAX_{option.upper()}"] = str(value)
-            jax.config.update(f"jax_{option}", value)
+    else:
+        caches.on_disk()
 
 
 @contextlib.contextmanager
