@@ -119,11 +119,13 @@ def _place(case: Case, direction: str) -> str:
 
 
 def of_steps(field: str) -> Callable[[Measured], Figures]:
-    """jtile's training step over XLA's."""
+    """jtile's training steps, each over XLA's."""
 
     def figures(found: Measured) -> Figures:
-        mine, other = (found.steps.get(name, {"gap": ""}) for name in ("jtile", "XLA and cuDNN"))
-        return {"training step": None if "gap" in mine or "gap" in other else mine[field] / other[field]}
+        steps = {name: row for name, row in found.steps.items() if "gap" not in row}
+        base = steps.get("XLA and cuDNN")
+        ours = ["jtile", *(name for name in steps if name.startswith("jtile, "))]
+        return {name: steps[name][field] / base[field] if base and name in steps else None for name in ours}
 
     return figures
 
