@@ -221,7 +221,7 @@ class _Trial:
                 try:
                     done[tile] = future.result()
                 except Exception as error:  # too large, mostly; Triton also fails on some tiles
-                    refused[str(tile)] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                    refused[str(tile)] = _brief(error)
                 step(i + 1, len(tiles))
         spills = {tile: sum(one.compiled.spill_bytes for one in launched) for tile, launched in done.items()}
         least = min(spills.values(), default=0)
@@ -249,7 +249,13 @@ class _Trial:
         _ = self.sets  # before several threads ask for them
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as workers:
             programs = {tile: workers.submit(self._program, tile) for tile in kept}
-            return {tile: program.result() for tile, program in programs.items()}
+            done = {}
+            for tile, program in programs.items():
+                try:
+                    done[tile] = program.result()
+                except Exception as error:  # what XLA is to compile: a library may not serve the call
+                    refused[str(tile)] = _brief(error)
+            return done
 
     def built(self, tile: Any) -> list:
         shapes = [x for x in self.call.operands if x is not None]
@@ -287,6 +293,10 @@ class _Trial:
             raise RuntimeError(f"{self.call.op.name}: {untuned}, which runs untuned, is wrong: {wrong[untuned]}")
         refused.update({str(tile): error for tile, error in wrong.items()})
         return {tile: program for tile, program in programs.items() if tile not in wrong}
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _operands(call: Call, seed: int) -> list[jax.Array]:
