@@ -224,7 +224,33 @@ def backward_kernel(x, weight, labels, bias, *of_token, tile, logits_soft_cap):
     def write(product, place, inputs, outputs):
         outputs[0][...] = product.astype(weight.dtype)
 
-    def slab(start, size, sums):
+    def add(product, place, inputs, outputs):
+        outputs[0][...] = inputs[0][...] + product
+
+    def in_place(dx, dlogits, start, size):
+        """dx with a slab's part. Of a slab that begins at a multiple of its size the weight is read where it is."""
+        block, lanes, step, *_ = tile.dweight
+        whole = Part(dx, (block, lanes), lambda row, column, first: (row, column))
+        (dx,) = on_tiles(
+            "linear_cross_entropy_dx",
+            add,
+            (rows, d, size),
+            tile.dweight,
+            Part(dlogits, (block, _whole(size, step)), lambda row, column, first: (row, 0)),
+            Part(weight, (lanes, _whole(size, step)), lambda row, column, first: (column, first)),
+            (1, 1),
+            [whole],
+            [whole],
+            part=start // size,
+            aliases={0: 0},
+            persistent=False,
+        )
+        return dx
+
+    def by_cublas(dx, dlogits, start, size):
+        return dx + dot(dlogits, lax.dynamic_slice_in_dim(weight, start, size, axis=1), ((1,), (1,)), jnp.float32)
+
+    def slab(start, size, sums, add_to):
         dx, dweight, dbias = sums
         (dlogits,) = _on_logits(
             "linear_cross_entropy_dlogits",
@@ -238,7 +264,7 @@ def backward_kernel(x, weight, labels, bias, *of_token, tile, logits_soft_cap):
             size,
             start,
         )
-        dx = dx + dot(dlogits, lax.dynamic_slice_in_dim(weight, start, size, axis=1), ((1,), (1,)), jnp.float32)
+        dx = add_to(dx, dlogits, start, size)
         block, lanes, step, *_ = tile.dweight
         (dweight,) = on_tiles(
             "linear_cross_entropy_dweight",
@@ -261,11 +287,11 @@ def backward_kernel(x, weight, labels, bias, *of_token, tile, logits_soft_cap):
     dbias = None if bias is None else lax.empty((v,), jnp.float32)
     sums = jnp.zeros(x.shape, jnp.float32), lax.empty(weight.shape, weight.dtype), dbias
     count, rest = divmod(v, size)
-    sums = lax.fori_loop(0, count, lambda i, sums: slab(i * size, size, sums), sums)
+    sums = lax.fori_loop(0, count, lambda i, sums: slab(i * size, size, sums, in_place), sums)
     if rest:
         # Not before the others are done: XLA would copy this part of the weight first, and keep it all along.
         start, _ = lax.optimization_barrier((jnp.int32(count * size), sums[1][0, 0]))
-        sums = slab(start, rest, sums)
+        sums = slab(start, rest, sums, by_cublas)
     return sums
 
 

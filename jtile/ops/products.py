@@ -74,6 +74,7 @@ def on_tiles(
     *,
     part=None,
     aliases: Mapping[int, int] = MappingProxyType({}),
+    persistent: bool = True,
 ) -> list[jax.Array]:
     """`finish(product, place, inputs, outputs)` on every tile of a product, with the refs to the tile's blocks.
 
@@ -89,6 +90,8 @@ def on_tiles(
         outputs: what is written.
         part: an integer, traced or not, which places depend on.
         aliases: which of `inputs` gives its memory to which of `outputs`.
+        persistent: whether programs take several tiles in turn. Where `finish` reads what it writes to, Triton would
+            then load nothing ahead.
     """
     (rows, columns, terms), (block, lanes, step, *_, group) = sizes, tile
     down, across, steps = pl.cdiv(rows, block), pl.cdiv(columns, lanes), pl.cdiv(terms, step)
@@ -126,6 +129,11 @@ def on_tiles(
         ),
         out_shape=[jax.ShapeDtypeStruct(p.array.shape, p.array.dtype) for p in outputs],
         input_output_aliases={len(prefetched) + 2 + i: o for i, o in aliases.items()},
-        compiler_params=CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages, persistent=True),
+        compiler_params=CompilerParams(
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            persistent=persistent,
+            max_registers=None if persistent else 255,  # what `finish` reads needs them
+        ),
         name=name,
     )(*prefetched, *(p.array for p in (a, b, *inputs)))

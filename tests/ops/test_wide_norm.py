@@ -45,7 +45,7 @@ def test_by_numpy(centred, residual, biased, slots, d):
     pointers = {name: gluon_on_cpu.Pointer(x.reshape(-1)) for name, x in (given | out).items()}
     names = ("x", "scale", "rstd", "mean", "dy", "dh", "dx", "dscale", "dbias")
     kernel = gluon_on_cpu.load(wide_kernel)["wide_backward"]
-    options = wide.Wide(7, d, 4, 32, slots, centred, residual, biased)
+    options = wide.Wide(7, 3, d, 4, 32, slots, centred, residual, biased)
     gluon_on_cpu.run(kernel, 3, *(pointers.get(name) for name in names), options)
     check(out | {name: out[name].sum(0) for name in out if name != "dx"}, given, biased)
 

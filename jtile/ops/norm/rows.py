@@ -65,10 +65,12 @@ def forward_tiles(given: Arrays, centred: bool, target: Target | None) -> Iterat
     held = [Tile(_rows(rows, n // lanes, target), lanes, warps) for n, warps in blocks if lanes <= n and warps >= 4]
     chunk = 4096 if lanes <= 16384 else 8192
     chunks = [Tile(n, columns, 16) for n, columns in ((1, chunk), (2, 4096), (1, 12288 - chunk)) if columns < lanes]
-    if centred and 1024 <= lanes <= 16384:
-        # Of one row there are two barriers; the fewer registers a thread has, the more programs wait at them by turns.
-        most = None if sum_too else {8192: 40, 16384: 64}.get(lanes)
-        held = [Tile(1, lanes, min(16, lanes // 512), max_registers=n) for n in dict.fromkeys((most, None))] + held
+    if centred and 1024 <= lanes <= 4096:
+        # Of one row there are fewer barriers. With 32 registers a thread more programs wait at them by turns, for a few
+        # bytes that are spilled: a choice for the tuner.
+        held = [Tile(1, lanes, lanes // 512, max_registers=n) for n in (None, 32)] + held
+    elif centred and not sum_too:
+        held, chunks = [], chunks + held
     yield from dict.fromkeys(held + chunks)
 
 

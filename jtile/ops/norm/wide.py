@@ -33,9 +33,10 @@ class WideTile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Wide:
-    """What the kernel is compiled for: rows in `parts` of `lanes` elements."""
+    """What the kernel is compiled for: `steps` of the rows to a program, in `parts` of `lanes` elements."""
 
     rows: int
+    steps: int
     width: int
     parts: int
     lanes: int
@@ -70,7 +71,8 @@ def backward(name: str, given: dict[str, jax.Array], biased: bool, tile: WideTil
 
     x = given["x"]
     rows, d = x.shape
-    programs = min(rows, tile.programs)
+    steps = pl.cdiv(rows, tile.programs)
+    programs = pl.cdiv(rows, steps)
     lanes = pl.next_power_of_2(d) // tile.parts
     options = dict(centred="mean" in given, residual="dh" in given, biased=biased)
     part = jax.ShapeDtypeStruct((programs, d), jnp.float32)
@@ -81,7 +83,7 @@ def backward(name: str, given: dict[str, jax.Array], biased: bool, tile: WideTil
         out_shape=[x, part, part if biased else jax.ShapeDtypeStruct((1,), jnp.float32)],
         grid=programs,
         num_warps=tile.num_warps,
-        S=Wide(rows, d, tile.parts, lanes, tile.slots, **options),
+        S=Wide(rows, steps, d, tile.parts, lanes, tile.slots, **options),
     )
     sums = {"dscale": dscale, "dbias": dbias} if biased else {"dscale": dscale}
     return {"dx": dx} | summed(f"{name}_sums", sums)

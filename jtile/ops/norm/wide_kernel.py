@@ -21,9 +21,9 @@ def _copy(rows, slot, ptr, inside, S: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(turn, x_ptr, dy_ptr, xs, dys, lanes, inside, S: gl.constexpr):
-    row = gl.program_id(0) + turn * gl.num_programs(0)
-    if row < S.rows:
+def _fetch(turn, first, apart, stop, x_ptr, dy_ptr, xs, dys, lanes, inside, S: gl.constexpr):
+    row = first + turn * apart
+    if row < stop:
         slot = turn % S.slots
         start = gl.cast(row, gl.int64) * S.width
         _copy(xs, slot, x_ptr + start + lanes, inside, S)
@@ -70,17 +70,24 @@ def wide_backward(
         scale += (gl.load(scale_ptr + j * S.lanes + lanes, mask=inside[j], other=0.0),)
         dscale += (zeros,)
         dbias += (zeros,)
+    # Sixteen warps are faster where all programs are at neighbouring rows, and eight where each has a share of its own.
+    first = gl.program_id(0)
+    apart = gl.num_programs(0)
+    stop = S.rows
+    if S.biased:
+        first = gl.program_id(0) * S.steps
+        apart = 1
+        stop = gl.minimum(first + S.steps, S.rows)
     for k in gl.static_range(ahead):
-        _fetch(k, x_ptr, dy_ptr, xs, dys, lanes, inside, S)
-    # All programs are at neighbouring rows, which lie in few pages of memory.
-    for turn in range(gl.cdiv(S.rows - gl.program_id(0), gl.num_programs(0))):
-        row = gl.program_id(0) + turn * gl.num_programs(0)
+        _fetch(k, first, apart, stop, x_ptr, dy_ptr, xs, dys, lanes, inside, S)
+    for turn in range(gl.cdiv(stop - first, apart)):
+        row = first + turn * apart
         start = gl.cast(row, gl.int64) * S.width
         slot = turn % S.slots
         if S.residual:
             _copy(dhs, 0, dh_ptr + start + lanes, inside, S)
             async_copy.commit_group()
-        _fetch(turn + ahead, x_ptr, dy_ptr, xs, dys, lanes, inside, S)
+        _fetch(turn + ahead, first, apart, stop, x_ptr, dy_ptr, xs, dys, lanes, inside, S)
         rstd = gl.load(rstd_ptr + row)
         mean = 0.0
         if S.centred:
