@@ -375,7 +375,7 @@ gl = types.SimpleNamespace(
     num_warps=lambda: 4,
     store=_store,
     inline_asm=_inline_asm,
-    inline_asm_elementwise=lambda text, constraints, args, **_: np.exp2(args[0]),
+    inline_asm_elementwise=lambda *args, **_: _elementwise_asm(*args),
     warp_specialize=_warp_specialize,
     **dict.fromkeys(
         (
@@ -437,9 +437,14 @@ def load(module):
     return namespace
 
 
-def _elementwise_asm(asm, args, **_):
-    assert asm == "tanh.approx.f32 $0, $1;", asm
-    return np.tanh(args[0])
+def _elementwise_asm(asm, constraints, args, **_):
+    if asm == "tanh.approx.f32 $0, $1;":
+        return np.tanh(args[0])
+    if "setp.eq.f32 none, $2, 0f00000000; selp.f32 $0, 0f00000000, $1, none;" in asm:
+        return tensor(np.where(args[1] == 0, np.float32(0), args[0]))
+    assert "setp.le.s32 yes, $2, $3; selp.f32 $0, $1, 0fFF800000, yes;" in asm, asm
+    x, a, b = args
+    return tensor(np.where(np.less_equal(a, b), x, np.float32(-np.inf)))
 
 
 # What functions of scores are written with.

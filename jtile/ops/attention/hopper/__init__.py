@@ -145,6 +145,11 @@ class Forward(_Call):
         return self.query_blocks * self.batch * self.heads
 
     @property
+    def query_stages(self) -> int:
+        """Blocks of queries that shared memory holds: the next comes while one is worked on, if there is room."""
+        return 2 if self.loops and not self.out_in_query else 1
+
+    @property
     def out_in_query(self) -> bool:
         """Whether the output leaves by the shared memory of the queries, for want of more."""
         return self.key_width == self.value_width == 256
@@ -180,6 +185,10 @@ class Backward(_Call):
         """Lists name several at a time, to the last of them."""
         rows = 1 if self.lists is None else self.lists.rows
         return -(-super().query_blocks // rows) * rows
+
+    @property
+    def blocks(self) -> int:
+        return self.key_blocks * self.key_heads * self.batch
 
     # dquery leaves in parts of 64 by 64, two of them in a turn.
 
@@ -230,16 +239,15 @@ def forward_tiles(query, key, value, *, low: int | None, high: int | None, targe
     wide = _widest(query, value)
     (batch, keys, key_heads, _), heads = key.shape, query.shape[2]
     # A program for several blocks saves what lies between two. Where blocks differ much in length, the hardware hands
-    # them out better.
-    if low is None and high is None:
-        loops = wide == 128
-    else:
-        loops = wide > 64 and query.shape[1] <= 4096
+    # them out better, but not where all heads are worked on together, the longest blocks of all first.
+    loops = wide == 128 if low is None and high is None else query.shape[1] <= 4096
     if low is not None and high is not None:  # blocks are alike, and those at work see no more of a head than this
         loops, keys = True, min(keys, high - low + 128 * target.sms)
     programs = target.sms if loops else 0
     head_bytes = keys * (key.shape[-1] + value.shape[-1]) * key.dtype.itemsize
     together = _fitting(CACHE * 6 // 10 // head_bytes * (heads // key_heads), batch * heads)
+    if batch * key_heads * head_bytes <= CACHE:
+        together = batch * heads
     groups, block_k, stages = {64: (3, 128, 2), 128: (2, 128, 2), 256: (2, 64, 2)}[wide]
     if wide == 64 and (low, high) != (None, None):  # masks take registers that three groups do not have
         groups, stages = 2, 3
@@ -256,8 +264,9 @@ def forward_tiles(query, key, value, *, low: int | None, high: int | None, targe
 def backward_tiles(query, key, value, *, low, high) -> Iterator[BackwardTile]:
     batch, queries, heads, head_dim = query.shape
     key_heads = key.shape[2]
-    # Query and dout in 16 bits, dquery in 32. A program that sees a part of the queries holds but a part in the cache.
-    head_bytes = queries * head_dim * 8 * (heads // key_heads)
+    # Query and dout in 16 bits, dquery in 32. A program that sees a part of the queries holds but a part in the cache,
+    # and of a key head's query heads one after the other.
+    head_bytes = queries * head_dim * 8 * -(-heads // (2 * key_heads))
     part = 1 if low is None and high is None else 2
     together = _fitting(CACHE * 6 // 10 * part // head_bytes, batch * key_heads)
     first = BackwardTile(128 if _widest(query, value) == 64 else 64, 2, together)
@@ -415,7 +424,7 @@ def backward(
         kernel=attention_backward,
         out_shape=(sums, *like_key_and_value, turns),
         zeroed_outputs=(3,),
-        grid=call.key_blocks * call.key_heads * batch,
+        grid=call.blocks,
         S=call,
     )
     # No program has written where queries see no key.

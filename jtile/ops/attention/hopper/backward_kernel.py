@@ -19,14 +19,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from jtile.ops.attention.hopper.band import query_block, turn, visible, visiting
-from jtile.ops.attention.hopper.pipeline import arrive, matrix, ring, room, wait
+from jtile.ops.attention.hopper.band import banded_by_keys, query_block, turn, visiting
+from jtile.ops.attention.hopper.pipeline import arrive, barriers, matrix, ring, room, wait
 
 
 @gluon.jit
@@ -56,10 +55,9 @@ def _set_turn(turns, turn):
 
 
 @gluon.jit
-def place(S: gl.constexpr):
-    """The block of keys, the batch and the head of a program. So many heads are worked on together as have room in the
-    cache; of these the first blocks go first."""
-    number = gl.program_id(0)
+def place(number, S: gl.constexpr):
+    """The block of keys, the batch and the head of a place in the order of work. So many heads are worked on together
+    as have room in the cache; of these the first blocks go first."""
     before = number // (S.together * S.key_blocks) * S.together
     together = gl.minimum(S.together, S.batch * S.key_heads - before)
     number -= before * S.key_blocks
@@ -68,28 +66,32 @@ def place(S: gl.constexpr):
 
 
 @gluon.jit
-def load(
-    q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared, stat_shared, kv_full, origin,
-    visits, S: gl.constexpr,
+def _load(
+    q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, kv, v_shared, stat_shared, origin, visits, S: gl.constexpr
 ):  # fmt: skip
-    j, b, kh = place(S)
     parts: gl.constexpr = S.block_k // 64
-    mbarrier.expect(kv_full, parts * (k_desc.nbytes_per_cta + v_desc.nbytes_per_cta))
-    for part in gl.static_range(parts):
-        at = [b, kh, j * S.block_k + part * 64, 0]
-        tma.async_load(k_desc, at, kv_full, k_shared.index(part))
-        tma.async_load(v_desc, at, kv_full, v_shared.index(part))
-    start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
     step = 0
-    for h in range(kh * S.group, (kh + 1) * S.group):
-        for n in range(start, stop):
-            i, _ = query_block(start + stop - 1 - n, whole_start, whole_stop, blocks, S)
-            row = i * S.block_q
-            q.acquire(step, q_desc.nbytes_per_cta + stat_desc.nbytes_per_cta)
-            tma.async_load(q_desc, [b, h, row, 0], q.barrier(step), q.slot(step))
-            tma.async_load(stat_desc, [0, b, h, row], q.barrier(step), stat_shared.index(step % S.stages))
-            do.load(step, do_desc, [b, h, row, 0])
-            step += 1
+    n = 0
+    number = gl.program_id(0)
+    while number < S.blocks:
+        j, b, kh = place(number, S)
+        start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
+        kv.acquire(n, parts * (k_desc.nbytes_per_cta + v_desc.nbytes_per_cta))
+        for part in gl.static_range(parts):
+            at = [b, kh, j * S.block_k + part * 64, 0]
+            tma.async_load(k_desc, at, kv.barrier(n), kv.blocks.index(part))
+            tma.async_load(v_desc, at, kv.barrier(n), v_shared.index(part))
+        for h in range(kh * S.group, (kh + 1) * S.group):
+            for i in range(start, stop):
+                i, _ = query_block(start + stop - 1 - i, whole_start, whole_stop, blocks, S)
+                row = i * S.block_q
+                q.acquire(step, q_desc.nbytes_per_cta + stat_desc.nbytes_per_cta)
+                tma.async_load(q_desc, [b, h, row, 0], q.barrier(step), q.slot(step))
+                tma.async_load(stat_desc, [0, b, h, row], q.barrier(step), stat_shared.index(step % S.stages))
+                do.load(step, do_desc, [b, h, row, 0])
+                step += 1
+        n += 1
+        number += gl.num_programs(0)
 
 
 @gluon.jit
@@ -103,35 +105,57 @@ def hand_on(part, n, dq):
 
 
 @gluon.jit
-def add_dquery(dq_desc, turns, dq, origin, visits, first: gl.constexpr, S: gl.constexpr):
+def _add_dquery(dq_desc, turns, dq, origin, visits, which: gl.constexpr, S: gl.constexpr):
     """One of two warps that add parts of dquery, each every other turn, two parts in a turn. A slot of `dq` belongs to
     one of them and to one group: barriers tell only odd phases from even ones, so each waits for every phase."""
-    j, b, kh = place(S)
-    start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
-    for number in range(first, S.turns * S.group * (stop - start), 2):
-        step = number // S.turns
-        h = kh * S.group + step // (stop - start)
-        i, _ = query_block(stop - 1 - step % (stop - start), whole_start, whole_stop, blocks, S)
-        before = turn(i, j, b, kh, origin, visits[2], S)
-        own_turns = turns + ((b * S.heads + h) * S.query_blocks + i) * S.turns + number % S.turns
-        for k in gl.static_range(2):
-            part = k * S.turns + number % S.turns
-            n = step * 2 * S.turns + part
-            dq.wait(n)
-            if k == 0:
-                _wait_turn(own_turns, before)
-            at = [b, h, i * S.block_q + (part * 64 if S.by_rows else 0), 0 if S.by_rows else part * 64]
-            if before == 0:
-                tma.async_store(dq_desc, at, dq.slot(n))
-            else:
-                tma.async_atomic_add(dq_desc, at, dq.slot(n))
-            if S.turns == 2 or k == 1:
-                tma.store_wait(0)
-                dq.release(n)
-                if S.turns == 1:
-                    dq.release(n - 1)
-        tma.store_wait(0, read_only=False)
-        _set_turn(own_turns, before + 1)
+    first = which  # of the next block of keys, the first turn that is this warp's
+    steps = 0
+    number = gl.program_id(0)
+    while number < S.blocks:
+        j, b, kh = place(number, S)
+        start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
+        count = S.turns * S.group * (stop - start)
+        for t in range(first, count, 2):
+            step = t // S.turns
+            h = kh * S.group + step // (stop - start)
+            i, _ = query_block(stop - 1 - step % (stop - start), whole_start, whole_stop, blocks, S)
+            before = turn(i, j, b, kh, origin, visits[2], S)
+            own_turns = turns + ((b * S.heads + h) * S.query_blocks + i) * S.turns + t % S.turns
+            for k in gl.static_range(2):
+                part = k * S.turns + t % S.turns
+                n = (steps + step) * 2 * S.turns + part
+                dq.wait(n)
+                if k == 0:
+                    _wait_turn(own_turns, before)
+                at = [b, h, i * S.block_q + (part * 64 if S.by_rows else 0), 0 if S.by_rows else part * 64]
+                if before == 0:
+                    tma.async_store(dq_desc, at, dq.slot(n))
+                else:
+                    tma.async_atomic_add(dq_desc, at, dq.slot(n))
+                if S.turns == 2 or k == 1:
+                    tma.store_wait(0)
+                    dq.release(n)
+                    if S.turns == 1:
+                        dq.release(n - 1)
+            tma.store_wait(0, read_only=False)
+            _set_turn(own_turns, before + 1)
+        first = (first + count) % 2
+        steps += S.group * (stop - start)
+        number += gl.num_programs(0)
+
+
+@gluon.jit
+def without_weight(ds, p):
+    """The gradients of weights, and 0 where weights are, whatever is in a masked value. As in `band`, it stays in a
+    branch."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred none; setp.eq.f32 none, $2, 0f00000000; selp.f32 $0, 0f00000000, $1, none; }",
+        "=f,f,f",
+        [ds, p],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.jit
@@ -160,11 +184,10 @@ def _step(
     x = s * S.slope - stat.index(0).load(gl.SliceLayout(0, s_layout))[None, :]
     if S.masked:
         if masked:
-            seen = visible((row + origin)[None, :], cols[:, None], S)
             if S.functions is not None:
                 if S.functions.masks:
-                    seen = seen & S.functions.visible(h, row, row + origin, rows, arrays)
-            x = gl.where(seen, x, -float("inf"))
+                    x = gl.where(S.functions.visible(h, row, row + origin, rows, arrays), x, -float("inf"))
+            x = banded_by_keys(x, (row + origin)[None, :], cols[:, None], S)
     p = gl.exp2(x)
     p_left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, dv.type.layout, 2))
     dv = warpgroup_mma(p_left, do, dv, is_async=True)
@@ -172,8 +195,9 @@ def _step(
     dp = warpgroup_mma_wait(1, deps=[dp])
     ds = p * (dp - stat.index(1).load(gl.SliceLayout(0, s_layout))[None, :])
     if S.functions is not None:
-        if S.functions.masks:  # whatever is in a masked value
-            ds = gl.where(p == 0.0, 0.0, ds)
+        if S.functions.masks:
+            if masked:
+                ds = without_weight(ds, p)
     ds = ds.to(dtype)
 
     # Two buffers: the other group may still read what this one wrote in the step before.
@@ -200,44 +224,101 @@ def _step(
 
 @gluon.jit
 def _compute(
-    dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin,
-    visits, arrays, group: gl.constexpr, S: gl.constexpr,
+    dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, arrays, group: gl.constexpr,
+    S: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = k_shared.dtype
+    dtype: gl.constexpr = v_shared.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.block_q, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.key_width, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.value_width, 16])
-    j, b, kh = place(S)
-    start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
-    col = j * S.block_k + group * 64
     queries = gl.arange(0, S.block_q, gl.SliceLayout(0, s_layout))
-    cols = col + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
-    rows = None
-    if S.functions is not None:
-        rows = S.functions.rows(b, cols, arrays)
+    k_shared = kv.blocks
     k, v = matrix(k_shared.index(group)), matrix(v_shared.index(group))
-    dk = gl.zeros([64, S.key_width], gl.float32, dk_layout)
-    dv = gl.zeros([64, S.value_width], gl.float32, dv_layout)
-    wait(kv_full, 0)
-    n = stop
-    h = kh * S.group
-    for step in range(S.group * (stop - start)):
-        h += gl.where(n == start, 1, 0)
-        n = gl.where(n == start, stop, n) - 1
-        i, masked = query_block(n, whole_start, whole_stop, blocks, S)
-        # fmt: off
-        dk, dv = _step(
-            i, h, step, k, v, q, do, k_shared, stat_shared, ds_shared, dq, origin, queries, cols, rows, arrays, dk, dv,
-            masked, group, S,
-        )
-        # fmt: on
-    meet()  # the other group reads this group's keys, which make room for dkey
-    k.store((dk * S.scale).to(dtype))
-    v.store(dv.to(dtype))
+    step = 0
+    n = 0
+    number = gl.program_id(0)
+    while number < S.blocks:
+        j, b, kh = place(number, S)
+        start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
+        col = j * S.block_k + group * 64
+        cols = col + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
+        rows = None
+        if S.functions is not None:
+            rows = S.functions.rows(b, cols, arrays)
+        dk = gl.zeros([64, S.key_width], gl.float32, dk_layout)
+        dv = gl.zeros([64, S.value_width], gl.float32, dv_layout)
+        kv.wait(n)
+        at = stop
+        h = kh * S.group
+        for _ in range(S.group * (stop - start)):
+            h += gl.where(at == start, 1, 0)
+            at = gl.where(at == start, stop, at) - 1
+            i, masked = query_block(at, whole_start, whole_stop, blocks, S)
+            # fmt: off
+            dk, dv = _step(
+                i, h, step, k, v, q, do, k_shared, stat_shared, own[0], dq, origin, queries, cols, rows, arrays, dk, dv,
+                masked, group, S,
+            )
+            # fmt: on
+            step += 1
+        meet()  # the other group reads this group's keys, which make room for dkey
+        k.store((dk * S.scale).to(dtype))
+        v.store(dv.to(dtype))
+        fence_async_shared()
+        tma.async_store(dk_desc, [b, kh, col, 0], k_shared.index(group))
+        tma.async_store(dv_desc, [b, kh, col, 0], v_shared.index(group))
+        tma.store_wait(0)
+        kv.release(n)
+        n += 1
+        number += gl.num_programs(0)
+
+
+@gluon.jit
+def _group(
+    compute: gl.constexpr, dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, arrays,
+    group: gl.constexpr, S: gl.constexpr,
+):  # fmt: skip
+    """Partitions of warps do not take functions that are constants; functions do."""
+    compute(dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, arrays, group, S)
+
+
+@gluon.jit
+def launch(
+    compute: gl.constexpr, own, do_stages: gl.constexpr, dq_slots: gl.constexpr, q_desc, k_desc, v_desc, do_desc,
+    stat_desc, origin_ptr, visits, arrays, dq_desc, dk_desc, dv_desc, turns, S: gl.constexpr,
+):  # fmt: skip
+    """Divides the work among warps. Two groups `compute`, by shared memory of their own, too."""
+    origin = 0
+    if origin_ptr is not None:
+        origin = gl.load(origin_ptr)
+    dtype: gl.constexpr = k_desc.dtype
+    parts: gl.constexpr = S.block_k // 64
+    q = ring(q_desc, S.stages, 2)
+    do = ring(do_desc, do_stages, 2)
+    dq = room(dq_desc.dtype, dq_desc.block_shape, dq_desc.layout, dq_slots, 4, 1)
+    # Keys and values come and go together.
+    k_shared = gl.allocate_shared_memory(dtype, [parts, 1, 1, 64, S.key_width], k_desc.layout)
+    v_shared = gl.allocate_shared_memory(dtype, [parts, 1, 1, 64, S.value_width], v_desc.layout)
+    kv = barriers(k_shared, 1, 1, 8)
+    stat_shared = gl.allocate_shared_memory(gl.float32, [S.stages, 2, 1, 1, S.block_q], stat_desc.layout)
     fence_async_shared()
-    tma.async_store(dk_desc, [b, kh, col, 0], k_shared.index(group))
-    tma.async_store(dv_desc, [b, kh, col, 0], v_shared.index(group))
-    tma.store_wait(0)
+    # fmt: off
+    gl.warp_specialize(
+        [
+            (_group, (
+                compute, dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, arrays, 0, S,
+            )),
+            (_group, (
+                compute, dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, arrays, 1, S,
+            )),
+            (_load, (q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, kv, v_shared, stat_shared, origin, visits, S)),
+            (_add_dquery, (dq_desc, turns, dq, origin, visits, 0, S)),
+            (_add_dquery, (dq_desc, turns, dq, origin, visits, 1, S)),
+        ],
+        [4, 1, 1, 1],
+        [240, 24, 24, 24],
+    )
+    # fmt: on
 
 
 @gluon.jit
@@ -246,41 +327,14 @@ def attention_backward(
     array_0, array_1, array_2, array_3, array_4, array_5, array_6, array_7,
     dq_desc, dk_desc, dv_desc, turns, S: gl.constexpr,
 ):  # fmt: skip
-    origin = 0
-    if origin_ptr is not None:
-        origin = gl.load(origin_ptr)
-    visits = (visits, lists, numbers)
-    arrays = (array_0, array_1, array_2, array_3, array_4, array_5, array_6, array_7)
     dtype: gl.constexpr = k_desc.dtype
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, S.block_q], dtype)
-    q = ring(q_desc, S.stages, 2)
-    do = ring(do_desc, S.stages, 2)
-    dq = room(dq_desc.dtype, dq_desc.block_shape, dq_desc.layout, 4, 4, 1)
-    k_shared = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, S.key_width], k_desc.layout)
-    v_shared = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, S.value_width], v_desc.layout)
-    stat_shared = gl.allocate_shared_memory(gl.float32, [S.stages, 2, 1, 1, S.block_q], stat_desc.layout)
-    ds_shared = gl.allocate_shared_memory(dtype, [4, 64, S.block_q], ds_layout)
-    kv_full = mbarrier.allocate_mbarrier()
-    mbarrier.init(kv_full, count=1)
-    fence_async_shared()
+    own = (gl.allocate_shared_memory(dtype, [4, 64, S.block_q], ds_layout),)
+    visits = (visits, lists, numbers)
+    arrays = (array_0, array_1, array_2, array_3, array_4, array_5, array_6, array_7)
     # fmt: off
-    gl.warp_specialize(
-        [
-            (_compute, (
-                dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin,
-                visits, arrays, 0, S,
-            )),
-            (_compute, (
-                dk_desc, dv_desc, q, do, k_shared, v_shared, stat_shared, ds_shared, dq, kv_full, origin,
-                visits, arrays, 1, S,
-            )),
-            (load, (
-                q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared, stat_shared, kv_full, origin,
-                visits, S,
-            )),
-            (add_dquery, (dq_desc, turns, dq, origin, visits, 0, S)),
-            (add_dquery, (dq_desc, turns, dq, origin, visits, 1, S)),
-        ],
-        [4, 1, 1, 1],
-        [240, 24, 24, 24],
+    launch(
+        _compute, own, S.stages, 4, q_desc, k_desc, v_desc, do_desc, stat_desc, origin_ptr, visits,
+        arrays, dq_desc, dk_desc, dv_desc, turns, S,
     )
+    # fmt: on

@@ -10,13 +10,41 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def visible(positions, cols, S: gl.constexpr):
-    seen = cols < S.keys
-    if S.low is not None:
-        seen = seen & (cols >= positions + S.low)
+def _ordered(x, a, b):
+    """`x` where a <= b, and -inf elsewhere. In assembly it stays two instructions for an element: compilers make the
+    comparisons of a block early, and pack and unpack their results. Nor do they take it out of a branch."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred yes; setp.le.s32 yes, $2, $3; selp.f32 $0, $1, 0fFF800000, yes; }",
+        "=f,f,r,r",
+        [x, a, b],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def banded(s, positions, cols, S: gl.constexpr):
+    """Scores, by queries and keys, and -inf where a query does not see a key."""
+    last = S.keys - 1
     if S.high is not None:
-        seen = seen & (cols <= positions + S.high)
-    return seen
+        last = gl.minimum(positions + S.high, last)
+    s = _ordered(s, cols, last)
+    if S.low is not None:
+        s = _ordered(s, positions + S.low, cols)
+    return s
+
+
+@gluon.jit
+def banded_by_keys(s, positions, cols, S: gl.constexpr):
+    """As `banded`, of scores by keys and queries."""
+    if S.high is not None:
+        s = _ordered(s, gl.where(cols < S.keys, cols - S.high, 2147483647), positions)
+    elif S.keys % S.block_k:
+        s = _ordered(s, cols, S.keys - 1)
+    if S.low is not None:
+        s = _ordered(s, positions, cols - S.low)
+    return s
 
 
 @gluon.jit

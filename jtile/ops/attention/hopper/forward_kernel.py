@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from jtile.ops.attention.hopper.band import key_block, listed, visible, visited
+from jtile.ops.attention.hopper.band import banded, key_block, listed, visited
 from jtile.ops.attention.hopper.pipeline import matrix, ring
 
 
@@ -73,11 +73,10 @@ def _scores(s, j, positions, cols, rows, arrays, masked: gl.constexpr, S: gl.con
         if S.functions.modifies:
             s = S.functions.score(s, keys, rows, arrays)
     if masked:
-        seen = visible(positions[:, None], keys[None, :], S)
         if S.functions is not None:
             if S.functions.masks:
-                seen = seen & S.functions.visible(keys, rows, arrays)
-        s = gl.where(seen, s, -float("inf"))
+                s = gl.where(S.functions.visible(keys, rows, arrays), s, -float("inf"))
+        s = banded(s, positions[:, None], keys[None, :], S)
     return s
 
 
@@ -224,7 +223,7 @@ def attention(
         origin = gl.load(origin_ptr)
     visits = (visits, lists)
     arrays = (array_0, array_1, array_2, array_3, array_4, array_5, array_6, array_7)
-    q = ring(q_desc, S.groups, 1)
+    q = ring(q_desc, S.groups * S.query_stages, 1)
     k = ring(k_desc, S.stages, S.groups)
     v = ring(v_desc, S.stages, S.groups)
     o_shared = q.blocks

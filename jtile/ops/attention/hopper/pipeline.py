@@ -75,18 +75,23 @@ class Ring:
 
 
 @gluon.jit
-def room(
-    dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr, slots: gl.constexpr, writers: gl.constexpr,
-    readers: gl.constexpr,
-):  # fmt: skip
-    """Room for blocks that so many writers fill, warps or a thread that loads, and so many warps read."""
-    blocks = gl.allocate_shared_memory(dtype, [slots] + shape, layout)
+def barriers(blocks, slots: gl.constexpr, writers: gl.constexpr, readers: gl.constexpr):
+    """A ring of these blocks, which so many writers fill, warps or a thread that loads, and so many warps read."""
     full = mbarrier.allocate_mbarrier(slots)
     empty = mbarrier.allocate_mbarrier(slots)
     for i in gl.static_range(slots):
         mbarrier.init(full.index(i), count=writers)
         mbarrier.init(empty.index(i), count=readers)
     return Ring(blocks, full, empty, slots)  # type: ignore[call-arg]  # a dataclass of Triton's
+
+
+@gluon.jit
+def room(
+    dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr, slots: gl.constexpr, writers: gl.constexpr,
+    readers: gl.constexpr,
+):  # fmt: skip
+    """Room for blocks that hand-overs go through."""
+    return barriers(gl.allocate_shared_memory(dtype, [slots] + shape, layout), slots, writers, readers)
 
 
 @gluon.jit

@@ -10,15 +10,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from jtile.ops.attention.hopper.backward_kernel import add_dquery, hand_on, load, meet, place
-from jtile.ops.attention.hopper.band import query_block, visible, visiting
-from jtile.ops.attention.hopper.pipeline import arrive, matrix, ring, room, wait
+from jtile.ops.attention.hopper.backward_kernel import hand_on, launch, meet, place
+from jtile.ops.attention.hopper.band import banded_by_keys, query_block, visiting
+from jtile.ops.attention.hopper.pipeline import arrive, matrix, room, wait
 
 
 @gluon.jit
@@ -36,119 +35,145 @@ def _columns(k, part: gl.constexpr, ds, zeros):
 
 @gluon.jit
 def _weights(
-    dv_desc, q_ring, do_ring, k_shared, v_shared, stat_shared, p_room, ds_room, dq, kv_full, origin, visits, arrays,
-    S: gl.constexpr,
+    dv_desc, q_ring, do_ring, kv, v_shared, stat_shared, dq, own, origin, visits, arrays, S: gl.constexpr
 ):  # fmt: skip
-    dtype: gl.constexpr = k_shared.dtype
+    p_room, ds_room = own
+    dtype: gl.constexpr = v_shared.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.block_q, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.value_width, 16])
-    j, b, kh = place(S)
-    start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
     queries = gl.arange(0, S.block_q, gl.SliceLayout(0, s_layout))
-    cols = j * S.block_k + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
-    rows = None
-    if S.functions is not None:
-        rows = S.functions.rows(b, cols, arrays)
-    k = matrix(k_shared.index(0))
+    k = matrix(kv.blocks.index(0))
     zeros = gl.zeros([64, S.block_q], gl.float32, s_layout)
-    dv = gl.zeros([64, S.value_width], gl.float32, dv_layout)
-    wait(kv_full, 0)
-    n = stop
-    h = kh * S.group
-    for step in range(S.group * (stop - start)):
-        h += gl.where(n == start, 1, 0)
-        n = gl.where(n == start, stop, n) - 1
-        i, masked = query_block(n, whole_start, whole_stop, blocks, S)
-        row = i * S.block_q + queries
-        q_ring.wait(step)
-        s = warpgroup_mma(k, q_ring.block(step).permute((1, 0)), zeros, use_acc=False)
-        factor = 1.0
+    step = 0
+    turn = 0
+    number = gl.program_id(0)
+    while number < S.blocks:
+        j, b, kh = place(number, S)
+        start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
+        cols = j * S.block_k + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
+        rows = None
         if S.functions is not None:
-            if S.functions.modifies:
-                s, factor = S.functions.score(s, h, row, row + origin, rows, arrays)
-        x = s * S.slope - _statistic(stat_shared, 0, step, s_layout, S)
-        q_ring.release(step)
-        if S.masked:
-            if masked:
-                seen = visible((row + origin)[None, :], cols[:, None], S)
-                if S.functions is not None:
-                    if S.functions.masks:
-                        seen = seen & S.functions.visible(h, row, row + origin, rows, arrays)
-                x = gl.where(seen, x, -float("inf"))
-        p = gl.exp2(x)
-        wait(p_room.empty.index(0), step % 2 ^ 1)
-        p_room.slot(0).store((p * factor).to(dtype))
-        arrive(p_room.barrier(0))
-        do_ring.wait(step)
-        p_left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, dv_layout, 2))
-        dv = warpgroup_mma(p_left, do_ring.block(step), dv, is_async=True)
-        ds_room.wait(step)
-        ds = ds_room.slot(0)
-        first = _columns(k, 0, ds, zeros)
-        dv = warpgroup_mma_wait(1, deps=[dv])
-        do_ring.release(step)
-        second = _columns(k, 2, ds, zeros)
-        first = warpgroup_mma_wait(1, deps=[first])
-        hand_on(first, 4 * step, dq)
-        second = warpgroup_mma_wait(0, deps=[second])
-        ds_room.release(0)
-        hand_on(second, 4 * step + 2, dq)
-    meet()  # the other group is done with these values, which make room for dvalue
-    matrix(v_shared.index(0)).store(dv.to(dtype))
-    fence_async_shared()
-    tma.async_store(dv_desc, [b, kh, j * S.block_k, 0], v_shared.index(0))
-    tma.store_wait(0)
+            rows = S.functions.rows(b, cols, arrays)
+        dv = gl.zeros([64, S.value_width], gl.float32, dv_layout)
+        kv.wait(turn)
+        at = stop
+        h = kh * S.group
+        for _ in range(S.group * (stop - start)):
+            h += gl.where(at == start, 1, 0)
+            at = gl.where(at == start, stop, at) - 1
+            i, masked = query_block(at, whole_start, whole_stop, blocks, S)
+            row = i * S.block_q + queries
+            q_ring.wait(step)
+            s = warpgroup_mma(k, q_ring.block(step).permute((1, 0)), zeros, use_acc=False)
+            factor = 1.0
+            if S.functions is not None:
+                if S.functions.modifies:
+                    s, factor = S.functions.score(s, h, row, row + origin, rows, arrays)
+            x = s * S.slope - _statistic(stat_shared, 0, step, s_layout, S)
+            q_ring.release(step)
+            if S.masked:
+                if masked:
+                    if S.functions is not None:
+                        if S.functions.masks:
+                            x = gl.where(S.functions.visible(h, row, row + origin, rows, arrays), x, -float("inf"))
+                    x = banded_by_keys(x, (row + origin)[None, :], cols[:, None], S)
+            p = gl.exp2(x)
+            wait(p_room.empty.index(0), step % 2 ^ 1)
+            p_room.slot(0).store((p * factor).to(dtype))
+            arrive(p_room.barrier(0))
+            do_ring.wait(step)
+            p_left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, dv_layout, 2))
+            dv = warpgroup_mma(p_left, do_ring.block(step), dv, is_async=True)
+            ds_room.wait(step)
+            ds = ds_room.slot(0)
+            first = _columns(k, 0, ds, zeros)
+            dv = warpgroup_mma_wait(1, deps=[dv])
+            do_ring.release(step)
+            second = _columns(k, 2, ds, zeros)
+            first = warpgroup_mma_wait(1, deps=[first])
+            hand_on(first, 4 * step, dq)
+            second = warpgroup_mma_wait(0, deps=[second])
+            ds_room.release(0)
+            hand_on(second, 4 * step + 2, dq)
+            step += 1
+        meet()  # the other group is done with these values, which make room for dvalue
+        matrix(v_shared.index(0)).store(dv.to(dtype))
+        fence_async_shared()
+        tma.async_store(dv_desc, [b, kh, j * S.block_k, 0], v_shared.index(0))
+        tma.store_wait(0)
+        kv.release(turn)
+        turn += 1
+        number += gl.num_programs(0)
 
 
 @gluon.jit
 def _gradients(
-    dk_desc, q_ring, do_ring, k_shared, v_shared, stat_shared, p_room, ds_room, dq, kv_full, origin, visits,
-    S: gl.constexpr,
+    dk_desc, q_ring, do_ring, kv, v_shared, stat_shared, dq, own, origin, visits, S: gl.constexpr
 ):  # fmt: skip
-    dtype: gl.constexpr = k_shared.dtype
+    p_room, ds_room = own
+    dtype: gl.constexpr = v_shared.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.block_q, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.key_width, 16])
-    j, b, kh = place(S)
-    start, _, _, stop, _ = visiting(j, b, kh, origin, visits, S)
-    k, v = matrix(k_shared.index(0)), matrix(v_shared.index(0))
+    k, v = matrix(kv.blocks.index(0)), matrix(v_shared.index(0))
     ds_shared = ds_room.slot(0)
     zeros = gl.zeros([64, S.block_q], gl.float32, s_layout)
-    dk = gl.zeros([64, S.key_width], gl.float32, dk_layout)
-    wait(kv_full, 0)
-    for step in range(S.group * (stop - start)):
-        do_ring.wait(step)
-        dp = warpgroup_mma(v, do_ring.block(step).permute((1, 0)), zeros, use_acc=False)
-        do_ring.release(step)
-        q_ring.wait(step)
-        difference = dp - _statistic(stat_shared, 1, step, s_layout, S)
-        p_room.wait(step)
-        p = p_room.slot(0).load(s_layout).to(gl.float32)
-        p_room.release(0)
-        ds = p * difference
-        if S.functions is not None:
-            if S.functions.masks:  # whatever is in a masked value
-                ds = gl.where(p == 0.0, 0.0, ds)
-        ds = ds.to(dtype)
-        wait(ds_room.empty.index(0), step % 2 ^ 1)
-        ds_shared.store(ds)
+    step = 0
+    turn = 0
+    number = gl.program_id(0)
+    while number < S.blocks:
+        j, b, kh = place(number, S)
+        start, _, _, stop, _ = visiting(j, b, kh, origin, visits, S)
+        dk = gl.zeros([64, S.key_width], gl.float32, dk_layout)
+        kv.wait(turn)
+        for _ in range(S.group * (stop - start)):
+            do_ring.wait(step)
+            dp = warpgroup_mma(v, do_ring.block(step).permute((1, 0)), zeros, use_acc=False)
+            do_ring.release(step)
+            q_ring.wait(step)
+            difference = dp - _statistic(stat_shared, 1, step, s_layout, S)
+            p_room.wait(step)
+            p = p_room.slot(0).load(s_layout).to(gl.float32)
+            p_room.release(0)
+            ds = p * difference
+            if S.functions is not None:
+                if S.functions.masks:  # whatever is in a masked value
+                    ds = gl.where(p == 0.0, 0.0, ds)
+            ds = ds.to(dtype)
+            wait(ds_room.empty.index(0), step % 2 ^ 1)
+            ds_shared.store(ds)
+            fence_async_shared()
+            arrive(ds_room.barrier(0))
+            ds_room.wait(step)
+            first = _columns(k, 1, ds_shared, zeros)
+            ds_left = gl.convert_layout(ds, gl.DotOperandLayout(0, dk_layout, 2))
+            dk = warpgroup_mma(ds_left, q_ring.block(step), dk, is_async=True)
+            first = warpgroup_mma_wait(1, deps=[first])
+            hand_on(first, 4 * step + 1, dq)
+            second = _columns(k, 3, ds_shared, zeros)
+            dk = warpgroup_mma_wait(1, deps=[dk])
+            q_ring.release(step)
+            second = warpgroup_mma_wait(0, deps=[second])
+            hand_on(second, 4 * step + 3, dq)
+            step += 1
+        meet()  # the other group is done with these keys, which make room for dkey
+        k.store((dk * S.scale).to(dtype))
         fence_async_shared()
-        arrive(ds_room.barrier(0))
-        ds_room.wait(step)
-        first = _columns(k, 1, ds_shared, zeros)
-        ds_left = gl.convert_layout(ds, gl.DotOperandLayout(0, dk_layout, 2))
-        dk = warpgroup_mma(ds_left, q_ring.block(step), dk, is_async=True)
-        first = warpgroup_mma_wait(1, deps=[first])
-        hand_on(first, 4 * step + 1, dq)
-        second = _columns(k, 3, ds_shared, zeros)
-        dk = warpgroup_mma_wait(1, deps=[dk])
-        q_ring.release(step)
-        second = warpgroup_mma_wait(0, deps=[second])
-        hand_on(second, 4 * step + 3, dq)
-    meet()  # the other group is done with these keys, which make room for dkey
-    k.store((dk * S.scale).to(dtype))
-    fence_async_shared()
-    tma.async_store(dk_desc, [b, kh, j * S.block_k, 0], k_shared.index(0))
-    tma.store_wait(0)
+        tma.async_store(dk_desc, [b, kh, j * S.block_k, 0], kv.blocks.index(0))
+        tma.store_wait(0)
+        kv.release(turn)
+        turn += 1
+        number += gl.num_programs(0)
+
+
+@gluon.jit
+def _compute(
+    dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, arrays, group: gl.constexpr,
+    S: gl.constexpr,
+):  # fmt: skip
+    if group == 0:
+        _weights(dv_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, arrays, S)
+    else:
+        _gradients(dk_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, S)
 
 
 @gluon.jit
@@ -157,38 +182,14 @@ def attention_backward(
     array_0, array_1, array_2, array_3, array_4, array_5, array_6, array_7,
     dq_desc, dk_desc, dv_desc, turns, S: gl.constexpr,
 ):  # fmt: skip
-    origin = 0
-    if origin_ptr is not None:
-        origin = gl.load(origin_ptr)
-    visits = (visits, lists, numbers)
-    arrays = (array_0, array_1, array_2, array_3, array_4, array_5, array_6, array_7)
     dtype: gl.constexpr = k_desc.dtype
     square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, S.block_q], dtype)
-    q = ring(q_desc, S.stages, 2)
-    do = ring(do_desc, 1, 2)
-    dq = room(dq_desc.dtype, dq_desc.block_shape, dq_desc.layout, 2, 4, 1)
-    p = room(dtype, [64, S.block_q], square, 1, 4, 4)
-    ds = room(dtype, [64, S.block_q], square, 1, 4, 4)
-    k_shared = gl.allocate_shared_memory(dtype, [1, 1, 1, 64, S.key_width], k_desc.layout)
-    v_shared = gl.allocate_shared_memory(dtype, [1, 1, 1, 64, S.value_width], v_desc.layout)
-    stat_shared = gl.allocate_shared_memory(gl.float32, [S.stages, 2, 1, 1, S.block_q], stat_desc.layout)
-    kv_full = mbarrier.allocate_mbarrier()
-    mbarrier.init(kv_full, count=1)
-    fence_async_shared()
+    own = (room(dtype, [64, S.block_q], square, 1, 4, 4), room(dtype, [64, S.block_q], square, 1, 4, 4))
+    visits = (visits, lists, numbers)
+    arrays = (array_0, array_1, array_2, array_3, array_4, array_5, array_6, array_7)
     # fmt: off
-    gl.warp_specialize(
-        [
-            (_weights, (
-                dv_desc, q, do, k_shared, v_shared, stat_shared, p, ds, dq, kv_full, origin, visits, arrays, S,
-            )),
-            (_gradients, (dk_desc, q, do, k_shared, v_shared, stat_shared, p, ds, dq, kv_full, origin, visits, S)),
-            (load, (
-                q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, k_shared, v_shared, stat_shared, kv_full, origin,
-                visits, S,
-            )),
-            (add_dquery, (dq_desc, turns, dq, origin, visits, 0, S)),
-            (add_dquery, (dq_desc, turns, dq, origin, visits, 1, S)),
-        ],
-        [4, 1, 1, 1],
-        [240, 24, 24, 24],
+    launch(
+        _compute, own, 1, 2, q_desc, k_desc, v_desc, do_desc, stat_desc, origin_ptr, visits, arrays,
+        dq_desc, dk_desc, dv_desc, turns, S,
     )
+    # fmt: on
