@@ -551,7 +551,7 @@ def forward(query, key, value, *arrays, tile: Tile | hopper.ForwardTile | cudnn.
     if not variant.masks:
         return out, lse
     onto = _Onto((out, lse), jnp.where(jnp.any(jnp.isnan(told)), query.shape[0], 0))
-    if variant.is_band:
+    if variant.is_band or isinstance(tile, cudnn.Cudnn):  # all that cuDNN is called for are bands
         again = _once_more(query, value, arrays, variant, FORWARD, "forward")
     else:
         again = Tile(64 * tile.groups, tile.block_k, 8, 1)
@@ -604,7 +604,7 @@ def backward(query, key, value, *rest, tile: BackwardTiles | hopper.BackwardTile
     dquery, dkey, dvalue = found
     leaked = jnp.any(jnp.isnan(dquery)) | jnp.any(jnp.isnan(dkey))
     batch = jnp.where(leaked, query.shape[0], 0)
-    if variant.is_band:
+    if variant.is_band or isinstance(tile, cudnn.Cudnn):
         tables = (DQUERY, "dquery"), (SMALL_DKEY_DVALUE, "dkey_dvalue")
         again = BackwardTiles(*(_once_more(query, value, arrays, variant, *table) for table in tables))
     else:

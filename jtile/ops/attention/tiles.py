@@ -128,9 +128,9 @@ def forward(query, key, value, *arrays, target, variant: Variant) -> Iterator[Ti
     if before_hopper(target):  # whose shared memory holds no two of the larger one
         table |= {(2, 256): Tile(64, 32, 4, 2)}
     yield problem.of(table, "forward")
-    yield from problem.others("forward", *FORWARD_BLOCKS)
     if cudnn.obstacle(query, key, value, variant=variant, target=target) is None:
         yield cudnn.Cudnn()
+    yield from problem.others("forward", *FORWARD_BLOCKS)
 
 
 def backward(
@@ -151,11 +151,11 @@ def backward(
     dkey_dvalue = SMALL_DKEY_DVALUE if narrow or variant.masks_anywhere else DKEY_DVALUE
     untuned = BackwardTiles(problem.of(dquery, "dquery"), problem.of(dkey_dvalue, "dkey_dvalue"))
     yield untuned
-    yield from (untuned._replace(dquery=tile) for tile in problem.others("dquery", *DQUERY_BLOCKS))
-    yield from (untuned._replace(dkey_dvalue=tile) for tile in problem.others("dkey_dvalue", *DKEY_DVALUE_BLOCKS))
-    # It does not know of a gradient of the log-sum-exp.
+    # cuDNN does not know of a gradient of the log-sum-exp.
     if rest[-1] is None and cudnn.obstacle(query, key, value, variant=variant, target=target) is None:
         yield cudnn.Cudnn()
+    yield from (untuned._replace(dquery=tile) for tile in problem.others("dquery", *DQUERY_BLOCKS))
+    yield from (untuned._replace(dkey_dvalue=tile) for tile in problem.others("dkey_dvalue", *DKEY_DVALUE_BLOCKS))
 
 
 def operand_gradient(query, key, value, *rest, target, variant: Variant, operand: str) -> Iterator[Tile]:
