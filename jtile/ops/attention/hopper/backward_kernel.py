@@ -91,7 +91,7 @@ def _load(
                 do.load(step, do_desc, [b, h, row, 0])
                 step += 1
         n += 1
-        number += gl.num_programs(0)
+        number = S.blocks
 
 
 @gluon.jit
@@ -141,7 +141,7 @@ def _add_dquery(dq_desc, turns, dq, origin, visits, which: gl.constexpr, S: gl.c
             _set_turn(own_turns, before + 1)
         first = (first + count) % 2
         steps += S.group * (stop - start)
-        number += gl.num_programs(0)
+        number = S.blocks
 
 
 @gluon.jit
@@ -270,7 +270,7 @@ def _compute(
         tma.store_wait(0)
         kv.release(n)
         n += 1
-        number += gl.num_programs(0)
+        number = S.blocks
 
 
 @gluon.jit
