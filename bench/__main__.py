@@ -1,7 +1,9 @@
 """Measures jtile on this machine's GPU.
 
 `python -m bench run` times jtile's ops and their rivals in turn, checks each against a float32 reference, and writes
-`bench/results/<chip>/<date>.json` after every case; `--tables sizes widths sequences` measures the sweeps.
+`bench/results/<chip>/<date>.json` after every case; `--tables sizes widths sequences` measures the sweeps. With all
+rivals a pass of a case takes 2 to 3 s once the caches on disk are full; on a new machine fill them first, by some runs
+at once, each with `--compile-only` and a `--filter` of its own.
 `python -m bench report` makes tables and plots of what is there. `python -m bench list` shows cases and rivals.
 `python -m bench pallas` times Pallas kernels through jtile and through JAX's own backend.
 """
@@ -21,9 +23,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench import cases, measure, report, results, rivals
+from bench import caches, cases, measure, report, results, rivals
 from bench.apart import Apart
-from jtile.compiler import cache
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,7 +82,7 @@ def run(given: argparse.Namespace) -> int:
         return compile_only(chosen, options)
     file = results.Results(given.output or results.of_today(device.device_kind), device.device_kind)
     failed = []
-    with processes() as aparts, progress(console) as bar:
+    with processes(given.rivals) as aparts, progress(console) as bar:
         task = bar.add_task("", total=len(chosen))
         for i, case in enumerate(chosen):
             if time.monotonic() > until:
@@ -108,20 +109,24 @@ def set_up(cold: bool) -> None:
             os.environ[variable] = tempfile.mkdtemp(prefix="bench_")
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
         jax.config.update("jax_enable_compilation_cache", False)
-    elif not jax.config.jax_compilation_cache_dir:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache.directory() / "bench")
-        jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    else:
+        caches.on_disk()
 
 
 @contextlib.contextmanager
-def processes() -> Iterator[dict[str, Apart]]:
-    """For the rivals that run apart."""
+def processes(names: Sequence[str]) -> Iterator[dict[str, Apart]]:
+    """For those of these rivals that run apart."""
+    chosen = [rivals.RIVALS[name] for name in names]
+    needed = {rival.framework for rival in chosen if rival.apart and rival.missing() is None}
     with contextlib.ExitStack() as stack:
-        yield {name: stack.enter_context(contextlib.closing(Apart(name))) for name in ("jax", "torch")}
+        aparts = {name: stack.enter_context(contextlib.closing(Apart(name))) for name in ("jax", "torch")}
+        for name in needed:
+            aparts[name].start()
+        yield aparts
 
 
 def compile_only(chosen: Sequence[cases.Case], options: measure.Options) -> int:
-    with processes() as aparts:
+    with processes(options.rivals) as aparts:
         for case in chosen:
             for rows in measure.measure(case, options, aparts):
                 firsts = (f"{row['rival']} {row.get('gap') or first_call(row)}" for row in rows[1:])

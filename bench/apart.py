@@ -29,6 +29,14 @@ class Apart:
             with contextlib.suppress(Told):  # it has ended, and knows nothing any more
                 self.call("forget")
 
+    def start(self) -> None:
+        """Before anyone is asked: importing a framework takes a while."""
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, self.framework), daemon=True)
+        self.process.start()
+        theirs.close()
+
     def ask(self, case: Case, name: str, direction: str, count: int | None) -> None:
         self.asked[name] = case, name, direction, count
         self._send("prepare", self.asked[name])
@@ -58,11 +66,7 @@ class Apart:
 
     def _send(self, method: str, given: tuple) -> None:
         if self.process is None:
-            context = multiprocessing.get_context("spawn")
-            self.connection, theirs = context.Pipe()
-            self.process = context.Process(target=serve, args=(theirs, self.framework), daemon=True)
-            self.process.start()
-            theirs.close()
+            self.start()
         with contextlib.suppress(ConnectionError):  # it has ended, as whoever waits for the answer will hear
             self.connection.send((method, given))
 
@@ -97,11 +101,11 @@ class RemoteTurns:
         self.apart, self.names = apart, list(apart.names)
         self.gap: str | None = None
 
-    def start(self, timed: float) -> None:
-        self._call("start", timed)
+    def start(self) -> None:
+        self._call("start")
 
-    def turn(self, number: int, name: str, settle: float) -> None:
-        self._call("turn", number, name, settle)
+    def turn(self, number: int, name: str, settle: float, timed: float) -> None:
+        self._call("turn", number, name, settle, timed)
 
     def finish(self) -> dict[str, Time]:
         found = self._call("finish")
@@ -120,8 +124,8 @@ class RemoteTurns:
 
 
 def serve(connection, framework: str) -> None:
-    if framework == "torch":
-        import_torchs_triton()
+    if framework == "torch" and import_torchs_triton():
+        import torch  # noqa: F401
     served = Served()
     while True:
         try:
@@ -137,17 +141,18 @@ def serve(connection, framework: str) -> None:
         connection.send(answer)
 
 
-def import_torchs_triton() -> None:
-    """The one that was installed with PyTorch, where a path has another before it."""
+def import_torchs_triton() -> bool:
+    """The one that was installed with PyTorch, where a path has another before it. Whether there is one."""
     torch = importlib.util.find_spec("torch")
     beside = torch and torch.origin and Path(torch.origin).parents[1]
     if not beside or not (beside / "triton").is_dir():
-        return
+        return False
     sys.path.insert(0, str(beside))
     try:
         import triton  # noqa: F401
     finally:
         sys.path.remove(str(beside))
+    return True
 
 
 class Served:
@@ -164,12 +169,12 @@ class Served:
     def forget(self) -> None:
         self.bench.forget()
 
-    def start(self, timed: float) -> None:
+    def start(self) -> None:
         self.turns = self.bench.turns()
-        self.turns.start(timed)
+        self.turns.start()
 
-    def turn(self, number: int, name: str, settle: float) -> None:
-        self.turns.turn(number, name, settle)
+    def turn(self, number: int, name: str, settle: float, timed: float) -> None:
+        self.turns.turn(number, name, settle, timed)
 
     def finish(self) -> dict[str, Time]:
         return self.turns.finish()

@@ -7,13 +7,15 @@ another op is a function here and a line in `CASES`; `rivals.py` has what is tim
 
 import dataclasses
 import functools
+import itertools
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 FORWARD, BACKWARD, BOTH = PASSES = ("forward", "backward", "value and gradient")  # "backward" is the pullback alone
 
@@ -59,7 +61,12 @@ def _counting(batch, sequence, key):
     return jnp.broadcast_to(jnp.arange(sequence, dtype=jnp.int32), (batch, sequence))
 
 
-DOCUMENTS = 1, 5, 2, 8, 3, 6, 4, 3  # their lengths, in 32nds of a sequence
+DOCUMENTS = 3, 11, 5, 17, 7, 13, 9, 8  # packed into a sequence, in parts of it: their ends are not those of blocks
+
+
+def starts(sequence: int) -> np.ndarray:
+    """Where the documents of a sequence begin, and its end."""
+    return np.cumsum([0, *DOCUMENTS]) * sequence // sum(DOCUMENTS)
 
 
 def documents(batch: int, sequence: int) -> Operand:
@@ -68,8 +75,7 @@ def documents(batch: int, sequence: int) -> Operand:
 
 
 def _documents(batch, sequence, key):
-    lengths = jnp.array(DOCUMENTS) * (sequence // sum(DOCUMENTS))
-    ids = jnp.repeat(jnp.arange(len(DOCUMENTS), dtype=jnp.int32), lengths, total_repeat_length=sequence)
+    ids = np.repeat(np.arange(len(DOCUMENTS), dtype=np.int32), np.diff(starts(sequence)))
     return jnp.broadcast_to(ids, (batch, sequence))
 
 
@@ -99,6 +105,8 @@ class Case:
         computed in float32.
       table: `"core"`, or the sweep that it belongs to, over sizes in bytes, widths or lengths of sequences.
       at: where in the sweep.
+      blocks: of attention, how many of the blocks of 128 queries by 128 keys have a key for a query to see.
+      plain: of attention with a feature, the name of the case without it.
     """
 
     op: str
@@ -112,6 +120,8 @@ class Case:
     tolerance: float = 1e-2
     table: Table = "core"
     at: int = 0
+    blocks: int | None = None
+    plain: str | None = None
 
     @property
     def name(self) -> str:
@@ -137,10 +147,14 @@ class Case:
 MIB = 2**20
 
 
-def sweeps(make: Callable[[int, int], Case]) -> Iterator[Case]:
-    """An op of bfloat16 rows over sizes of its first operand, 1 MiB to 1 GiB, and over widths 1,024 to 16,384."""
+def sizes(make: Callable[[int, int], Case]) -> Iterator[Case]:
+    """An op of bfloat16 rows over sizes of its first operand, 1 MiB to 1 GiB."""
     for i in range(0, 11, 2):
         yield dataclasses.replace(make(MIB * 2**i // 2 // 4096, 4096), table="sizes", at=MIB * 2**i)
+
+
+def widths(make: Callable[[int, int], Case]) -> Iterator[Case]:
+    """An op of 256 MiB in bfloat16 rows over their widths, 1,024 to 16,384."""
     for d in (1024, 2048, 4096, 8192, 16384):
         yield dataclasses.replace(make(256 * MIB // 2 // d, d), table="widths", at=d)
 
@@ -267,37 +281,53 @@ def attention(
     packed: bool = False,
     **features,
 ) -> Case:
-    """`features`: `window`, how many keys each query sees, itself included; `cap` of scores; `alibi`. With `packed`
-    each row is several documents."""
+    """`features`: `window`, how many keys each query sees, itself included; `prefix`, how many all see; `cap` of
+    scores; `alibi`. With `packed` each row is several documents."""
     key_heads = key_heads or heads
-    visible = sequence * sequence / (1 + is_causal)
-    if packed:
-        visible = sum((n * sequence / sum(DOCUMENTS)) ** 2 for n in DOCUMENTS) / 2
-    if window := features.get("window"):
-        visible = window * sequence - window * window / 2
-    flops = round(4 * batch * heads * head_dim * visible)
+    first = _first_keys(sequence, packed, features.get("window"))
+    last = np.arange(sequence) if is_causal else np.full(sequence, sequence - 1)
+    last = np.maximum(last, features.get("prefix", 0) - 1)
+    flops = 4 * batch * heads * head_dim * int((last - first + 1).sum())
     keys = normal(batch, sequence, key_heads, head_dim)
     operands = {"query": normal(batch, sequence, heads, head_dim), "key": keys, "value": keys}
-    about = (
-        ["causal"] * is_causal + ["packed"] * packed + [f"{n} {v}" if v is not True else n for n, v in features.items()]
-    )
+    about = ["packed"] * packed + [f"{n} {v}" if v is not True else n for n, v in features.items()]
+    size = f"{batch}×{sequence}×{heads}{f'/{key_heads}' * (key_heads != heads)}×{head_dim}{' causal' * is_causal}"
     return Case(
         "dot_product_attention",
-        " ".join([f"{batch}×{sequence}×{heads}{f'/{key_heads}' * (key_heads != heads)}×{head_dim}", *about]),
+        " ".join([size, *about]),
         operands | ({"segment_ids": documents(batch, sequence)} if packed else {}),
-        {FORWARD: flops, BACKWARD: 5 * flops // 2, BOTH: 7 * flops // 2},
+        {FORWARD: flops, BOTH: 7 * flops // 2},
         unit="FLOP",
         options={"is_causal": is_causal, **features},
+        blocks=int((last[BLOCK - 1 :: BLOCK] // BLOCK - first[::BLOCK] // BLOCK + 1).sum()),
+        plain=f"dot_product_attention {size}" if about else None,
     )
+
+
+BLOCK = 128
+
+
+def _first_keys(sequence: int, packed: bool, window: int | None) -> np.ndarray:
+    """The first key that each query sees."""
+    first = np.repeat(starts(sequence)[:-1], np.diff(starts(sequence))) if packed else np.zeros(sequence, int)
+    return first if window is None else np.maximum(first, np.arange(sequence) - window + 1)
+
+
+FEATURES = {"window": 1024}, {"packed": True}, {"cap": 50.0}, {"alibi": True}, {"prefix": 512}
+
+
+def causal(*shape: int, features: Sequence[Mapping[str, Any]] = ()) -> Iterator[Case]:
+    """Causal attention as it is, and with each of these."""
+    for feature in ({}, *features):
+        yield attention(*shape, is_causal=True, **feature)
 
 
 def sequences() -> Iterator[Case]:
     """16,384 tokens in all, or one sequence that is longer; heads together 2,048 wide, as in FlashAttention's bench."""
-    for head_dim, is_causal in (64, True), (128, True), (128, False), (256, True):
-        for i in range(10, 17):
+    for head_dim, is_causal in itertools.product((64, 128, 256), (True, False)):
+        for i in (10, 12, 14, 16):
             case = attention(max(1, 2 ** (14 - i)), 2**i, 2048 // head_dim, head_dim, is_causal=is_causal)
-            work = {direction: case.work[direction] for direction in (FORWARD, BACKWARD)}
-            yield dataclasses.replace(case, work=work, table="sequences", at=2**i)
+            yield dataclasses.replace(case, table="sequences", at=2**i)
 
 
 # What XLA alone does at the speed of a copy: jtile has no kernels for it.
@@ -321,9 +351,13 @@ CASES = [
     rms_norm(32768, 8192),
     rms_norm(131072, 2048, residual=True),
     rms_norm(32768, 8192, residual=True),
-    *sweeps(rms_norm),
+    *sizes(rms_norm),
+    *widths(rms_norm),
+    *widths(functools.partial(rms_norm, residual=True)),
     layer_norm(131072, 2048),
     layer_norm(32768, 8192, residual=True),
+    *widths(layer_norm),
+    *widths(functools.partial(layer_norm, residual=True)),
     gated_rms_norm(65536, 4096),
     group_norm(16, 128, 128, 512),
     group_norm(32, 64, 64, 320),
@@ -331,25 +365,25 @@ CASES = [
     qk_norm_rope(8, 4096, 32, 8, 128),
     gated_activation(16384, 14336, "silu"),
     gated_activation(16384, 14336, "gelu"),
-    *sweeps(gated_activation),
+    *sizes(gated_activation),
+    *widths(gated_activation),
     softmax(32768, 8192),
     softmax(32768, 8192, op="log_softmax"),
-    *sweeps(softmax),
+    *sizes(softmax),
+    *widths(softmax),
     dropout(65536, 4096),
     dropout(65536, 4096, residual=True),
     softmax_cross_entropy(8192, 128256),
     softmax_cross_entropy(16384, 50257),
     linear_cross_entropy(8192, 4096, 128256),
     linear_cross_entropy(8192, 4096, 128256, mean=True),
-    attention(4, 4096, 16, 128, is_causal=True),
+    *causal(4, 4096, 16, 128, features=FEATURES),
     attention(4, 4096, 16, 128),
-    attention(4, 4096, 32, 64, key_heads=8, is_causal=True),
-    attention(1, 16384, 16, 128, is_causal=True),
-    attention(4, 4096, 8, 256, is_causal=True),
-    attention(1, 16384, 16, 128, is_causal=True, window=1024),
-    attention(1, 16384, 16, 128, is_causal=True, packed=True),
-    attention(4, 4096, 16, 128, is_causal=True, cap=50.0),
-    attention(4, 4096, 16, 128, is_causal=True, alibi=True),
+    *causal(1, 16384, 16, 128),
+    *causal(4, 4096, 32, 64, features=FEATURES[:4]),
+    *causal(4, 4096, 8, 256),
+    attention(4, 4096, 32, 128, key_heads=8, is_causal=True),
+    *causal(1, 32768, 16, 128, features=FEATURES[:2]),
     *sequences(),
     silu_mul(16384, 14336),
     adamw(2**28),

@@ -35,6 +35,7 @@ class Prepared:
     results: Sequence[jax.Array]
     first_call_seconds: float
     extra_bytes: int  # beside the inputs, at most: temporaries and results
+    temporary_bytes: int  # of which so much is no result
     error: float = 0.0
 
 
@@ -75,9 +76,11 @@ def measure(case: Case, options: Options, aparts: Mapping[str, Apart]) -> Iterat
         bench.works[floor] = _floor(case, direction)
         for name in sorted(asked, key=lambda name: rivals.RIVALS[name].apart):  # which are at work meanwhile
             rows[name] |= _prepared(asked[name], name)
+        prepared = time.perf_counter() - start
         if not options.compile_only:
             _time(case, rows, [party.turns() for party in (bench, *aparts.values())], options)
-        rows[floor]["took"] = time.perf_counter() - start  # seconds, compiling and all
+        # Seconds, compiling and all, and of those the ones before anything was timed.
+        rows[floor] |= dict(took=time.perf_counter() - start, took_preparing=prepared)
         yield list(rows.values())
 
 
@@ -88,8 +91,8 @@ def _prepared(party: "Bench | Apart", name: str) -> Row:
         return {"gap": str(lack)}
     except Exception as failure:  # a rival's, of whatever kind: the table names it, and goes on without
         return {"gap": f"fails: {brief(failure)}"}
-    about = dict(error=prepared.error, extra_bytes=prepared.extra_bytes)
-    return about | dict(first_call_seconds=prepared.first_call_seconds)
+    kept = "error", "extra_bytes", "temporary_bytes", "first_call_seconds"
+    return {name: getattr(prepared, name) for name in kept}
 
 
 class Bench:
@@ -164,6 +167,8 @@ def _narrow_normal(key, shape, dtype):
 
 def _row(case: Case, direction: str, rival: str) -> Row:
     about = dict(case=case.name, op=case.op, table=case.table, at=case.at)
+    if case.blocks is not None:
+        about |= dict(blocks=case.blocks, plain=case.plain)
     return about | {"pass": direction, "rival": rival, "work": case.work[direction], "unit": case.unit}
 
 
@@ -247,7 +252,7 @@ class _Jax:
         size = sum(x.nbytes for x in jax.tree.leaves(first[0]))
         work = Work(function, [first, *rest], *((_fresh, size) if dead else ()))
         # Of results (out, {"x": dx, ...}) the gradients come in the order of their names, for every rival.
-        return Prepared(work, jax.tree.leaves(out), seconds, extra)
+        return Prepared(work, jax.tree.leaves(out), seconds, extra, memory.temp_size_in_bytes)
 
 
 def _fresh(inputs: tuple) -> tuple:
@@ -334,7 +339,8 @@ class _Torch:
         del given
         rest = [self.inputs(direction, i) for i in range(1, count)]
         size = sum(x.nbytes for x in first[0].values()) if fresh else 0
-        return Prepared(Work(function, [first, *rest], fresh, size), results, seconds, extra)
+        temporary = max(0, extra - sum(x.nbytes for x in results))
+        return Prepared(Work(function, [first, *rest], fresh, size), results, seconds, extra, temporary)
 
     def fresh(self, inputs: tuple) -> tuple:
         """The same with copies of the operands."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import rich.table
 
-from bench import cases, pallas, results, training
+from bench import cases, pallas, results, targets, training
 
 README = Path(__file__).parent.parent / "README.md"
 MARKS = "<!-- the bench: python -m bench report --write -->\n", "<!-- end of the bench -->\n"
@@ -38,7 +38,8 @@ COLORS = {
 
 def rows_table(rows: Sequence[Row]) -> rich.table.Table:
     """One pass of a case, rival by rival."""
-    title = f"{rows[0]['case']}, {rows[0]['pass']}, measured in {rows[0].get('took', 0):.0f} s"
+    took, preparing = (rows[0].get(name, 0) for name in ("took", "took_preparing"))
+    title = f"{rows[0]['case']}, {rows[0]['pass']}, measured in {took - preparing:.1f} s after {preparing:.1f} s"
     table = rich.table.Table(title=title, title_justify="left", title_style="bold")
     for name in ("rival", "time", "rate", "of the floor", "error", "memory", "first call"):
         table.add_column(name, justify="left" if name == "rival" else "right")
@@ -75,17 +76,29 @@ def rate(row: Row) -> str:
 
 
 def markdown(root: Path = results.ROOT) -> str:
-    """The newest results of every chip: the core cases in tables, sweeps by their plots."""
+    """The newest results of every chip: targets, the fastest in each core case, plots of cases and sweeps."""
     parts = []
     for path in results.newest(root=root):
         found = results.read(path)
-        core = [row for row in found["rows"] if row["table"] == "core"]
-        parts += [heading(found), *tables(core), *plot_links(path.parent.name, found["rows"])]
+        rows = results.latest(found["rows"])
+        core = [row for row in rows if row["table"] == "core"]
+        page = f"bench/results/{path.parent.name}/{path.stem}.md"
+        every = f"Every figure, with memory and times to first call: [{path.stem}.md]({page})."
+        parts += [f"{heading(found)} {every}", targets.table(measured(path)), *summaries(core), *gap_list(core)]
+        parts += plot_links(path.parent.name, rows)
     for path in results.newest("training_", root):
         parts.append(training.markdown(results.read(path)))
     for path in results.newest("pallas_", root):
-        parts.append(pallas_section(results.read(path)["rows"]))
+        parts.append(pallas_section(results.read(path)))
     return "\n\n".join(parts) + "\n"
+
+
+def measured(path: Path) -> targets.Measured:
+    """The rows of a file, and the newest training steps of the same chip."""
+    steps = [file for file in results.newest("training_", path.parents[1]) if file.parent == path.parent]
+    return targets.Measured.of(
+        results.read(path)["rows"], [row for file in steps for row in results.read(file)["rows"]]
+    )
 
 
 def heading(found: dict[str, Any]) -> str:
@@ -98,6 +111,37 @@ def heading(found: dict[str, Any]) -> str:
         "cache holds; each is checked against a float32 reference. The percentage is of the floor, measured in the "
         "same turns: a copy of as many bytes, or cuBLAS's product of two matrices of 8192×8192. The fastest is bold."
     )
+
+
+def summaries(rows: Sequence[Row]) -> list[str]:
+    """jtile and the fastest of its rivals, a line for each case."""
+    parts = []
+    for unit, about in ("B", "Of a copy's speed:"), ("FLOP", "Of cuBLAS's speed:"):
+        chosen = [row for row in rows if row["unit"] == unit]
+        passes = [direction for direction in cases.PASSES if any(row["pass"] == direction for row in chosen)]
+        lines = [f"| case | {' | '.join(passes)} |", "| --- |" + " --- |" * len(passes)]
+        for case in dict.fromkeys(row["case"] for row in chosen):
+            by_pass = [[row for row in chosen if (row["case"], row["pass"]) == (case, d)] for d in passes]
+            lines.append(f"| {case} | {' | '.join(map(_fastest, by_pass))} |")
+        parts += [about, "\n".join(lines)] if chosen else []
+    return parts
+
+
+def _fastest(rows: Sequence[Row]) -> str:
+    """Of one pass of a case: jtile's figure, and that of the fastest beside it."""
+    rivals = [row for row in rows if row["rival"] not in FLOORS]
+    mine = [row for row in rivals if row["rival"] == "jtile"]
+    others = sorted((row for row in rivals if row not in mine and targets.valid(row)), key=lambda row: row["seconds"])
+    shown = mine + others[:1]
+    fastest = min((row["seconds"] for row in shown if targets.valid(row)), default=None)
+
+    def cell(row: Row) -> str:
+        if not targets.valid(row):
+            return "gap" if "gap" in row else "wrong"
+        text = f"**{row['share']:.0%}**" if row["seconds"] == fastest else f"{row['share']:.0%}"
+        return text if row["rival"] == "jtile" else f"{row['rival']} {text}"
+
+    return ", ".join(map(cell, shown))
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
@@ -162,14 +206,14 @@ def gap_list(rows: Iterable[Row]) -> list[str]:
     return ["Gaps:", "\n".join(lines)] if lines else []
 
 
-def pallas_section(rows: Sequence[Row]) -> str:
+def pallas_section(found: dict[str, Any]) -> str:
     about = (
         "Kernels that come with JAX (`jax.experimental.pallas.ops.gpu`), at their default tiles, and a matrix product",
         "in Pallas: through JAX's own backend, through jtile compiled as they are written, and with what jtile chooses",
         "itself ([what each choice gave](bench/results/pallas.md); `python -m bench pallas`). In brackets the speed-up",
-        "over JAX's backend.",
+        f"over JAX's backend. One {found['chip']}, {found['runs'][-1]['date']}.",
     )
-    return "\n".join(about) + f"\n\n{pallas.table(list(rows))}"
+    return "\n".join(about) + f"\n\n{pallas.table(found['rows'])}"
 
 
 def plot_links(chip: str, rows: Sequence[Row]) -> list[str]:
@@ -185,22 +229,39 @@ def write(root: Path = results.ROOT, readme: Path = README, folder: Path = PLOTS
         raise ValueError(f"{readme} lacks the line {MARKS[0].strip()} or, after it, {MARKS[1].strip()}")
     for path in results.newest(root=root):
         found = results.read(path)
-        by_table = [(t, [r for r in found["rows"] if r["table"] == t]) for t in cases.TABLES]
-        parts = [f"# {found['chip']}", heading(found)]
-        for table, rows in by_table:
-            if rows:
-                parts += [f"## {table.capitalize()}", *tables(rows), every_figure(rows)]
+        rows = results.latest(found["rows"])
+        parts = [f"# {found['chip']}", heading(found), COLUMNS, runs(found)]
+        for table in cases.TABLES:
+            of_table, every = ([row for row in some if row["table"] == table] for some in (rows, found["rows"]))
+            if of_table:
+                parts += [f"## {table.capitalize()}", *tables(of_table), every_figure(every)]
         path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
         folder.mkdir(parents=True, exist_ok=True)
-        for name, title, draw in plots(found["rows"]):
+        for name, title, draw in plots(rows):
             _save(draw(title), folder / f"{path.parent.name}_{name}.svg")
     readme.write_text(before + mark + "\n" + markdown(root) + "\n" + MARKS[1] + rest.partition(MARKS[1])[2])
 
 
+COLUMNS = (
+    "Times are the device's. Memory is what a call takes beside its operands, its results among it: of JAX's calls as "
+    "the compiled program says, of PyTorch's as its allocator does. A first call traces and compiles, or finds in the "
+    "caches on disk what was compiled before (with `--cold` there is none). Tables have the last run of each case."
+)
+
+
+def runs(found: dict[str, Any]) -> str:
+    """What was run, for whoever wants to run it again."""
+    lines = ["| run | date | commit | command |", "| --- |" + " --- |" * 3]
+    for i, run in enumerate(found["runs"]):
+        command = run["command"].replace("|", r"\|")
+        lines.append(f"| {i} | {run['date']} | {run.get('commit', 'unknown')} | `{command}` |")
+    return "\n".join(lines)
+
+
 def every_figure(rows: Sequence[Row]) -> str:
     lines = [
-        "| case | pass | rival | time | rate | of the floor | error | memory | first call |",
-        "| --- |" + " --- |" * 8,
+        "| case | pass | rival | run | time | rate | of the floor | error | memory | first call |",
+        "| --- |" + " --- |" * 9,
     ]
     for row in (row for row in rows if "gap" not in row and "share" in row):
         rest = (
@@ -209,7 +270,7 @@ def every_figure(rows: Sequence[Row]) -> str:
             else [f"{row['error']:.1e}", f"{row['extra_bytes'] / 2**30:.3f} GiB", f"{row['first_call_seconds']:.1f} s"]
         )
         figures = [f"{row['seconds'] * 1e3:.4f} ms", rate(row), f"{row['share']:.1%}", *rest]
-        lines.append(f"| {row['case']} | {row['pass']} | {row['rival']} | {' | '.join(figures)} |")
+        lines.append(f"| {row['case']} | {row['pass']} | {row['rival']} | {row['run']} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 
@@ -222,16 +283,25 @@ SWEEPS = {
 }
 
 
+CASES = {
+    "memory": ("% of a copy's speed", lambda row: row["unit"] == "B" and row["op"] != "softmax_cross_entropy"),
+    "cross_entropy": ("Cross-entropy, % of a copy's speed", lambda row: row["op"] == "softmax_cross_entropy"),
+    "attention": ("Attention, % of cuBLAS's speed", lambda row: row.get("blocks") and not row["plain"]),
+    "features": ("Attention with features, % of cuBLAS's speed", lambda row: row.get("plain")),
+    "losses": (
+        "Linear cross-entropy, % of cuBLAS's speed",
+        lambda row: row["unit"] == "FLOP" and not row.get("blocks"),
+    ),
+}
+
+
 def plots(rows: Sequence[Row]) -> list[tuple[str, str, Any]]:
     """Name, title and how to draw each plot that these rows have something for."""
     rows = [row for row in rows if "share" in row and row.get("right", True) and row["rival"] not in FLOORS]
     found = []
-    for direction in ("forward", "backward", "value and gradient"):
-        for unit, floor in ("B", "a copy's speed"), ("FLOP", "cuBLAS's speed"):
-            chosen = [r for r in rows if r["table"] == "core" and r["pass"] == direction and r["unit"] == unit]
-            if chosen:
-                name = f"{'memory' if unit == 'B' else 'products'}_{direction.replace(' ', '_')}"
-                found.append((name, f"{direction.capitalize()}, % of {floor}", lambda title, c=chosen: _bars(c, title)))
+    for name, (title, belongs) in CASES.items():
+        if chosen := [row for row in rows if row["table"] == "core" and belongs(row)]:
+            found.append((name, title, lambda title, c=chosen: _bars(c, title)))
     for table, title in SWEEPS.items():
         if chosen := [row for row in rows if row["table"] == table]:
             found.append((table, title, lambda title, c=chosen: _lines(c, title)))
@@ -239,23 +309,36 @@ def plots(rows: Sequence[Row]) -> list[tuple[str, str, Any]]:
 
 
 def _bars(rows: Sequence[Row], title: str):
+    """A panel for each pass, in which each case has a bar for each rival that can run it."""
     from matplotlib.figure import Figure
 
-    cases = list(dict.fromkeys(row["case"] for row in rows))
+    passes = [direction for direction in cases.PASSES if any(row["pass"] == direction for row in rows)]
     names = [name for name in COLORS if any(row["rival"] == name for row in rows)]
-    height = 0.8 / len(names)
-    figure = Figure(figsize=(8, 0.9 + len(cases) * (0.11 * len(names) + 0.1)), layout="constrained")
-    axes = figure.subplots()
-    for i, name in enumerate(names):
-        mine = [(cases.index(row["case"]), 100 * row["share"]) for row in rows if row["rival"] == name]
-        places = [y + (i - (len(names) - 1) / 2) * height for y, _ in mine]
-        bars = axes.barh(places, [share for _, share in mine], height, label=name, color=COLORS[name])
-        axes.bar_label(bars, fmt="%.0f", fontsize=6, padding=2)
-    axes.axvline(100, color="#7f7f7f", linewidth=0.8)
-    axes.set(title=title, xlim=(0, 112))
-    axes.set_yticks(range(len(cases)), cases, fontsize=8)
-    axes.set_ylim(len(cases) - 0.5, -0.5)
-    figure.legend(loc="outside lower center", ncols=len(names), fontsize=7, frameon=False)
+    places, middles = {}, {}
+    for case in dict.fromkeys(row["case"] for row in rows):
+        there = [name for name in names if any((row["case"], row["rival"]) == (case, name) for row in rows)]
+        first = len(places) + len(middles)  # an empty line between cases
+        places |= {(case, name): first + i for i, name in enumerate(there)}
+        middles[case] = first + (len(there) - 1) / 2
+    height = len(places) + len(middles)
+    figure = Figure(figsize=(3 + 2.8 * len(passes), 1.2 + 0.11 * height), layout="constrained")
+    panels = figure.subplots(1, len(passes), squeeze=False, sharey=True)[0]
+    most = max(100, *(100 * row["share"] for row in rows))
+    for axes, direction in zip(panels, passes, strict=True):
+        mine = [row for row in rows if row["pass"] == direction]
+        at = [places[row["case"], row["rival"]] for row in mine]
+        colors = [COLORS[row["rival"]] for row in mine]
+        bars = axes.barh(at, [100 * row["share"] for row in mine], 0.9, color=colors)
+        axes.bar_label(bars, fmt="%.0f", fontsize=5, padding=1)
+        axes.axvline(100, color="#7f7f7f", linewidth=0.8)
+        axes.set_title(direction, fontsize=8)
+        axes.set(xlim=(0, 1.1 * most), ylim=(height - 1, -1))
+        axes.set_yticks([*middles.values()], [case.removeprefix("dot_product_attention ") for case in middles])
+        axes.tick_params(labelsize=6, left=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    handles = [panels[0].barh(0, 0, color=COLORS[name], label=name) for name in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
     return figure
 
 
@@ -263,9 +346,9 @@ def _lines(rows: Sequence[Row], title: str):
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys((row["op"], _variant(row), row["pass"]) for row in rows))
-    columns = min(2, len(panels))
+    columns = 2 if len(panels) <= 6 else 4
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.2 * columns, 2.4 * lines + 0.6), layout="constrained")
+    figure = Figure(figsize=(10, 20 / columns**1.5 * lines + 0.8), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     names = {}
     for axes, (op, variant, direction) in itertools.zip_longest(grid.flat, panels, fillvalue=("", "", "")):
@@ -275,11 +358,11 @@ def _lines(rows: Sequence[Row], title: str):
             if mine:
                 points = sorted((row["at"], 100 * row["share"]) for row in mine)
                 (names[name],) = axes.plot(*zip(*points, strict=True), marker=".", color=color)
-        axes.set_title(f"{op} {variant} {direction}".replace("  ", " "), fontsize=8)
+        axes.set_title(f"{op} {variant}\n{direction}".replace("dot_product_attention ", ""), fontsize=7)
         axes.set_xscale("log", base=2)
         places = sorted({row["at"] for row in rows})
-        axes.set_xticks(places, [_place(at, rows[0]["table"]) for at in places], fontsize=7)
-        axes.set_ylim(0, 110)
+        axes.set_xticks(places, [_place(at, rows[0]["table"]) for at in places], fontsize=6)
+        axes.set_ylim(0, max(110, *(105 * row["share"] for row in rows)))
         axes.axhline(100, color="#7f7f7f", linewidth=0.8)
         axes.grid(alpha=0.3)
     figure.suptitle(title, fontsize=10)

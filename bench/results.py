@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,25 +41,25 @@ class Results:
         self.content["runs"].append(
             {
                 "date": datetime.date.today().isoformat(),
-                "command": " ".join(["python", "-m", "bench", *sys.argv[1:]]),
+                "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
                 "commit": commit(),
                 "versions": versions(),
             }
         )
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Rows of a case, pass and rival that are there already take their place."""
-        known = {_key(row): row for row in self.content["rows"]}
-        known.update({_key(row): row | {"run": len(self.content["runs"]) - 1} for row in rows})
-        self.content["rows"] = list(known.values())
+        self.content["rows"] += [row | {"run": len(self.content["runs"]) - 1} for row in rows]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(f".{os.getpid()}")
         unfinished.write_text(json.dumps(self.content, indent=1, ensure_ascii=False) + "\n")
         unfinished.replace(self.path)
 
 
-def _key(row: dict[str, Any]) -> tuple:
-    return row["case"], row.get("table"), row.get("pass"), row["rival"]
+def latest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each case and pass the rows of the last run that has it."""
+    rows = list(rows)
+    last = {(row["case"], row["pass"]): row["run"] for row in rows}
+    return [row for row in rows if last[row["case"], row["pass"]] == row["run"]]
 
 
 def versions() -> dict[str, str]:

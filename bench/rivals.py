@@ -119,7 +119,7 @@ def _alibi_bias(query, key):
 
 
 @enter(REFERENCE, "dot_product_attention")
-def _(is_causal, window=None, cap=None, alibi=False):
+def _(is_causal, window=None, cap=None, alibi=False, prefix=0):
     """In plain JAX, some queries of one head at a time."""
     block = 1024
 
@@ -130,7 +130,7 @@ def _(is_causal, window=None, cap=None, alibi=False):
             scores += slope * (keys - at)
         if cap is not None:
             scores = cap * jnp.tanh(scores / cap)
-        seen = (keys <= at) if is_causal else True
+        seen = (keys <= at) | (keys < prefix) if is_causal else True
         if window is not None:
             seen &= at - keys < window
         if ids is not None:
@@ -156,15 +156,20 @@ def _(is_causal, window=None, cap=None, alibi=False):
 
 
 def _jtile_attention(implementation):
-    def make(is_causal, window=None, cap=None, alibi=False):
-        def with_alibi(query, key, value):
+    def make(is_causal, window=None, cap=None, alibi=False, prefix=0):
+        @functools.cache
+        def block_mask(queries, keys):
+            with jax.ensure_compile_time_eval():  # as a model does once for all of its layers
+                return jtile.create_block_mask(lambda b, h, i, j: (i >= j) | (j < prefix), None, None, queries, keys)
+
+        def flexible(query, key, value):
             slopes = jnp.array(_slopes(query.shape[2]))
             return jtile.flex_attention(
                 query,
                 key,
                 value,
-                score_mod=lambda score, b, h, i, j: score + slopes[h] * (j - i),
-                block_mask=jtile.create_block_mask(_causal, None, None, query.shape[1], key.shape[1]),
+                score_mod=(lambda score, b, h, i, j: score + slopes[h] * (j - i)) if alibi else None,
+                block_mask=block_mask(query.shape[1], key.shape[1]),
                 implementation=implementation,
             )
 
@@ -183,13 +188,9 @@ def _jtile_attention(implementation):
                 implementation=implementation,
             )
 
-        return with_alibi if alibi else attention
+        return flexible if alibi or prefix else attention
 
     return make
-
-
-def _causal(batch, head, query, key):
-    return query >= key
 
 
 enter("jtile", "dot_product_attention")(_jtile_attention("triton"))
@@ -197,7 +198,7 @@ enter("XLA", "dot_product_attention")(_jtile_attention("xla"))
 
 
 @enter("cuDNN", "dot_product_attention")
-def _(is_causal, window=None, cap=None, alibi=False):
+def _(is_causal, window=None, cap=None, alibi=False, prefix=0):
     if cap is not None:
         raise NotImplementedError("jax.nn.dot_product_attention has no soft cap")
 
@@ -206,25 +207,25 @@ def _(is_causal, window=None, cap=None, alibi=False):
             query,
             key,
             value,
-            **_seen(query, key, segment_ids, is_causal, window, alibi),
+            **_seen(query, key, segment_ids, is_causal, window, alibi, prefix),
             implementation="cudnn",
         )
 
     return attention
 
 
-def _seen(query, key, segment_ids, is_causal, window, alibi) -> dict:
+def _seen(query, key, segment_ids, is_causal, window, alibi, prefix) -> dict:
     """What queries see, under the names that `jax.nn` gives it."""
+    mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    if prefix:
+        at = jnp.arange(key.shape[1])
+        mask, is_causal = ((at <= at[:, None]) | (at < prefix))[None, None], False
     return dict(
         bias=_alibi_bias(query, key) if alibi else None,
-        mask=None if segment_ids is None else _same(segment_ids),
+        mask=mask,
         is_causal=is_causal,
         local_window_size=None if window is None else (window - 1, 0),
     )
-
-
-def _same(ids):
-    return (ids[:, :, None] == ids[:, None, :])[:, None]
 
 
 @enter("XLA", "silu_mul")
@@ -309,13 +310,13 @@ def _():
 
 
 def _tokamax_attention(implementation):
-    def make(is_causal, window=None, cap=None, alibi=False):
+    def make(is_causal, window=None, cap=None, alibi=False, prefix=0):
         def attention(query, key, value, segment_ids=None):
             return _tokamax().dot_product_attention(
                 query,
                 key,
                 value,
-                **_seen(query, key, segment_ids, is_causal, window, alibi),
+                **_seen(query, key, segment_ids, is_causal, window, alibi, prefix),
                 logits_soft_cap=cap,
                 implementation=implementation,
             )
@@ -536,7 +537,7 @@ def _(is_causal, **features):
 
 
 @enter("FlexAttention", "dot_product_attention")
-def _(is_causal, window=None, cap=None, alibi=False):
+def _(is_causal, window=None, cap=None, alibi=False, prefix=0):
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -554,7 +555,7 @@ def _(is_causal, window=None, cap=None, alibi=False):
 
     def block_mask(q, k, ids):
         def seen(b, h, i, j):
-            visible = i >= j
+            visible = (i >= j) | (j < prefix)
             if window is not None:
                 visible = visible & (i - j < window)
             return visible if ids is None else visible & (ids[b, i] == ids[b, j])

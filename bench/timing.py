@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -44,8 +45,8 @@ class Party(Protocol):
 
     names: Sequence[str]
 
-    def start(self, timed: float) -> None: ...
-    def turn(self, number: int, name: str, settle: float) -> None: ...
+    def start(self) -> None: ...
+    def turn(self, number: int, name: str, settle: float, timed: float) -> None: ...
     def finish(self) -> dict[str, Time]: ...
 
 
@@ -68,13 +69,15 @@ def kernel_seconds(
     between two programs, PyTorch fewer. As in `jtile.tuning.timing`, a turn begins with `settle` seconds that are not
     counted, for the sake of the chip's power limit, and every other round goes through the rivals backwards.
     """
-    for party in parties:
-        party.start(timed)
+    with ThreadPoolExecutor() as at_once:  # a profile's start and end take each process a while
+        list(at_once.map(lambda party: party.start(), parties))
     order = [(party, name) for party in parties for name in party.names]
     for number in range(rounds):
         for party, name in order[:: -1 if number % 2 else 1]:
-            party.turn(number, name, settle)
-    return {name: time for party in parties for name, time in party.finish().items()}
+            party.turn(number, name, settle, timed)
+    with ThreadPoolExecutor() as at_once:
+        found = list(at_once.map(lambda party: party.finish(), parties))
+    return {name: time for times in found for name, time in times.items()}
 
 
 class Turns:
@@ -86,16 +89,14 @@ class Turns:
         self.host: dict[str, list[float]] = {name: [] for name in works}
         self.failed: dict[str, str] = {}
 
-    def start(self, timed: float) -> None:
-        for name, work in self.works.items():
-            self._try(name, self._count, name, work, timed)
+    def start(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
         self.recording = trace.recording(Path(self.folder.name))
         self.recording.__enter__()
 
-    def turn(self, number: int, name: str, settle: float) -> None:
+    def turn(self, number: int, name: str, settle: float, timed: float) -> None:
         if name not in self.failed:
-            self._try(name, self._turn, number, name, settle)
+            self._try(name, self._turn, number, name, settle, timed)
 
     def finish(self) -> dict[str, Time]:
         self.recording.__exit__(None, None, None)
@@ -114,8 +115,11 @@ class Turns:
         most = MOST_CALLS if work.fresh is None else max(1, min(MOST_CALLS, MOST_FRESH // max(1, work.fresh_bytes)))
         self.calls[name] = max(1, min(most, math.ceil(timed / once)))
 
-    def _turn(self, number: int, name: str, settle: float) -> None:
-        work, calls = self.works[name], self.calls[name]
+    def _turn(self, number: int, name: str, settle: float, timed: float) -> None:
+        work = self.works[name]
+        if name not in self.calls:
+            self._count(name, work, timed)
+        calls = self.calls[name]
         start = time.perf_counter()
         while time.perf_counter() - start < settle:
             self._run(work, calls)

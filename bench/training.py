@@ -1,30 +1,42 @@
 """`python -m bench.training --size 1b`: a training step of Llama, end to end, and where its time goes.
 
-The same model, batch and optimiser (AdamW; float32 parameters, bfloat16 activations) four times, each in a process of
-its own: `models/llama.py` on jtile's kernels; the same in plain XLA with cuDNN's attention; and Hugging Face's Llama in
-PyTorch under torch.compile, without and with Liger-Kernel.
+The same model, batch and optimiser (AdamW; float32 parameters, bfloat16 activations), each time in a process of its
+own: `models/llama.py` on jtile's kernels, fast and lean (with `remat="selective"`); the same in plain XLA with cuDNN's
+attention; and Hugging Face's Llama in PyTorch under torch.compile, without and with Liger-Kernel. All compile at once,
+and then train one after the other. Results of a day are merged into one file, however many runs they took.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import results
+from bench import caches, results
 from bench.apart import import_torchs_triton
 
-CONTENDERS = ("jtile", "XLA and cuDNN", "torch.compile", "torch.compile and Liger-Kernel")
-WARM_UP, PROFILED, KERNELS_SHOWN = 3, 2, 12
+JAX: dict[str, dict[str, Any]] = {  # how each computes
+    "jtile": dict(implementation="triton"),
+    "jtile, lean": dict(implementation="triton", remat="selective"),
+    "XLA and cuDNN": dict(implementation="cudnn", linear_loss=False),
+}
+CONTENDERS = (*JAX, "torch.compile", "torch.compile and Liger-Kernel")
+WARM_UP, PROFILED, KERNELS_KEPT = 3, 2, 40
+PREPARING = 0.7  # of the time that there is
+READY = "ready to train"
 
 # What a kernel is for, by its name; the first that fits.
 GROUPS = {
@@ -51,76 +63,145 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="file to write (default: in bench/results/<chip>/)")
     parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)  # in this process
     given = parser.parse_args(arguments)
+    caches.on_disk()
     if given.only:
-        measured = prepare(given.only, given) if given.compile_only else train(given.only, given)
-        given.output.write_text(json.dumps(measured))
+        given.output.write_text(json.dumps(measure(given)))
         return 0
-    deadline = time.monotonic() + given.limit
-    found = {
-        "chip": "unknown",
-        "size": given.size,
-        "batch": given.batch,
-        "seq": given.seq,
-        "versions": results.versions(),
-        "commit": results.commit(),
-        "command": " ".join(["python", "-m", "bench.training", *sys.argv[1:]]),
+    run = {
         "date": time.strftime("%Y-%m-%d"),
-        "rows": [],
+        "command": shlex.join(["python", "-m", "bench.training", *sys.argv[1:]]),
+        "commit": results.commit(),
+        "versions": results.versions(),
     }
-    for name in given.contenders:
-        row = in_a_process(name, given, deadline - time.monotonic())
+    chip, rows, path = "unknown", [], given.output
+    for row in measured_apart(given):
         print(line(row), flush=True)
-        found["rows"].append(row)
-        found["chip"] = row.get("chip", found["chip"])
-        if not given.compile_only:  # what was measured before an interruption is there
-            path = given.output or results.of_today(found["chip"], f"training_{given.size}_")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(found, indent=1) + "\n")
+        if given.compile_only:
+            continue
+        rows.append(row | {"size": given.size, "batch": given.batch, "seq": given.seq})
+        chip = row.get("chip", chip)
+        if given.output or chip != "unknown":
+            path = given.output or results.of_today(chip, f"training_{given.size}_")
+            merge(path, chip, run, rows)  # what was measured before an interruption is there
+    if rows and path is not None:
+        print(f"\n{markdown(results.read(path))}\n\nwrote {path}")
+    return 1 if any("gap" in row and row["contender"] in JAX for row in rows) else 0
+
+
+def merge(path: Path, chip: str, run: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Put a run's rows into a file. They take the place of earlier ones, but a gap takes that of gaps alone."""
+    content = results.read(path) if path.exists() else {"runs": [], "rows": []}
+    content["chip"] = chip
+    if run not in content["runs"]:
+        content["runs"].append(run)
+    known = {_key(row): row for row in content["rows"]}
+    for row in rows:
+        if "gap" not in row or "gap" in known.get(_key(row), row):
+            known[_key(row)] = row | {"run": content["runs"].index(run)}
+    content["rows"] = sorted(known.values(), key=lambda row: CONTENDERS.index(row["contender"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _key(row: dict[str, Any]) -> tuple:
+    return row["contender"], row["size"], row["batch"], row["seq"]
+
+
+def measured_apart(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What each contender measured, or why it could not. None prepares while another trains."""
+    start = time.monotonic()
+    to_prepare, to_train = start + PREPARING * given.limit, start + given.limit
     if given.compile_only:
-        return 0
-    print(f"\n{markdown(found)}\n\nwrote {path}")
-    return 1 if any("gap" in row for row in found["rows"] if row["contender"] == "jtile") else 0
+        to_prepare = to_train
+    with contextlib.ExitStack() as stack:
+        contenders = [stack.enter_context(contextlib.closing(Contender(name, given))) for name in given.contenders]
+        gaps = {contender: contender.prepared(to_prepare) for contender in contenders}
+        for contender, gap in gaps.items():
+            yield {"contender": contender.name, "gap": gap} if gap else contender.result(to_train)
 
 
-def in_a_process(name: str, given: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """What one contender measured, or why it could not."""
-    if seconds <= 0:
-        return {"contender": name, "gap": f"no time was left of {given.limit:.0f} s"}
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "row.json"
-        command = [sys.executable, "-m", "bench.training", "--only", name, "--output", str(output)]
+class Contender:
+    """A process that prepares, says so, and trains when it is told to."""
+
+    def __init__(self, name: str, given: argparse.Namespace):
+        self.name, self.limit = name, given.limit
+        self.folder = tempfile.TemporaryDirectory()
+        self.output, self.errors = Path(self.folder.name) / "row.json", Path(self.folder.name) / "errors"
+        command = [sys.executable, "-m", "bench.training", "--only", name, "--output", str(self.output)]
         for option in ("size", "batch", "seq", "steps"):
             command += [f"--{option}", str(getattr(given, option))]
         command += ["--compile-only"] * given.compile_only
-        environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", **os.environ}  # alone on the device
+        memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**memory, **os.environ},
+            )
+        self.ready = False
+        self.listener = threading.Thread(target=self.listen)
+        self.listener.start()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.listener.join()
+        self.process.communicate()
+        self.folder.cleanup()
+
+    def listen(self) -> None:
+        assert self.process.stdout is not None
+        self.ready = any(text.strip() == READY for text in self.process.stdout)
+
+    def prepared(self, deadline: float) -> str | None:
+        """Waits until it is; returns why it is not."""
+        self.listener.join(max(0.0, deadline - time.monotonic()))
+        if self.listener.is_alive():
+            self.process.kill()
+            self.listener.join()
+        if self.ready:
+            return None
+        self.process.wait()
+        return self.gap()
+
+    def result(self, deadline: float) -> dict[str, Any]:
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
+            self.process.communicate("go\n", timeout=max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            return {"contender": name, "gap": f"took longer than the {seconds:.0f} s that were left"}
-        if done.returncode or not output.exists():
-            lines = [text for text in done.stderr.splitlines() if text.strip()] or ["no output"]
-            told = next((text for text in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", text)), lines[-1])
-            return {"contender": name, "gap": f"fails: {told[:300]}"}
-        return json.loads(output.read_text())
+            self.process.kill()
+            self.process.communicate()
+        if self.process.returncode or not self.output.exists():
+            return {"contender": self.name, "gap": self.gap()}
+        return json.loads(self.output.read_text())
+
+    def gap(self) -> str:
+        if self.process.returncode == -signal.SIGKILL:
+            return f"took longer than its part of {self.limit:.0f} s"
+        lines = [text for text in self.errors.read_text().splitlines() if text.strip()] or ["no output"]
+        told = next((text for text in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", text)), lines[-1])
+        return f"fails: {told[:300]}"
 
 
-def prepare(name: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Compile a contender's programs, which PyTorch does when it runs them first."""
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    """One contender, in this process."""
     start = time.perf_counter()
-    if name.startswith("torch"):
-        _Torch(name, given).run(1)
-    else:
-        _Jax(name, given).compile()
-    return {"contender": name, "compile_seconds": time.perf_counter() - start}
+    training = (_Jax if given.only in JAX else _Torch)(given.only, given)
+    training.prepare()
+    prepared = time.perf_counter() - start
+    print(READY, flush=True)
+    sys.stdin.readline()
+    if given.compile_only:
+        return {"contender": given.only, "compile_seconds": prepared}
+    return train(training, given, prepared)
 
 
-def train(name: str, given: argparse.Namespace) -> dict[str, Any]:
+def train(training: "_Jax | _Torch", given: argparse.Namespace, prepared: float) -> dict[str, Any]:
     """Train for a few steps; tokens a second, peak memory, and each kernel's share."""
     start = time.perf_counter()
-    framework = _Torch if name.startswith("torch") else _Jax
-    training = framework(name, given)
     first_loss = training.run(1)
-    first_step = time.perf_counter() - start
+    first_step = prepared + time.perf_counter() - start
     training.run(WARM_UP)
     start = time.perf_counter()
     last_loss = training.run(given.steps)
@@ -129,7 +210,7 @@ def train(name: str, given: argparse.Namespace) -> dict[str, Any]:
     kernels = training.kernels()
     busy = sum(time for time, _ in kernels.values())
     return {
-        "contender": name,
+        "contender": given.only,
         "chip": training.chip,
         "seconds": seconds,
         "tokens_per_second": given.batch * given.seq / seconds,
@@ -140,7 +221,7 @@ def train(name: str, given: argparse.Namespace) -> dict[str, Any]:
         "groups": {group: time / busy for group, time in grouped(kernels).items()},
         "kernels": [
             {"name": kernel[:120], "share": time / busy, "calls": count / PROFILED}
-            for kernel, (time, count) in list(kernels.items())[:KERNELS_SHOWN]
+            for kernel, (time, count) in list(kernels.items())[:KERNELS_KEPT]
         ],
     }
 
@@ -163,10 +244,7 @@ class _Jax:
         from models import llama
 
         self.jax, self.chip = jax, jax.devices()[0].device_kind
-        implementation = {"jtile": "triton", "XLA and cuDNN": "cudnn"}[name]
-        config = dataclasses.replace(
-            llama.SIZES[given.size], dtype="bfloat16", implementation=implementation, linear_loss=name == "jtile"
-        )
+        config = dataclasses.replace(llama.SIZES[given.size], dtype="bfloat16", **JAX[name])
         graph, _ = nnx.split(nnx.eval_shape(lambda: llama.Llama(config, rngs=nnx.Rngs(0))), nnx.Param)
         optimizer = optax.adamw(1e-4, b1=0.9, b2=0.95, weight_decay=0.1)
 
@@ -190,9 +268,10 @@ class _Jax:
     def state(self):
         return self.initial()
 
-    def compile(self) -> None:
-        self.initial.lower().compile()
-        self.step.lower(self.jax.eval_shape(self.initial), self.batches[0]).compile()
+    def prepare(self) -> None:
+        state = self.jax.eval_shape(self.initial)
+        self.initial = self.initial.lower().compile()
+        self.step = self.step.lower(state, self.batches[0]).compile()
 
     def run(self, steps: int) -> float:
         for i in range(steps):
@@ -225,23 +304,45 @@ class _Torch:
 
             apply_liger_kernel_to_llama()
         torch.manual_seed(0)
-        config = transformers.LlamaConfig(**llama.write_config(llama.SIZES[given.size]), attn_implementation="sdpa")
-        config.use_cache = False
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # layers that are alike are compiled once
+        values = llama.write_config(llama.SIZES[given.size])
+        self.config = transformers.LlamaConfig(**values, attn_implementation="sdpa", use_cache=False)
+        shape = given.batch, given.seq
+        self.batches = [torch.randint(self.config.vocab_size, shape, device="cuda") for _ in range(2)]
+
+    def prepare(self) -> None:
+        """PyTorch compiles when it runs. Two layers are like all."""
+        from transformers import LlamaConfig
+
+        self.step_of(LlamaConfig(**{**self.config.to_dict(), "num_hidden_layers": 2}))(self.batches[0])
+        self.torch.cuda.empty_cache()
+        self.torch.cuda.reset_peak_memory_stats()
+
+    @functools.cached_property
+    def step(self):
+        return self.step_of(self.config)
+
+    def step_of(self, config):
+        import transformers
+
+        torch = self.torch
         with torch.device("cuda"):
             model = transformers.LlamaForCausalLM(config).train()
         optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.1, fused=True)
-        forward = torch.compile(model)
+        # By regions, as PyTorch's documentation recommends.
+        for layer in model.model.layers:
+            layer.compile()
+        model.loss_function = torch.compile(model.loss_function)
 
         def step(tokens):
             with torch.autocast("cuda", torch.bfloat16):
-                loss = forward(input_ids=tokens, labels=tokens).loss
+                loss = model(input_ids=tokens, labels=tokens).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             return loss.detach()
 
-        self.step = step
-        self.batches = [torch.randint(config.vocab_size, (given.batch, given.seq), device="cuda") for _ in range(2)]
+        return step
 
     def run(self, steps: int) -> float:
         for i in range(steps):
@@ -279,18 +380,22 @@ def line(row: dict[str, Any]) -> str:
 
 def markdown(found: dict[str, Any]) -> str:
     """What a file of measurements has, for people."""
-    about = (
-        f"Llama {found['size']}, {found['batch']} × {found['seq']} tokens a step, AdamW, float32 parameters and "
-        f"bfloat16 activations, on one {found['chip']}, {found['date']}:"
-    )
-    parts = [about, table(found["rows"])]
-    if any("gap" not in row for row in found["rows"]):
-        parts += ["Where the time goes, by what kernels are for:", profile(found["rows"])]
+    parts = []
+    for setting in dict.fromkeys((row["size"], row["batch"], row["seq"]) for row in found["rows"]):
+        rows = [row for row in found["rows"] if _key(row)[1:] == setting]
+        size, batch, seq = setting
+        parts += [
+            f"Llama {size}, {batch} × {seq} tokens a step, AdamW, float32 parameters and bfloat16 activations, on one "
+            f"{found['chip']}, {', '.join(dict.fromkeys(found['runs'][row['run']]['date'] for row in rows))}:",
+            table(rows),
+        ]
+        if any("gap" not in row for row in rows):
+            parts += ["Where the time goes, by what kernels are for:", profile(rows)]
     return "\n\n".join(parts)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Tokens a second and peak memory as Markdown, beside jtile's."""
+    """Tokens a second and peak memory as Markdown, beside jtile's. Speeds of different runs don't compare."""
     mine = next((row for row in rows if row["contender"] == "jtile" and "gap" not in row), None)
     lines = ["| training step | tokens/s | peak memory | jtile's tokens/s | jtile's memory |", "| --- |" + " --- |" * 4]
     for row in rows:
@@ -300,6 +405,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         ratios = ["", ""]
         if mine is not None:
             ratios = [f"{mine[field] / row[field]:.2f} times" for field in ("tokens_per_second", "peak_bytes")]
+            ratios[0] = ratios[0] if row["run"] == mine["run"] else ""
         measured = [f"{row['tokens_per_second']:,.0f}", f"{row['peak_bytes'] / 2**30:.1f} GiB"]
         lines.append(f"| {row['contender']} | {' | '.join(measured + ratios)} |")
     return "\n".join(lines)

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from inspect import signature
+from itertools import chain
 from typing import Any
 
 import jax
@@ -25,7 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtile.compiler.build import TileTooLarge
+from jtile.compiler.kernel import kernel_of
 from jtile.compiler.launch import Launch
+from jtile.compiler.params import CompilerParams
+from jtile.compiler.rewrite import equations
 from jtile.compiler.target import Target
 from jtile.page import page
 from jtile.report import KernelReport, explain, launches, report, table
@@ -127,6 +131,11 @@ def inspect(given: argparse.Namespace) -> int:
     reports = {target: [report(one, target) for one in found] for target, found in compiled.items()}
     _print_sources({target: reports[target] for target in named if target in reports})
     print(_resources(reports))
+    if left := [name for name in _of_jax(function, arrays) if any(name == r.name for r in chain(*reports.values()))]:
+        print(
+            f"\nShown of {', '.join(left)} is what jtile makes of it. It runs so once {given.function} is wrapped in "
+            "jtile.retarget_pallas; as it is, JAX's own backend compiles it."
+        )
     for kernel in dict.fromkeys(r.name for found in reports.values() for r in found):
         print(f"\nInstructions of {kernel} in the assembly:\n{_instructions(kernel, reports)}")
     if given.html:
@@ -233,6 +242,13 @@ def _with_other_generations(named: Sequence[Target]) -> list[Target]:
     known = {target.compute_capability for target in named}
     others = [chip for chip in map(Target.named, GENERATIONS) if chip.compute_capability not in known]
     return sorted((*named, *others), key=lambda target: target.compute_capability)
+
+
+def _of_jax(function: Callable, arrays: Sequence) -> list[str]:
+    """The names of kernels that were written for JAX's own backend."""
+    calls = (e.params for e in equations(jax.make_jaxpr(function)(*arrays).jaxpr) if e.primitive.name == "pallas_call")
+    left = (p for p in calls if not p["interpret"] and not isinstance(p["compiler_params"], CompilerParams))
+    return list(dict.fromkeys(kernel_of(params).name for params in left))
 
 
 # What to print

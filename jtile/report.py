@@ -10,9 +10,10 @@ from jax.sharding import AxisType
 from jtile import borrowed
 from jtile.compiler import launch
 from jtile.compiler.launch import Launch
+from jtile.compiler.pallas import adopting
 from jtile.compiler.rewrite import equations
 from jtile.compiler.target import Occupancy, Target
-from jtile.op.lowering import choose, choose_tile, note
+from jtile.op.lowering import choose, choose_tile, folded
 from jtile.op.primitive import Call, TileOp, TilePrimitive
 from jtile.op.rules import ungrouped
 from jtile.op.sharding import Layout, axes_of, in_words
@@ -69,8 +70,9 @@ def inspect(fn: Callable, *args: Any, target: str | Target | None = "NVIDIA H200
     often it is launched.
 
     Args:
-      fn: a function that JAX can trace: jtile's ops, `jtile.triton_call` and Pallas kernels with
-        `jtile.CompilerParams`, under any of JAX's transformations.
+      fn: a function that JAX can trace: jtile's ops, `jtile.triton_call` and Pallas kernels, under any of JAX's
+        transformations. Kernels without `jtile.CompilerParams`, which JAX's own backend compiles when `fn` runs, are
+        shown as `jtile.retarget_pallas(fn)` has them.
       *args: its arguments, pytrees of arrays or of `jax.ShapeDtypeStruct`s. Only shapes and dtypes count.
       target: the chip's name; None for the GPU of this machine.
 
@@ -100,7 +102,7 @@ def launches(fn: Callable, args: Sequence, target: Target) -> list[Launch]:
     """The kernels that a function launches on a chip, each once."""
     # A new function each time: JAX would take a lowering that it remembers, and no kernel would be seen.
     traced = jax.jit(lambda *args: fn(*args))
-    with jax.sharding.use_abstract_mesh(target.abstract_mesh), launch.recording() as found:
+    with jax.sharding.use_abstract_mesh(target.abstract_mesh), launch.recording() as found, adopting():
         traced.trace(*jax.tree.map(_abstract, args)).lower(lowering_platforms=("cuda",))
     return list({(one.compiled.name, one.compiled.cubin): one for one in found}.values())
 
@@ -207,13 +209,15 @@ def explain(fn: Callable, *args, target: str | None = None) -> Explanation:
             continue
         op, call = eqn.primitive.op, eqn.params["call"]
         avals: list[Any] = [v.aval for v in eqn.invars]
-        choice = choose(op, ungrouped(avals, call), call, platform)
-        tile = choose_tile(op, ungrouped(avals, call), call, chip) if choice.runs == "kernel" else None
+        shapes = ungrouped(avals, call)
+        choice = choose(op, shapes, call, platform)
+        tile = choose_tile(op, shapes, call, chip) if choice.runs == "kernel" else None
         operands = ", ".join(f"{a.dtype.name}[{','.join(map(str, a.shape))}]" for a in avals)
         tile_text = f"{tile.tile} ({tile.source})" if tile and tile.tile is not None else ""
         why = choice.why
-        if tile and (added := note(op, ungrouped(avals, call), call, chip, tile.tile)):
-            why = f"{why}, {added}"
+        if tile and op.notes_function:
+            notes = op.notes_function(*folded(op, shapes, call), target=chip, tile=tile.tile, **dict(call.static))
+            why = ", ".join(filter(None, (why, notes)))
         report = OpReport(op.name, operands, choice.runs, why, tile_text, _moves(op, call, avals))
         counts[report] = counts.get(report, 0) + 1
     return Explanation(dataclasses.replace(report, count=count) for report, count in counts.items())
@@ -226,19 +230,18 @@ def _moves(op: TileOp, call: Call, avals: Sequence) -> str:
         return ""
     layout = Layout.of(op, avals, call)
     if AxisType.Auto in mesh.axis_types:
-        kept = {f for dims in layout.operands for dim in dims for f in dim if layout.sizes[f] > 1} & op.signature.whole
+        factors = {f for _, dims in layout.operands for dim in dims for f in dim if layout.sizes[f] > 1}
+        kept = factors & op.signature.whole
         return f"all of {', '.join(map(in_words, sorted(kept)))} where it is split" if kept else ""
     assigned = layout.settled(avals, mesh)
     found = [
         f"all of {in_words(dim[0])} of `{term.name}`"
-        for term, dims, aval in zip(layout.operand_terms, layout.operands, avals, strict=True)
+        for (term, dims), aval in zip(layout.operands, avals, strict=True)
         for dim, axes in zip(dims, axes_of(aval.sharding.spec, aval.ndim), strict=True)
         if axes and not any(assigned.get(f) == axes for f in dim)
     ]
     found += [
-        f"the {term.reduction} of `{term.name}`"
-        for term, dims in zip(layout.result_terms, layout.results, strict=True)
-        if layout.reduced(dims, assigned)
+        f"the {term.reduction} of `{term.name}`" for term, dims in layout.results if layout.reduced(dims, assigned)
     ]
     return ", ".join(found)
 

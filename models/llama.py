@@ -23,6 +23,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 import jtile
@@ -42,10 +43,11 @@ class RopeScaling:
 class Config:
     """A model's shape, under the names of Hugging Face's config.json, and how it computes.
 
-    `dtype` is what activations are computed in, `param_dtype` what parameters are kept in. `remat` recomputes each
-    block's activations in the backward pass. `linear_loss` takes the loss from hidden states, some thousand tokens at a
-    time; without it, all logits are there at once. `implementation` goes to every op of jtile; "cudnn" is "xla" with
-    the attention of `jax.nn` on cuDNN, to compare with.
+    `dtype` is what activations are computed in, `param_dtype` what parameters are kept in. `remat` tells what the
+    backward pass computes again rather than finds kept: "none"; "selective", all but attention and the two products of
+    the MLP that its activation reads; or "full", each block from its input. `linear_loss` takes the loss from hidden
+    states, some thousand tokens at a time; without it, all logits are there at once. `implementation` goes to every op
+    of jtile; "cudnn" is "xla" with the attention of `jax.nn` on cuDNN, to compare with.
     """
 
     vocab_size: int
@@ -67,7 +69,7 @@ class Config:
 
     dtype: str = "float32"
     param_dtype: str = "float32"
-    remat: bool = False
+    remat: Literal["none", "selective", "full"] = "none"
     linear_loss: bool = True
     implementation: Literal["triton", "xla", "cudnn"] | None = None
 
@@ -132,6 +134,9 @@ SIZES = {
 
 # The model.
 
+# What remat="selective" keeps: the rest takes passes over memory, or small products (queries, keys, values and out).
+KEPT = ("residual", "dot_product_attention_out", "dot_product_attention_lse", "gate", "up")
+
 
 class RMSNorm(nnx.Module):
     def __init__(self, config: Config):
@@ -141,9 +146,18 @@ class RMSNorm(nnx.Module):
     def __call__(self, x, residual=None):
         """Normalises x + residual; returns that and the sum, which the next block adds to."""
         options: Any = dict(epsilon=self.config.rms_norm_eps, implementation=self.config.op_implementation)
+        if self.config.remat == "selective":
+            x = checkpoint_name(x if residual is None else x + residual, "residual")
+            return jtile.rms_norm(x, self.scale[...], **options), x
         if residual is None:
             return jtile.rms_norm(x, self.scale[...], **options), x
         return jtile.rms_norm(x, self.scale[...], residual=residual, **options)
+
+
+class Embed(nnx.Embed):
+    def __call__(self, inputs, out_sharding=None):
+        """Takes rows, then casts them: flax casts all rows first, and sums their gradients in `dtype`."""
+        return self.embedding[...].at[inputs].get(out_sharding=out_sharding).astype(self.dtype)
 
 
 def linear(in_features: int, out_features: int, config: Config, rngs: nnx.Rngs, gain: float = 1.0) -> nnx.Linear:
@@ -154,8 +168,20 @@ def linear(in_features: int, out_features: int, config: Config, rngs: nnx.Rngs, 
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         kernel_init=nnx.initializers.normal(gain / math.sqrt(in_features)),
+        dot_general=jax.lax.dot_general if config.op_implementation == "xla" else product,
         rngs=rngs,
     )
+
+
+def product(x, kernel, *dimensions, **options):
+    """`jax.lax.dot_general`, kept from being rearranged by XLA with others.
+
+    It would make queries, keys and values one product, and then copy each out of the result, since kernels read whole
+    arrays. And it would put off the gradients of kernels to the end, all that they are formed from being kept till
+    then: behind a barrier that of `x` is only there together with that of its kernel.
+    """
+    x, kernel = jax.lax.optimization_barrier((x, kernel))
+    return jax.lax.dot_general(x, kernel, *dimensions, **options)
 
 
 def rope_frequencies(config: Config) -> Float[np.ndarray, " pairs"]:
@@ -227,7 +253,8 @@ class MLP(nnx.Module):
         self.implementation = config.op_implementation
 
     def __call__(self, x):
-        return self.down(jtile.gated_activation(self.gate(x), self.up(x), implementation=self.implementation))
+        gate, up = checkpoint_name(self.gate(x), "gate"), checkpoint_name(self.up(x), "up")
+        return self.down(jtile.gated_activation(gate, up, implementation=self.implementation))
 
 
 class Block(nnx.Module):
@@ -245,9 +272,16 @@ class Block(nnx.Module):
         return self.mlp(x), residual, cache
 
 
+REMAT: dict[str, Callable] = {
+    "none": lambda call: call,
+    "selective": functools.partial(nnx.remat, policy=jax.checkpoint_policies.save_only_these_names(*KEPT)),
+    "full": nnx.remat,
+}
+
+
 class Llama(nnx.Module):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(
+        self.embed = Embed(
             config.vocab_size,
             config.hidden_size,
             dtype=config.dtype,
@@ -276,7 +310,7 @@ class Llama(nnx.Module):
         `positions`, (seq,), are those of the tokens in every row. With a cache, `tokens` is either a whole prompt or
         the next token of each row.
         """
-        call = nnx.remat(Block.__call__) if self.config.remat else Block.__call__
+        call = REMAT[self.config.remat](Block.__call__)
         x, residual, filled = self.embed(tokens), None, []
         for i, block in enumerate(self.blocks):
             x, residual, block_cache = call(
@@ -550,7 +584,7 @@ def read_config(values: dict[str, Any]) -> Config:
 def write_config(config: Config) -> dict[str, Any]:
     """The config.json that `read_config` reads back, less what only matters while running."""
     values = dataclasses.asdict(config)
-    for name in ("dtype", "param_dtype", "remat", "implementation"):
+    for name in ("dtype", "param_dtype", "remat", "linear_loss", "implementation"):
         del values[name]
     if config.rope_scaling is not None:
         values["rope_scaling"] |= {"rope_type": "llama3"}

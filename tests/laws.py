@@ -233,8 +233,6 @@ ARITHMETIC = ("kernel", "gradient", "forward_mode", "second_order", "dtypes", "s
 SHARDING = ("auto_sharding", "explicit_sharding", "shard_map")
 SOME = dict.fromkeys(("layer_norm_of_sum", "rms_norm_gated", "group_norm_with_bias"), ARITHMETIC)
 SOME |= {"causal_attention": ARITHMETIC + SHARDING}
-# Six operands have 63 subsets, which `vmap` holds over, and takes minutes to say so. A kernel spills some registers.
-SOME |= {"attention_with_features": tuple(law for law in LAWS if law not in ("vmap", "compiles"))}
 TABLE = [(name, law) for name in CASES for law in SOME.get(name, LAWS)]
 
 

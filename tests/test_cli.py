@@ -83,6 +83,13 @@ def tree(pair, options):
     return scale(*pair)
 
 
+def for_jax(x):
+    def ours(x_ref, y_ref):
+        y_ref[...] = x_ref[...] * 2
+
+    return pl.pallas_call(ours, out_shape=x)(x)
+
+
 def plain(x):
     return jnp.sin(x)
 
@@ -192,6 +199,14 @@ def test_a_chip_that_it_does_not_fit(run, monkeypatch):
     monkeypatch.setattr("jtile.__main__.GENERATIONS", ("NVIDIA L4", "NVIDIA H200"))
     code, out, again = run("product", *arguments)  # where it is compiled for comparison alone, that is no failure
     assert code == 0 and again == err and "sm_90" in out
+
+
+def test_kernels_written_for_jax(run):
+    """They are shown as jtile has them, 48 elements and all, which JAX's backend refuses."""
+    code, out, _ = run("for_jax", "--args", "f32[48]", "--only")
+    assert code == 0 and "def ours(x_ref, y_ref):" in out
+    assert re.search(r"^Shown of ours .*once .*:for_jax is wrapped in jtile.retarget_pallas", out, re.MULTILINE)
+    assert "Shown of" not in run("scale", "--args", "f32[128, 64], f32[64]", "--only")[1]
 
 
 def test_no_kernels(run, capsys):

@@ -16,13 +16,9 @@ from typing import Any
 from jtile import borrowed
 from jtile.compiler import cache
 from jtile.compiler.arguments import ALIGNMENT, Array
-from jtile.compiler.kernel import Source
+from jtile.compiler.kernel import Source, TileTooLarge
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.target import Target
-
-
-class TileTooLarge(ValueError):
-    """A kernel that asks for more shared memory, threads, registers or tensor memory than a thread block may have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +28,7 @@ class Compiled:
     Attributes:
       name: its entry point in the cubin.
       source: the Triton or Gluon it was made from.
-      cubin: the machine code, an ELF file.
+      cubin: the machine code, an ELF file; empty where `shared_bytes` are more than the chip has.
       ptx: the assembly it was made from.
       compute_capability: what it was compiled for; 90 for 9.0.
       num_warps: warps in a thread block. A warp-specialised kernel has more than its parameters ask for.
@@ -130,7 +126,8 @@ def build(source: Source, params: CompilerParams, target: Target) -> Compiled:
             raise
 
     key = _key(target, options, source.name, source.text, signature)
-    return _fitting(cache.fetch(key, make, _encode, _decode), source.label, params.num_stages, target)
+    stages = params.num_stages if "tl.range(" in source.text else 1
+    return _fitting(cache.fetch(key, make, _encode, _decode), source.label, stages, target)
 
 
 def build_function(
@@ -201,6 +198,8 @@ def _compile(function, signature, constants, attributes, options, target, text, 
         module = source.make_ir(gpu, parsed, codegen, backend.get_module_map(), context)
         for stage, run in stages.items():
             module = assembly[stage] = run(module, metadata)
+            if metadata.get("shared", 0) > target.shared_bytes_per_block:
+                break  # `_fitting` refuses it: of tiles far too large, the stages left would take minutes
     except Exception as error:
         error.add_note(f"jtile was compiling kernel {label} for {target.name}.")
         if "Cannot find ptxas" in str(error):
@@ -209,12 +208,13 @@ def _compile(function, signature, constants, attributes, options, target, text, 
                 "TRITON_PTXAS_BLACKWELL_PATH to the ptxas of a CUDA toolkit, 12.8 or later (nvidia-cuda-nvcc on PyPI)."
             )
         raise
-    registers, spill_bytes = _resources(assembly["cubin"])
+    cubin = assembly.get("cubin", b"")
+    registers, spill_bytes = _resources(cubin) if cubin else (0, 0)
     return Compiled(
-        name=metadata["name"],
+        name=metadata.get("name", function.fn.__name__),
         source=text,
-        cubin=assembly["cubin"],
-        ptx=assembly["ptx"],
+        cubin=cubin,
+        ptx=assembly.get("ptx", ""),
         compute_capability=target.compute_capability,
         num_warps=metadata["num_warps"],
         num_ctas=metadata["num_ctas"],
@@ -332,7 +332,8 @@ _READABLE_PTX = 90
 
 
 def _key(target: Target, *parts) -> str:
-    return cache.key_of(triton_version(), borrowed.custom_call_takes_cubin(), target.compute_capability, *parts)
+    chip = target.compute_capability, target.shared_bytes_per_block
+    return cache.key_of(triton_version(), borrowed.custom_call_takes_cubin(), *chip, *parts)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from jax.extend.core import Literal, jaxprs_in_params
 
 from jtile import borrowed
 from jtile.compiler.arguments import Array, Descriptor
-from jtile.compiler.kernel import Kernel, Place, Ref, Scratch, Source, UnsupportedKernel
+from jtile.compiler.kernel import Kernel, Place, Ref, Scratch, Source, TileTooLarge, UnsupportedKernel
 from jtile.compiler.order import Order
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.rules import CURES, FOUR_BITS, RULES, dot, random
@@ -38,6 +38,9 @@ type Operand = Value | Block | Scratch
 # Most programs along each axis of a CUDA grid.
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
+# Of a tile, as Triton counts.
+MOST_ELEMENTS = 2**20
+
 
 class CannotSpecialize(ValueError):
     """A kernel whose loads and products cannot have warps of their own."""
@@ -48,6 +51,7 @@ def emit(kernel: Kernel, params: CompilerParams) -> Source:
 
     Raises:
       UnsupportedKernel: the kernel uses what jtile cannot write in Triton.
+      TileTooLarge: a tile has more elements than Triton takes.
       CannotSpecialize: `params` ask for specialised warps, which this kernel cannot have.
     """
     pointers: set[str] = set()
@@ -195,6 +199,12 @@ class Emitter:
 
     def let(self, text: str, shape: tuple[int, ...], dtype, hint: str, **facts) -> Value:
         """Gives the expression `text` a name."""
+        if math.prod(tile(shape)) > MOST_ELEMENTS:
+            raise TileTooLarge(
+                f"Kernel {self.kernel.name}, at {self._where}: a tile of {' × '.join(map(str, tile(shape)))} elements "
+                f"is {math.prod(tile(shape)):,}; Triton takes at most {MOST_ELEMENTS:,}. Shrink the kernel's blocks, "
+                "or go through them in a loop."
+            )
         name = self.name(hint)
         self.line(f"{name} = {text}")
         if text in self.changing:

@@ -20,6 +20,11 @@ class UnsupportedKernel(NotImplementedError):
     """A kernel that cannot become Triton source: says what, where in the user's code, and what to write instead."""
 
 
+class TileTooLarge(ValueError):
+    """A kernel that asks for more than a thread block may have: of elements in a tile, shared memory, threads,
+    registers or tensor memory."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Dimension:
     """How one dimension of an array is cut into blocks: a program sees `size` elements from `index * step`."""

@@ -1,13 +1,13 @@
 """The custom call that launches a compiled kernel: no Python at run time, the machine code inside the program."""
 
-import contextlib
-import contextvars
 import dataclasses
 import hashlib
 import json
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from jtile import borrowed
 from jtile.compiler.arguments import ALIGNMENT, Argument
 from jtile.compiler.build import Compiled
 from jtile.compiler.kernel import Kernel, Source
+from jtile.context import setting
 
 CUSTOM_CALL = "triton_kernel_call_ffi"  # jaxlib's, which the CUDA plugin registers
 
@@ -43,18 +44,12 @@ class Launch:
     first_line: int = 1
 
 
-_recorded: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("recorded", default=None)
+_recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
 
 
-@contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
+def recording() -> AbstractContextManager[list[Launch]]:
     """Collects every launch that is lowered inside, in order."""
-    launches: list[Launch] = []
-    token = _recorded.set(launches)
-    try:
-        yield launches
-    finally:
-        _recorded.reset(token)
+    return setting(_recorded, [])
 
 
 def launch(

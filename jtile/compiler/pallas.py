@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any
 
 from jax.experimental import pallas as pl
@@ -16,10 +18,20 @@ from jtile.compiler.rewrite import map_pallas_calls
 from jtile.compiler.schedule import compile_kernel
 from jtile.compiler.target import Target
 from jtile.compiler.value import stored
+from jtile.context import setting
+
+_adopts: ContextVar[bool] = ContextVar("adopts", default=False)
+
+
+def adopting() -> AbstractContextManager:
+    """A context in which jtile lowers what was written for JAX's own Triton backend, as if given `retarget_pallas`."""
+    return setting(_adopts, True)
 
 
 def lower_pallas_call(platform: str, ctx, *operands, compiler_params, interpret, **params):
     """The lowering rule of a `pallas_call` for GPUs: jtile's parameters choose jtile, and others what JAX has."""
+    if _adopts.get() and not interpret and is_for_triton(compiler_params):
+        compiler_params = params_of(params | {"compiler_params": compiler_params})
     if interpret or not isinstance(compiler_params, CompilerParams):
         params |= dict(compiler_params=compiler_params, interpret=interpret)
         return borrowed.lower_pallas_call(ctx, *operands, **params)
@@ -110,11 +122,15 @@ def params_of(params) -> CompilerParams:
     given = params["compiler_params"]
     if given is None or isinstance(given, CompilerParams):
         return given or CompilerParams()
-    fields = vars(given)
-    if fields.keys() - {"num_warps", "num_stages"}:
+    if not is_for_triton(given):
         kernel = kernel_of(params)
         raise TypeError(
             f"retarget_pallas: kernel {kernel.name} ({kernel.where}) has compiler_params={given}, not Triton's: it is "
             "written for another kind of machine. Write it with plain jax.numpy operations on refs, without them."
         )
-    return CompilerParams(**{name: value for name, value in fields.items() if value is not None})
+    return CompilerParams(**{name: value for name, value in vars(given).items() if value is not None})
+
+
+def is_for_triton(compiler_params) -> bool:
+    """Whether a `pallas_call` with these was written for JAX's own Triton backend, as one without any is."""
+    return compiler_params is None or vars(compiler_params).keys() <= {"num_warps", "num_stages"}

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from jax.interpreters import mlir
 
 from jtile import borrowed, tuning
+from jtile.compiler.interpret import interpret_pallas
+from jtile.compiler.pallas import adopting
 from jtile.compiler.target import Target
 from jtile.op import rules, sharding
 
 if TYPE_CHECKING:
-    from jtile.op.primitive import Call, TileOp
+    from jtile.op.primitive import Call, TileOp, TilePrimitive
 
 
 class Choice(NamedTuple):
@@ -35,12 +37,11 @@ class FallbackWarning(UserWarning):
     """An op runs its reference on a GPU because its kernel cannot serve the call."""
 
 
-def register(op: TileOp) -> None:
-    for primitive in op.primitive, op.settled:
-        settled = primitive is op.settled
-        mlir.register_lowering(primitive, functools.partial(lower, op, None, settled))
-        mlir.register_lowering(primitive, functools.partial(lower, op, "cuda", settled), platform="cuda")
-    borrowed.prim_requires_devices_during_lowering.add(op.primitive)
+def register(primitive: TilePrimitive) -> None:
+    mlir.register_lowering(primitive, functools.partial(lower, primitive, None))
+    mlir.register_lowering(primitive, functools.partial(lower, primitive, "cuda"), platform="cuda")
+    if not primitive.settled:
+        borrowed.prim_requires_devices_during_lowering.add(primitive)
 
 
 def choose(op: TileOp, shapes: Sequence, call: Call, platform: str) -> Choice:
@@ -74,7 +75,7 @@ def _obstacle(op: TileOp, shapes: Sequence, call: Call, platform: str) -> str | 
     for term, s in zip(call.given(op.signature.operands), shapes, strict=True):
         if jnp.issubdtype(s.dtype, jnp.inexact) and s.dtype.name not in op.kernel_dtypes:
             return f"`{term.name}` is {s.dtype.name}, and kernels take {', '.join(op.kernel_dtypes)}"
-    if op.limits_function and (limit := op.limits_function(*_folded(op, shapes, call), **dict(call.static))):
+    if op.limits_function and (limit := op.limits_function(*folded(op, shapes, call), **dict(call.static))):
         return limit
     if call.implementation != "interpret" and platform != "cuda":
         return f"kernels run on NVIDIA GPUs, and this is lowered for {platform}"
@@ -83,7 +84,7 @@ def _obstacle(op: TileOp, shapes: Sequence, call: Call, platform: str) -> str | 
     return None
 
 
-def _folded(op: TileOp, shapes: Sequence, call: Call) -> list[jax.ShapeDtypeStruct | None]:
+def folded(op: TileOp, shapes: Sequence, call: Call) -> list[jax.ShapeDtypeStruct | None]:
     """The operands as the kernel gets them, of these that one group sees."""
     terms = call.given(op.signature.operands)
     return call.expand([jax.eval_shape(functools.partial(_fold, t), s) for t, s in zip(terms, shapes, strict=True)])
@@ -93,31 +94,21 @@ def choose_tile(op: TileOp, shapes: Sequence, call: Call, target: Target | None)
     """How the kernel of a call is launched on a chip, and why so, where the op leaves a choice."""
     if op.tiles_function is None:
         return None
-    return tuning.choose(op, _folded(op, shapes, call), call.static, target)
-
-
-def note(op: TileOp, shapes: Sequence, call: Call, target: Target | None, tile) -> str:
-    """What an op has to say about how its kernel runs."""
-    if op.notes_function is None:
-        return ""
-    return op.notes_function(*_folded(op, shapes, call), target=target, tile=tile, **dict(call.static))
+    return tuning.choose(op, folded(op, shapes, call), call.static, target)
 
 
 @functools.cache
 def _warn_once(op: TileOp, reason: str) -> None:
-    message = (
-        f"{op.name} runs its reference on the GPU: {reason}. implementation='xla' asks for it without this warning"
-    )
-    warnings.warn(message, FallbackWarning, stacklevel=2)
+    why = f"{reason}. implementation='xla' asks for it without this warning"
+    warnings.warn(f"{op.name} runs its reference on the GPU: {why}", FallbackWarning, stacklevel=2)
 
 
-def lower(op: TileOp, platform: str | None, settled: bool, ctx, *operands, call: Call):
-    platform = platform or "/".join(ctx.module_context.platforms)
+def lower(primitive: TilePrimitive, platform: str | None, ctx, *operands, call: Call):
+    op, platform = primitive.op, platform or "/".join(ctx.module_context.platforms)
 
     def run(*values):
-        if settled or sharding.settled(ctx.avals_in):
-            mesh = borrowed.explicit_mesh(ctx.avals_in)
-            if mesh is not None:
+        if primitive.settled or sharding.settled(ctx.avals_in):
+            if (mesh := borrowed.explicit_mesh(ctx.avals_in)) is not None:
                 return list(sharding.split(op, call, mesh, values, ctx.avals_in))
             # These are a device's own arrays.
             return execute(op, call, platform, *values, find_target=functools.partial(Target.of_lowering, ctx))
@@ -132,7 +123,7 @@ def lower(op: TileOp, platform: str | None, settled: bool, ctx, *operands, call:
 
     # Shardings and varying axes are settled by now. Kernels are traced without them, and need not know of them.
     plain = ctx.replace(avals_in=borrowed.plain_avals(ctx.avals_in), avals_out=borrowed.plain_avals(ctx.avals_out))
-    with borrowed.no_mesh(ctx.avals_in), borrowed.own_source_lines():
+    with borrowed.no_mesh(ctx.avals_in), borrowed.own_source_lines(), adopting():
         return mlir.lower_fun(run, multiple_results=True)(plain, *operands)
 
 
@@ -153,15 +144,15 @@ def execute(
         assert op.kernel_function is not None
         target = find_target() if choice.runs == "kernel" and op.tiles_function else None
         tile = choose_tile(op, rules.ungrouped(operands, call), call, target)
-        function = _folding(op, functools.partial(op.kernel_function, **_given(op, call, tile)))
+        function = functools.partial(op.kernel_function, **_given(op, call, tile))
+    shapes = rules.result_shapes(op, operands, call)
 
     def one_group(*given):
-        results = function(*call.expand(given), **dict(call.static))
-        return [r for r in results if r is not None]
+        taken = given if choice.runs == "reference" else [*map(_fold, call.given(op.signature.operands), given)]
+        results = function(*call.expand(taken), **dict(call.static))
+        return [r.reshape(s.shape) for r, s in zip(results, shapes, strict=True) if s is not None]
 
     if choice.runs == "interpreted":
-        from jtile.compiler.interpret import interpret_pallas
-
         one_group = interpret_pallas(one_group)
     mapped = rules.vmap_groups(one_group, call.groups, call.group_count)
     # Kernels count in 32 bits whatever the user's mode.
@@ -177,22 +168,6 @@ def _given(op: TileOp, call: Call, tile) -> dict[str, Any]:
         names = [t.name for t in call.given(op.signature.operands)]
         given["overwrite"] = all(call.groups[names.index(op.overwrites)])  # or other groups read the operand, too
     return given
-
-
-def _folding(op: TileOp, kernel: Callable) -> Callable:
-    """`kernel`, which takes one leading dimension for `...`, as a function of any leading shape."""
-
-    def unfolded(*operands, **static):
-        terms, results = op.signature.operands, op.signature.results
-        sizes, leading = op.signature.check(op.name, [None if o is None else o.shape for o in operands])
-        folded = [None if o is None else _fold(t, o) for t, o in zip(terms, operands, strict=True)]
-        out = kernel(*folded, **static)
-        return tuple(
-            None if r is None else r.reshape(sharding.shape_of(t, sizes, leading))
-            for t, r in zip(results, out, strict=True)
-        )
-
-    return unfolded
 
 
 def _fold(term, x):

@@ -142,9 +142,7 @@ class TileOp:
         self.transpose_function: Callable[..., tuple] | None = None
         self.parent: TileOp | None = None  # the op whose derivative this is: such an op has no kernel by design
         self.primitive = TilePrimitive(self)
-        self.settled = TilePrimitive(self)  # the same where types alone tell how operands are split
-        rules.register(self)
-        lowering.register(self)
+        self.settled = TilePrimitive(self, settled=True)
 
     def __repr__(self) -> str:
         return f"TileOp({self.name!r})"
@@ -178,15 +176,15 @@ class TileOp:
             static=tuple(sorted(static.items())),
             split=sharding.SPLIT.get(),
         )
-        return sharding.bound_to_parts(self, call, split, given) if split else self.bind(given, call)
+        shapes = rules.result_shapes(self, given, call)  # first: what is wrong shows under no transformation yet
+        results = sharding.bound_to_parts(self, call, split, given) if split else self.bind(*given, call=call)
+        return rules.with_absent(shapes, results)
 
-    def bind(self, given: Sequence, call: Call) -> tuple:
-        """Bind the primitive to the operands that are present; `None` in the result for what is absent."""
-        given = rules.vary_together(given)
-        shapes = rules.result_shapes(self, given, call)
-        primitive = self.settled if sharding.settled(map(jax.typeof, given)) else self.primitive
-        results = iter(primitive.bind(*given, call=call))
-        return tuple(None if s is None else next(results) for s in shapes)
+    def bind(self, *given: jax.Array, call: Call) -> list:
+        """Bind the primitive: from the operands that are present to the results that are."""
+        operands = rules.vary_together(given)
+        primitive = self.settled if sharding.settled(map(jax.typeof, operands)) else self.primitive
+        return primitive.bind(*operands, call=call)
 
     @functools.cached_property
     def linear(self) -> "TileOp":
@@ -243,9 +241,11 @@ class TileOp:
 
 
 class TilePrimitive(Primitive):
-    """A JAX primitive that knows its op."""
+    """A JAX primitive that knows its op, and whether it is bound where types alone tell how operands are split."""
 
-    def __init__(self, op: TileOp):
+    def __init__(self, op: TileOp, settled: bool = False):
         super().__init__(f"jtile_{op.name}")
         self.multiple_results = True
-        self.op = op
+        self.op, self.settled = op, settled
+        rules.register(self)
+        lowering.register(self)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -23,17 +23,16 @@ from jtile.op import sharding
 from jtile.op.signature import Signature, Term
 
 if TYPE_CHECKING:
-    from jtile.op.primitive import Call, TileOp
+    from jtile.op.primitive import Call, TileOp, TilePrimitive
 
 type Terms = tuple[Term, ...]
 
 
-def register(op: TileOp) -> None:
-    for primitive in op.primitive, op.settled:
-        primitive.def_impl(functools.partial(borrowed.apply_primitive, primitive))
-        primitive.def_abstract_eval(functools.partial(abstract_eval, op))
-        batching.primitive_batchers[primitive] = functools.partial(batch, op)
-        ad.primitive_jvps[primitive] = functools.partial(jvp, op)
+def register(primitive: TilePrimitive) -> None:
+    primitive.def_impl(functools.partial(borrowed.apply_primitive, primitive))
+    primitive.def_abstract_eval(functools.partial(abstract_eval, primitive.op))
+    batching.primitive_batchers[primitive] = functools.partial(batch, primitive.op)
+    ad.primitive_jvps[primitive] = functools.partial(jvp, primitive.op)
 
 
 # Shapes
@@ -80,6 +79,12 @@ def _result_shapes(op: TileOp, shapes: tuple, call: Call, x64: bool) -> tuple:
                 f"make it {expected}"
             )
     return results
+
+
+def with_absent(shapes: Sequence, present: Iterable) -> tuple:
+    """One entry for every result of the signature, `None` where it is absent."""
+    results = iter(present)
+    return tuple(None if s is None else next(results) for s in shapes)
 
 
 @contextlib.contextmanager
@@ -145,7 +150,7 @@ def batch(op: TileOp, operands: Sequence, axes: Sequence, *, call: Call):
     if not rows:
         groups = tuple((m, *mask) for m, mask in zip(mapped, call.groups, strict=True))
         call = replace(call, groups=groups)
-    results = [r for r in op.bind(moved, call) if r is not None]
+    results = op.bind(*moved, call=call)
     return results, [count if rows else 0] * len(results)
 
 
@@ -164,7 +169,7 @@ def is_zero(tangent) -> bool:
 
 
 def jvp(op: TileOp, primals: Sequence, tangents: Sequence, *, call: Call):
-    results = op.bind(primals, call)
+    results = with_absent(result_shapes(op, primals, call), op.bind(*primals, call=call))
     if op.transpose_function:
         names = (f"{op.name}_{t.name}" for t in op.signature.results)
         results = tuple(r if r is None else checkpoint_name(r, n) for r, n in zip(results, names, strict=True))
@@ -174,7 +179,8 @@ def jvp(op: TileOp, primals: Sequence, tangents: Sequence, *, call: Call):
     masks = call.expand(call.groups, everyone)
     operands = [*call.expand(primals), *saved, *call.expand([None if is_zero(t) else t for t in tangents])]
     tangent_call = call.on(operands, [*masks, *[everyone] * len(saved), *masks])
-    out = op.linear.bind([o for o in operands if o is not None], tangent_call)
+    present = [o for o in operands if o is not None]
+    out = with_absent(result_shapes(op.linear, present, tangent_call), op.linear.bind(*present, call=tangent_call))
     moving = [(r, t) for r, t in zip(results, out, strict=True) if r is not None]
     return [r for r, _ in moving], [ad.Zero(jax.typeof(r).to_tangent_aval()) if t is None else t for r, t in moving]
 
@@ -261,8 +267,7 @@ def transpose(op: TileOp, cotangents: Sequence, *values, call: Call) -> Sequence
     full, masks = call.expand(values), call.expand(call.groups, everyone)
     tangents = full[n + m :]
     avals = [v.aval if ad.is_undefined_primal(v) else jax.typeof(v) for v in values]
-    incoming = iter(cotangents)
-    cotangent = [None if s is None else next(incoming) for s in result_shapes(op.linear, avals, call)]
+    cotangent = list(with_absent(result_shapes(op.linear, avals, call), cotangents))
     # A saved result has a cotangent in higher derivatives alone, and the rule does not take it.
     for_kernel = op.transpose_function is not None and all(
         c is None or is_zero(c) for c, t in zip(cotangent, op.signature.results, strict=True) if t.saved

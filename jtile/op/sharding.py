@@ -7,11 +7,12 @@ a `psum`, or as its reduction asks.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,12 +22,14 @@ from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, S
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jtile import borrowed
+from jtile.context import setting
 from jtile.op import rules
 from jtile.op.signature import Dim, Shape, Term
 
 if TYPE_CHECKING:
     from jtile.op.primitive import Call, TileOp
 
+Dims = tuple[Dim, ...]
 Spec = tuple[tuple[str, ...], ...]  # the mesh axes of each dimension
 Split = tuple[tuple[str, tuple[str, ...]], ...]  # dimensions, and the mesh axes that split them
 
@@ -38,13 +41,11 @@ def shape_of(term: Term, sizes: dict[str, int], leading: Shape) -> Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The factors of every dimension of the operands and results that are present in one call."""
+    """The operands and results that are present in one call, each with the factors of its dimensions."""
 
     op: TileOp
-    operand_terms: tuple[Term, ...]
-    result_terms: tuple[Term, ...]
-    operands: tuple[tuple[Dim, ...], ...]
-    results: tuple[tuple[Dim, ...], ...]
+    operands: tuple[tuple[Term, Dims], ...]
+    results: tuple[tuple[Term, Dims], ...]
     sizes: dict[str, int]
 
     @classmethod
@@ -56,26 +57,21 @@ class Layout:
         sizes |= {f"G{i}": n for i, n in enumerate(rules.group_sizes(avals, call))}
         sizes |= {f"L{i}": n for i, n in enumerate(leading)}
 
-        def dims(term: Term, mask: Sequence[bool]) -> tuple[Dim, ...]:
-            mine = tuple(g for g, has in zip(groups, mask, strict=True) if has)
-            return mine + (rows if term.leading else ()) + term.dims
+        def placed(term: Term, mask: Sequence[bool]) -> tuple[Term, Dims]:
+            return term, (*itertools.compress(groups, mask), *(rows if term.leading else ()), *term.dims)
 
-        terms = call.given(op.signature.operands)
         present = zip(op.signature.results, rules.result_shapes(op, avals, call), strict=True)
-        results = tuple(t for t, r in present if r is not None)
         return cls(
             op,
-            terms,
-            results,
-            tuple(dims(t, mask) for t, mask in zip(terms, call.groups, strict=True)),
-            tuple(dims(t, (True,) * call.group_count) for t in results),
+            tuple(map(placed, call.given(op.signature.operands), call.groups)),
+            tuple(placed(term, (True,) * call.group_count) for term, shape in present if shape is not None),
             sizes,
         )
 
     def rule(self) -> SdyShardingRule:
         """The same, in Shardy's words, which have no factors of size 1 in a compound dimension."""
         proper = lambda dim: tuple(f for f in dim if self.sizes[f] != 1) or dim[:1]  # noqa: E731
-        operands, results = ([tuple(map(proper, dims)) for dims in many] for many in (self.operands, self.results))
+        operands, results = ([tuple(map(proper, dims)) for _, dims in many] for many in (self.operands, self.results))
         plain = {dim[0] for dims in (*operands, *results) for dim in dims if len(dim) == 1}
         kept = {f for dims in results for dim in dims for f in dim}
         factors = list(dict.fromkeys(f for dims in (*operands, *results) for dim in dims for f in dim))
@@ -93,24 +89,26 @@ class Layout:
     def assign(self, specs: Sequence[Spec], mesh, *, strict: bool = False) -> dict[str, tuple[str, ...]]:
         """The mesh axes of each factor, given how the operands are split. One that they do not divide is gathered.
 
-        With `strict`, two operands that split one factor differently are an error: under an explicit mesh, moving data
-        is the user's decision.
+        With `strict`, two operands that split what they share differently are an error: under an explicit mesh, moving
+        data is the user's decision.
         """
         assigned: dict[str, tuple[str, ...]] = {}
         owner: dict[str, str] = {}
-        for term, dims, spec in zip(self.operand_terms, self.operands, specs, strict=True):
+        for (term, dims), spec in zip(self.operands, specs, strict=True):
+            mine = {f for dim in dims for f in dim}
             for dim, axes in zip(dims, spec, strict=True):
                 factor = self._splittable(dim, axes)
                 if factor is None:
                     continue
-                if strict and assigned.get(factor, axes) != axes:
+                other = next((f for f, used in assigned.items() if f != factor and set(used) & set(axes)), None)
+                clash = factor if assigned.get(factor, axes) != axes else other if other in mine else None
+                if strict and clash:
                     raise ValueError(
-                        f"{self.op.name}: {in_words(factor)} is split over mesh axes {assigned[factor]} in "
-                        f"`{owner[factor]}` and over {axes} in `{term.name}`; bring them together with "
-                        "jax.sharding.reshard"
+                        f"{self.op.name}: {in_words(clash)} is split over mesh axes {assigned[clash]} in "
+                        f"`{owner[clash]}`, and {in_words(factor)} over {axes} in `{term.name}`; bring them together "
+                        "with jax.sharding.reshard"
                     )
-                taken = {a for f, used in assigned.items() if f != factor for a in used}
-                if factor not in assigned and not taken & set(axes):
+                if factor not in assigned and other is None:
                     assigned[factor], owner[factor] = axes, term.name
         fits = lambda f, axes: self.sizes[f] % math.prod(mesh.shape[a] for a in axes) == 0  # noqa: E731
         return {f: axes for f, axes in assigned.items() if fits(f, axes)}
@@ -151,7 +149,7 @@ def result_specs(op: TileOp, avals: Sequence, call: Call) -> list[PartitionSpec 
     if mesh is None:
         return [None] * len(layout.results)
     assigned = layout.settled(avals, mesh)
-    return [layout.place(dims, assigned) for dims in layout.results]
+    return [layout.place(dims, assigned) for _, dims in layout.results]
 
 
 def match(value: jax.Array, aval) -> jax.Array:
@@ -177,7 +175,7 @@ def split(op: TileOp, call: Call, mesh: AbstractMesh, operands: Sequence, avals:
     explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
     # In a lowering rule the operands' types have lost their mesh: to `shard_map` they are as under automatic axes.
     mesh = mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))
-    specs = [tuple(layout.place(dims, assigned) for dims in many) for many in (layout.operands, layout.results)]
+    specs = [tuple(layout.place(dims, assigned) for _, dims in many) for many in (layout.operands, layout.results)]
     # The op is bound again, where all axes are manual: lowered there it is traced without a mesh.
     local = functools.partial(_local, op, call, assigned, op.settled.bind)
     with jax.sharding.use_abstract_mesh(mesh):
@@ -202,14 +200,14 @@ def partitioned(op: TileOp, call: Call, operands: Sequence, around) -> Sequence[
         del result_infos
         specs = [axes_of(getattr(i.sharding, "spec", None), len(i.shape)) for i in operand_infos]
         assigned = layout.assign(specs, mesh)
-        shardings = lambda many: tuple(NamedSharding(mesh, layout.place(dims, assigned)) for dims in many)  # noqa: E731
+        shardings = lambda many: tuple(NamedSharding(mesh, layout.place(dims, assigned)) for _, dims in many)  # noqa: E731
         return around or mesh, functools.partial(alone, assigned), shardings(layout.results), shardings(layout.operands)
 
     whole.def_partition(partition, sharding_rule=layout.rule())
     return whole(*operands)
 
 
-def bound_to_parts(op: TileOp, call: Call, split: Mapping[str, str | tuple[str, ...]], parts: Sequence) -> tuple:
+def bound_to_parts(op: TileOp, call: Call, split: Mapping[str, str | tuple[str, ...]], parts: Sequence) -> Sequence:
     """What `op.bind` returns, of operands that the user has split inside `shard_map`."""
     splittable = set().union(*(t.factors + ["..."] * t.leading for t in op.signature.operands)) - op.signature.whole
     for dim in split:
@@ -220,13 +218,15 @@ def bound_to_parts(op: TileOp, call: Call, split: Mapping[str, str | tuple[str, 
                 + (f"; gather {dim!r} by jax.lax.all_gather" if dim in op.signature.whole else "")
             )
     assigned = {"L0" if dim == "..." else dim: _axes(axes) for dim, axes in split.items()}
-    shapes = rules.result_shapes(op, parts, call)
-
-    def bind(*parts, call):
-        return [r for r in op.bind(parts, call) if r is not None]
-
-    results = iter(_local(op, call, assigned, bind, *parts))
-    return tuple(None if s is None else next(results) for s in shapes)
+    for dim, axes in split.items():
+        try:
+            jax.lax.axis_size(axes)
+        except NameError:
+            raise ValueError(
+                f"{op.name}: mesh axes {_axes(axes)} are to split dimension {dim!r}, and not all of them are here; "
+                "call the op inside a jax.shard_map over them"
+            ) from None
+    return _local(op, call, assigned, op.bind, *parts)
 
 
 def _local(op: TileOp, call: Call, assigned: dict[str, tuple[str, ...]], function: Callable, *parts: jax.Array):
@@ -240,10 +240,10 @@ def _local(op: TileOp, call: Call, assigned: dict[str, tuple[str, ...]], functio
             return part
         return part - (jax.lax.axis_index(assigned[along]) * layout.sizes[along]).astype(part.dtype)
 
-    results = function(*(inside(x, t.indexes) for x, t in zip(parts, layout.operand_terms, strict=True)), call=call)
+    results = function(*(inside(x, t.indexes) for x, (t, _) in zip(parts, layout.operands, strict=True)), call=call)
     return tuple(
         _completed(result, term.reduction, layout.reduced(dims, assigned))
-        for result, term, dims in zip(results, layout.result_terms, layout.results, strict=True)
+        for result, (term, dims) in zip(results, layout.results, strict=True)
     )
 
 
@@ -252,15 +252,10 @@ def _local(op: TileOp, call: Call, assigned: dict[str, tuple[str, ...]], functio
 SPLIT: ContextVar[Split] = ContextVar("split", default=())
 
 
-@contextlib.contextmanager
-def on_parts(call: Call):
+def on_parts(call: Call) -> AbstractContextManager:
     """A context for a reference, kernel or transpose rule whose operands are one device's parts: so are those of the
     ops that it calls."""
-    token = SPLIT.set(call.split)
-    try:
-        yield
-    finally:
-        SPLIT.reset(token)
+    return setting(SPLIT, call.split)
 
 
 def over_devices(value: jax.Array, dim: str, reduction: Literal["sum", "logsumexp"] = "sum") -> jax.Array:

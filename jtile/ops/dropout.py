@@ -212,10 +212,11 @@ def _places(shape: tuple[int, ...], split: Mapping[int, str | tuple[str, ...]]) 
 
 
 def _one(key: jax.Array) -> jax.Array:
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not (typed and key.ndim == 0 or key.dtype == jnp.uint32 and key.ndim == 1 and key.size >= 2):
+    array = hasattr(key, "dtype")
+    typed = array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0
+    if not (typed or array and key.dtype == jnp.uint32 and key.ndim == 1 and key.size >= 2):
         raise ValueError(
-            f"dropout: `key` must be one key, from jax.random.key or jax.random.PRNGKey, got {key.dtype} of shape "
-            f"{key.shape}; of several, map over them with jax.vmap"
+            "dropout: `key` must be one key, from jax.random.key or jax.random.PRNGKey, got "
+            f"{f'{key.dtype} of shape {key.shape}' if array else key}; of several, map over them with jax.vmap"
         )
     return key

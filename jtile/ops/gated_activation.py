@@ -101,9 +101,13 @@ class Tile(NamedTuple):
 
 
 @forward.tiles
+def forward_tiles(*operands, **options):
+    yield from (Tile(1024 * n, w) for n, w in ((1, 4), (1, 8), (2, 4), (1, 2), (4, 8), (4, 4)))
+
+
 @backward.tiles
-def tiles(*operands, **options):
-    yield from (Tile(1024 * n, w) for n, w in ((1, 4), (2, 4), (1, 2), (4, 8), (4, 4)))
+def backward_tiles(*operands, **options):
+    yield from (Tile(1024 * n, w) for n, w in ((1, 8), (1, 4), (2, 8), (2, 4)))
 
 
 def _elementwise(kernel, operands, results, name, tile):

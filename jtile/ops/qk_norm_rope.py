@@ -61,7 +61,7 @@ def backward_reference(x, scale, positions, step, leap, rstd, dy, *, interleaved
 # partial `dscale` are left to add. A head is kept as `rope.read_pairs` gives it: in two or three parts.
 
 BLOCK = 4096  # elements
-PROGRAMS = 528  # of the backward pass: four for each multiprocessor of the largest chips
+PROGRAMS = 264  # of the backward pass: two for each multiprocessor of the largest chips
 
 
 def _sum(parts, axis):
@@ -91,7 +91,7 @@ class Blocks:
             "token": pl.BlockSpec((chunk,), lambda i, j: (i,)),
         }
 
-    def call(self, kernel, arrays, results, name: str) -> list[jax.Array]:
+    def call(self, kernel, arrays, results, name: str, **params) -> list[jax.Array]:
         """`arrays` are pairs of what an array has one number for and the array; those of anything else are whole."""
         whole = lambda x: pl.BlockSpec(x.shape, lambda i, j: (0,) * x.ndim)  # noqa: E731
         shape = {"element": (self.tokens, self.heads, self.d), "head": (self.tokens, self.heads), "token": (-1,)}
@@ -102,7 +102,7 @@ class Blocks:
             in_specs=[self.specs.get(kind) or whole(x) for kind, x in arrays],
             out_specs=[self.specs.get(kind, partial) for kind, _ in results],
             out_shape=[jax.ShapeDtypeStruct(shape.get(kind, (*self.grid, self.d)), dtype) for kind, dtype in results],
-            compiler_params=CompilerParams(num_warps=4, num_stages=1),
+            compiler_params=CompilerParams(**params),
             name=name,
         )(*(x.reshape(shape[kind]) if kind in shape else x for kind, x in arrays))
 
@@ -121,7 +121,9 @@ def forward_kernel(x, scale, positions, step, leap, *, epsilon, interleaved):
         rstd_ref[...] = rstd
 
     arrays = [("element", x), ("d", scale), ("token", positions), ("f", step), ("f", leap)]
-    y, rstd = blocks.call(kernel, arrays, [("element", x.dtype), ("head", jnp.float32)], "qk_norm_rope")
+    y, rstd = blocks.call(
+        kernel, arrays, [("element", x.dtype), ("head", jnp.float32)], "qk_norm_rope", num_warps=4, num_stages=1
+    )
     return y.reshape(x.shape), rstd.reshape(x.shape[:-1])
 
 
@@ -144,15 +146,24 @@ def backward_kernel(x, scale, positions, step, leap, rstd, dy, *, interleaved):
             mean = (_sum([p * q for p, q in zip(g, n, strict=True)], 2) / blocks.d)[:, :, None]
             dx = [rstd * (p - q * mean) for p, q in zip(g, n, strict=True)]
             rope.write_pairs(dx_ref, at, f, interleaved, *dx)
-            more = (jnp.sum(p * q, axis=(0, 1)) for p, q in zip(dscaled, n, strict=True))
-            return tuple(total + term for total, term in zip(dscale, more, strict=True))
+            return tuple(total + p * q for total, p, q in zip(dscale, dscaled, n, strict=True))
 
-        start = tuple(jnp.zeros_like(part) for part in scales)
-        rope.write_pairs(dscale_ref, (), f, interleaved, *jax.lax.fori_loop(0, blocks.steps, some_tokens, start))
+        start = tuple(jnp.zeros((blocks.block, blocks.head_block, part.size)) for part in scales)
+        dscale = jax.lax.fori_loop(0, blocks.steps, some_tokens, start)
+        rope.write_pairs(dscale_ref, (), f, interleaved, *(jnp.sum(total, axis=(0, 1)) for total in dscale))
 
     arrays = [("element", x), ("d", scale), ("token", positions), ("f", step), ("f", leap)]
     arrays += [("head", rstd), ("element", dy)]
-    dx, partial = blocks.call(kernel, arrays, [("element", x.dtype), ("d", jnp.float32)], "qk_norm_rope_backward")
+    # Where shared memory of every chip has room for two blocks of both, they are on their way while one is computed.
+    stages = 3 if 4 * blocks.block * blocks.head_block * pl.next_power_of_2(blocks.d) * x.dtype.itemsize <= 2**16 else 1
+    dx, partial = blocks.call(
+        kernel,
+        arrays,
+        [("element", x.dtype), ("d", jnp.float32)],
+        "qk_norm_rope_backward",
+        num_warps=8,
+        num_stages=stages,
+    )
     return dx.reshape(x.shape), jnp.sum(partial, axis=(0, 1)).astype(scale.dtype)
 
 

@@ -21,7 +21,8 @@ from jaxtyping import Array, Float, Int
 from jtile.compiler.params import CompilerParams
 from jtile.op import Implementation, TileOp, check_known
 
-# Spec. `step` and `leap` are the angles of 1 and of 1024 positions, 32-bit integers, for each of the f pairs of a head.
+# Spec. `step` and `leap` are the angles of 1 and of 1024 positions, 32-bit integers, for each of the f pairs of a head;
+# `inverse` turns the other way.
 
 forward = TileOp("rope", "x: ... s h d, positions: ... s, step: f, leap: f -> y: ... s h d", whole="d f")
 
@@ -38,10 +39,10 @@ def _turns(positions, step, leap):
 
 
 @forward.reference
-def forward_reference(x, positions, step, leap, *, interleaved):
+def forward_reference(x, positions, step, leap, *, interleaved, inverse=False):
     wide = jnp.promote_types(x.dtype, jnp.float32)
     angle = _turns(positions, step, leap).astype(wide) * (2 * math.pi / 2**32)
-    cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
+    cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(-angle if inverse else angle)[..., None, :]
     f, axis = step.size, -1 if interleaved else -2
     rotated, rest = jnp.split(x, [2 * f], axis=-1)
     pairs = rotated.reshape(*x.shape[:-1], *((f, 2) if interleaved else (2, f)))
@@ -126,7 +127,7 @@ def forward_tiles(x, positions, *_, **options):
 
 
 @forward.kernel
-def forward_kernel(x, positions, step, leap, *, tile, interleaved):
+def forward_kernel(x, positions, step, leap, *, tile, interleaved, inverse):
     *_, heads, d = x.shape
     tokens, f = positions.size, step.size
     block, head_block, num_warps = tile
@@ -135,7 +136,7 @@ def forward_kernel(x, positions, step, leap, *, tile, interleaved):
     def rope_kernel(x_ref, positions_ref, step_ref, leap_ref, y_ref):
         sin, cos = sin_cos(positions_ref[...], step_ref[...], leap_ref[...])
         a, b, *rest = read_pairs(x_ref, every, f, interleaved)
-        write_pairs(y_ref, every, f, interleaved, *turned(a, b, sin, cos), *rest)
+        write_pairs(y_ref, every, f, interleaved, *turned(a, b, -sin if inverse else sin, cos), *rest)
 
     part = pl.BlockSpec((block, head_block, d), lambda i, j: (i, j, 0))
     pairs = pl.BlockSpec((f,), lambda i, j: (0,))
@@ -155,9 +156,8 @@ def forward_kernel(x, positions, step, leap, *, tile, interleaved):
 
 
 @forward.transpose
-def forward_transpose(operands, results, cotangents, **options):
-    _, positions, step, leap = operands
-    (dx,) = forward(cotangents[0], positions, -step, -leap, **options)
+def forward_transpose(operands, results, cotangents, *, inverse, **options):
+    (dx,) = forward(cotangents[0], *operands[1:], inverse=not inverse, **options)
     return dx, None, None, None
 
 

@@ -44,8 +44,9 @@ class Found:
 def autotune(fn: Callable, *args: Any, report: Callable[[str], None] | None = None) -> Tuning:
     """Measures which tiles are best for every call of a jtile op that a function makes, on this machine's GPU.
 
-    The tiles that an op offers are compiled in parallel. Those that do not fit the chip, or spill registers, are left
-    out; the others are compared with what the op's reference computes, and then timed in turn on random operands that
+    The tiles that an op offers are compiled in parallel; of a kind that is not the untuned one's, and so of another
+    kernel, one first, and the rest if it comes near. Those that do not fit the chip, or spill registers, are left out;
+    the others are compared with what the op's reference computes, and then timed in turn on random operands that
     no cache holds. The function itself is compiled and not run. What was measured once is kept in jtile's cache on disk
     (`JTILE_CACHE_DIR`), which processes may share. A job of several processes takes the first one's results.
 
@@ -106,8 +107,8 @@ def search(calls: Sequence[Call], step: Callable[[Call, int, int], None] = lambd
 
 
 def prepare(calls: Sequence[Call], part: int, parts: int) -> None:
-    """Compiles this part of all that a search would, for the cache on disk."""
-    every = [(call, tile) for call in calls for tile in candidates(call)]
+    """Compiles this part of all that a search begins with, for the cache on disk."""
+    every = [(call, tile) for call in calls for tile in _first(candidates(call))]
     for call, tile in every[part::parts]:
         with contextlib.suppress(Exception):  # a tile that does not fit: the search will say why
             _Trial(call).built(tile)
@@ -138,15 +139,26 @@ def _measured(call: Call, step: Callable[[int, int], None], refused: dict[str, s
     offered = candidates(call)
     untuned = offered[0]
     trial = _Trial(call)
-    fitting = trial.compiled(offered, refused, step)
-    if untuned not in fitting:
-        raise RuntimeError(f"{call.op.name}: the tile that runs untuned cannot: {refused[str(untuned)]}")
-    right = trial.right(fitting, refused)
-    times = timing.seconds({t: (right[t], [()]) for t in right}, rounds=1, settle=0.005, timed=0.01)
+    right: dict[Any, Callable] = {}
+    times: dict[Any, float] = {}
+
+    def look_at(tiles: Sequence) -> None:
+        """Compiles them, and times those that are right at first sight."""
+        found = trial.right(trial.compiled([untuned, *(t for t in tiles if t != untuned)], refused, step), refused)
+        new = {tile: program for tile, program in found.items() if tile not in right}
+        right.update(new)
+        times.update(timing.seconds({t: (new[t], [()]) for t in new}, rounds=1, settle=0.005, timed=0.01))
+
+    first = _first(offered)
+    look_at(first)
+    best = min(times.values())
+    near = {type(tile) for tile in times if times[tile] <= NEAR * best}
+    others = [tile for tile in offered if tile not in first]
+    refused.update({str(tile): "its kind is far from the best" for tile in others if type(tile) not in near})
+    if more := [tile for tile in others if type(tile) in near]:
+        look_at(more)
     if (both := _combined(untuned, times)) and both not in times:
-        more = trial.right(trial.compiled([untuned, both], refused, step), refused)
-        right |= more
-        times |= timing.seconds({t: (more[t], [()]) for t in more}, rounds=1, settle=0.005, timed=0.01)
+        look_at([both])
     best = min(times.values())
     finalists = {t: (right[t], [()]) for t in times if times[t] <= NEAR * best or t == untuned}
     times = timing.seconds(finalists, rounds=4, settle=0.01, timed=0.02)
@@ -154,6 +166,12 @@ def _measured(call: Call, step: Callable[[int, int], None], refused: dict[str, s
     if times[winner] > 0.99 * times[untuned]:  # within what measurements differ by
         winner = untuned
     return call.entry(winner, times[winner] / trial.count, times[untuned] / trial.count)
+
+
+def _first(offered: Sequence) -> list:
+    """What to look at first: tiles of the untuned one's kind, and one of each other kind, which has another kernel."""
+    kinds = {type(tile): tile for tile in reversed(offered)}
+    return [tile for tile in offered if type(tile) is type(offered[0]) or tile == kinds[type(tile)]]
 
 
 def _combined(untuned: Any, times: dict[Any, float]) -> Any:
@@ -203,7 +221,7 @@ class _Trial:
                 try:
                     done[tile] = future.result()
                 except Exception as error:  # too large, mostly; Triton also fails on some tiles
-                    refused[str(tile)] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                    refused[str(tile)] = _brief(error)
                 step(i + 1, len(tiles))
         spills = {tile: sum(one.compiled.spill_bytes for one in launched) for tile, launched in done.items()}
         least = min(spills.values(), default=0)
@@ -220,12 +238,24 @@ class _Trial:
     def compiled(
         self, tiles: Sequence, refused: dict[str, str], step: Callable[[int, int], None]
     ) -> dict[Any, Callable]:
-        """A program for each tile that fits."""
+        """A program for each tile that fits.
+
+        Raises:
+          RuntimeError: the first, which runs untuned, does not.
+        """
         kept = self.fitting(tiles, refused, step)
+        if tiles[0] not in kept:
+            raise RuntimeError(f"{self.call.op.name}: the tile that runs untuned cannot: {refused[str(tiles[0])]}")
         _ = self.sets  # before several threads ask for them
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as workers:
             programs = {tile: workers.submit(self._program, tile) for tile in kept}
-            return {tile: program.result() for tile, program in programs.items()}
+            done = {}
+            for tile, program in programs.items():
+                try:
+                    done[tile] = program.result()
+                except Exception as error:  # what XLA is to compile: a library may not serve the call
+                    refused[str(tile)] = _brief(error)
+            return done
 
     def built(self, tile: Any) -> list:
         shapes = [x for x in self.call.operands if x is not None]
@@ -242,7 +272,8 @@ class _Trial:
     def expected(self) -> list[jax.Array] | None:
         """What the reference computes of the first operands; None where it takes more than a quarter of the memory."""
         reference = functools.partial(self.function, implementation="xla")
-        compiled = jax.jit(reference).lower(*self.sets[0]).compile()
+        quickly: Any = {"xla_gpu_autotune_level": 0}  # it runs once
+        compiled = jax.jit(reference).lower(*self.sets[0]).compile(quickly)
         memory: Any = compiled.memory_analysis()
         affordable = (self.call.chip.memory_bytes or math.inf) / 4
         fits = memory.temp_size_in_bytes + memory.output_size_in_bytes <= affordable
@@ -262,6 +293,10 @@ class _Trial:
             raise RuntimeError(f"{self.call.op.name}: {untuned}, which runs untuned, is wrong: {wrong[untuned]}")
         refused.update({str(tile): error for tile, error in wrong.items()})
         return {tile: program for tile, program in programs.items() if tile not in wrong}
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _operands(call: Call, seed: int) -> list[jax.Array]:

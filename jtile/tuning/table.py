@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
 import importlib.resources
@@ -12,6 +10,8 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from jtile.compiler.cache import write_file
 from jtile.compiler.target import Target
+from jtile.context import setting
 
 if TYPE_CHECKING:
     from jtile.op.primitive import TileOp
@@ -246,7 +247,7 @@ def shipped() -> Tuning:
 
 # The choice
 
-_recorded: contextvars.ContextVar[list | None] = contextvars.ContextVar("recorded", default=None)
+_recorded: ContextVar[list[Call] | None] = ContextVar("recorded", default=None)
 
 
 class Call(NamedTuple):
@@ -271,15 +272,9 @@ class Call(NamedTuple):
         return Entry(self.problem, chip.model, chip.compute_capability, encoded(tile), seconds, untuned_seconds)
 
 
-@contextlib.contextmanager
-def recording() -> Iterator[list[Call]]:
+def recording() -> AbstractContextManager[list[Call]]:
     """Collects every call whose tile is chosen inside, in order."""
-    calls: list[Call] = []
-    token = _recorded.set(calls)
-    try:
-        yield calls
-    finally:
-        _recorded.reset(token)
+    return setting(_recorded, [])
 
 
 def choose(

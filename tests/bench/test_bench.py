@@ -5,10 +5,11 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from bench import __main__ as command
-from bench import cases, measure, report, results, rivals, timing, trace
+from bench import cases, measure, report, results, rivals, targets, timing, trace
 from bench.apart import Apart
 from bench.cases import BACKWARD, BOTH, CASES, FORWARD
 
@@ -34,7 +35,7 @@ def test_work_is_what_operands_and_results_say(case):
         assert case.work[FORWARD] == pytest.approx(moved, rel=0.02)
     else:
         assert case.work[FORWARD] > 100 * moved  # bound by products, as it says
-    if BOTH in case.work:
+    if {BACKWARD, BOTH} <= set(case.work):
         assert case.work[BOTH] == case.work[FORWARD] + case.work[BACKWARD]
 
 
@@ -50,13 +51,37 @@ def test_what_is_not_installed_is_named():
     assert rivals.RIVALS["XLA"].missing() is None and "jax" in rivals.RIVALS["XLA"].version()
 
 
-def test_attention_is_judged_by_a_reference_that_holds_one_head_at_a_time():
+FEATURES = {"is_causal": False}, {}, {"window": 5}, {"cap": 2.0}, {"alibi": True}, {"prefix": 9}
+
+
+@pytest.mark.parametrize("features", FEATURES, ids=str)
+def test_attention_is_judged_by_a_reference_that_holds_one_head_at_a_time(features):
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 32, heads, 16)) for i, heads in enumerate((4, 2, 2)))
-    for is_causal in (False, True):
-        ours = rivals.entry(rivals.REFERENCE, "dot_product_attention").make(is_causal=is_causal)(
-            query=q, key=k, value=v
-        )
-        assert jnp.allclose(ours, jax.nn.dot_product_attention(q, k, v, is_causal=is_causal), atol=1e-5)
+    reference, ours = (
+        rivals.entry(name, "dot_product_attention").make(**{"is_causal": True} | features)(query=q, key=k, value=v)
+        for name in (rivals.REFERENCE, "XLA")
+    )
+    assert jnp.allclose(reference, ours, atol=1e-5)
+    if not {"cap", "alibi", "prefix"} & set(features):
+        window = (features["window"] - 1, 0) if "window" in features else None
+        causal = features.get("is_causal", True)
+        theirs = jax.nn.dot_product_attention(q, k, v, is_causal=causal, local_window_size=window)
+        assert jnp.allclose(reference, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("features", ({"is_causal": False}, {}, {"window": 200}, {"prefix": 300}, {"packed": True}))
+def test_work_and_blocks_of_attention_are_those_of_what_queries_see(features):
+    case = cases.attention(1, 1024, 2, 64, **{"is_causal": True} | features)
+    i, j = np.arange(1024)[:, None], np.arange(1024)
+    seen = (i >= j) | (j < features.get("prefix", 0)) | (not features.get("is_causal", True))
+    seen &= i - j < features.get("window", 1024)
+    if features.get("packed"):
+        ids = np.asarray(case.operands["segment_ids"](None))[0]
+        assert len(set(ids)) == len(cases.DOCUMENTS)
+        seen &= ids[:, None] == ids
+    assert case.work[FORWARD] == 4 * 2 * 64 * seen.sum() and case.work[BOTH] == 3.5 * case.work[FORWARD]
+    assert case.blocks == seen.reshape(8, 128, 8, 128).any((1, 3)).sum()
+    assert case.plain == ("dot_product_attention 1×1024×2×64 causal" if set(features) - {"is_causal"} else None)
 
 
 # Measuring
@@ -95,13 +120,14 @@ def test_a_run_writes_every_pass_and_names_the_gaps(on_cpu, capsys):
     assert "torch.compile is a gap in every table" in printed and "jtile, rms_norm 16×64, forward" in printed
 
 
-def test_a_second_run_replaces_its_own_rows_alone(on_cpu):
+def test_a_second_run_is_kept_beside_the_first_and_the_last_of_each_case_counts(on_cpu):
     arguments = ["--rivals", "XLA", "--quick", "--output", str(on_cpu / "out.json")]
     assert command.main(["run", *arguments]) == 0
     assert command.main(["run", *arguments, "--filter", "rms_norm", "--passes", "forward"]) == 0
     rows = results.read(on_cpu / "out.json")["rows"]
-    assert len(rows) == (2 + 3) * 2
-    assert {row["case"] for row in rows if row["run"] == 1} == {SMALL.name}
+    assert len(rows) == (2 + 3 + 1) * 2 and {row["case"] for row in rows if row["run"] == 1} == {SMALL.name}
+    last = {(row["case"], row["pass"]): row["run"] for row in results.latest(rows)}
+    assert len(last) == 2 + 3 and [place for place, run in last.items() if run == 1] == [(SMALL.name, FORWARD)]
 
 
 def test_no_case_is_begun_when_time_is_up(on_cpu, capsys):
@@ -236,12 +262,11 @@ def stored(tmp_path):
 def test_the_report_shows_wins_losses_and_gaps(stored):
     text = report.markdown(stored / "results")
     assert "One NVIDIA H200, 2026-11-24, jax 0.11.2." in text
-    assert "| norm 8×8 | forward | **95% (3.81 TB/s)** | 50% | gap | 4.00 TB/s |" in text
-    assert "| norm 8×8 | value and gradient | 67% (2.67 TB/s) | **80%** | gap | 4.00 TB/s |" in text
-    assert "| attention 8 | forward | 50% (2 TFLOP/s) | wrong |" in text
+    assert "Every figure, with memory and times to first call: [2026-11-24.md](bench/results/NVIDIA_H200/2" in text
+    assert "| norm 8×8 | **95%**, XLA 50% | 67%, XLA **80%** |" in text
+    assert "| attention 8 | **50%** |" in text  # cuDNN's is wrong
     assert "- torch.compile not installed: pip install torch: 2 passes" in text
     assert "- cuDNN is wrong by 5.0e-01: attention 8 forward" in text
-    assert "| norm 8×8 | value and gradient | 1.00 GiB | 1.00 GiB |" in text
     assert text.count("norm 4×8") == 0  # sweeps are plotted
 
 
@@ -252,13 +277,19 @@ def test_writing_puts_it_between_the_marks_and_draws(stored):
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text and "**95%" in text
     names = {path.stem for path in (stored / "plots").glob("*.svg")}
-    kinds = ("memory_forward", "memory_value_and_gradient", "products_forward", "sizes", "widths")
+    kinds = ("memory", "losses", "sizes", "widths")
     assert names == {f"NVIDIA_H200_{kind}" for kind in kinds}
     assert all(f"({(plots / name).relative_to(report.README.parent)}.svg)" in text for name in names)
     first = {path: path.read_bytes() for path in (stored / "plots").iterdir()}
     report.write(stored / "results", readme, stored / "plots")
     assert readme.read_text() == text and all(path.read_bytes() == old for path, old in first.items())
-    assert "| norm 4×8 | forward | jtile | 4.0000 ms |" in (stored / "results/NVIDIA_H200/2026-11-24.md").read_text()
+    page = (stored / "results/NVIDIA_H200/2026-11-24.md").read_text()
+    assert "| norm 8×8 | forward | **95% (3.81 TB/s)** | 50% | gap | 4.00 TB/s |" in page
+    assert "| norm 8×8 | value and gradient | 67% (2.67 TB/s) | **80%** | gap | 4.00 TB/s |" in page
+    assert "| attention 8 | forward | 50% (2 TFLOP/s) | wrong |" in page
+    assert "| norm 8×8 | value and gradient | 1.00 GiB | 1.00 GiB |" in page
+    assert "| 0 | 2026-11-24 | unknown | `python -m bench run` |" in page
+    assert "| norm 4×8 | forward | jtile | 0 | 4.0000 ms | 1.00 TB/s | 25.0% | 1.0e-03 | 1.000 GiB | 0.5 s |" in page
 
 
 def test_a_readme_without_marks_is_refused(stored):
@@ -266,6 +297,75 @@ def test_a_readme_without_marks_is_refused(stored):
     readme.write_text("nothing")
     with pytest.raises(ValueError, match="lacks the line <!-- the bench"):
         report.write(stored / "results", readme, stored / "plots")
+
+
+# Targets
+
+CAUSAL, CAPPED = (
+    cases.attention(4, 4096, 16, 128, is_causal=True),
+    cases.attention(4, 4096, 16, 128, is_causal=True, cap=50.0),
+)
+
+
+def lines_of(*rows, steps=()):
+    """The table's lines by their first cell, which is followed by what was asked, what was reached, and whether."""
+    table = targets.table(targets.Measured.of(rows, steps))
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert all(len(line) == 4 for line in cells)
+    return {line[0]: tuple(line[1:]) for line in cells}
+
+
+def test_every_target_has_cases_and_a_file_with_its_arguments():
+    nothing = targets.Measured.of([], [])
+    assert all(target.figures(nothing) for chosen in targets.TARGETS.values() for target in chosen)
+    assert all((results.ROOT / f"{file}.md").is_file() for file in targets.TARGETS)
+    assert {line[1] for line in lines_of().values()} == {"not measured"}
+
+
+def test_a_target_is_met_where_all_is_measured_and_nothing_misses_it():
+    what, name = "Cross-entropy, value and gradient, of a copy's speed at 3 passes", "softmax_cross_entropy 8192×128256"
+    assert lines_of(row(name, "jtile", 1.1e-3, BOTH))[what] == ("≥ 0.9", "0.909", "met")
+    missed = "[missed](bench/results/cross_entropy.md)"
+    assert lines_of(row(name, "jtile", 1.2e-3, BOTH))[what] == ("≥ 0.9", "0.833", missed)
+    assert lines_of(row(name, "jtile", 1e-3, BOTH, right=False))[what] == ("≥ 0.9", "0.000", missed)
+
+
+def test_rivals_that_cannot_set_no_mark_and_a_mean_is_geometric():
+    rows = [
+        row(case.name, rival, seconds, unit="FLOP")
+        for case, times in ((CAUSAL, (1e-3, 2e-3)), (CAPPED, (2e-3, 2e-3)))
+        for rival, seconds in zip(("jtile", "FlexAttention"), times, strict=True)
+    ]
+    found = lines_of(*rows)
+    mean = "Attention, speed over FlexAttention, forward: geometric mean"
+    assert found[mean] == ("≥ 1.3", "1.414 (1.000 to 2.000); 16 of 18 not measured", "so far met")
+    features = "Features, rate on the blocks left, of plain"
+    assert found[features][1].startswith("0.500; 1 of 1 miss it: 4×4096×16×128 causal cap 50.0, forward 0.500;")
+    rows += [row(CAPPED.name, "tokamax Triton", unit="FLOP", gap="it has none")]
+    rows += [row(CAUSAL.name, "tokamax Triton", 3e-3, unit="FLOP")]
+    tokamax = lines_of(*rows)["Attention, speed over tokamax Triton, forward: geometric mean"]
+    assert tokamax == ("≥ 1.6", "3.000 (3.000); 16 of 17 not measured", "so far met")
+
+
+def test_figures_of_two_runs_are_not_compared():
+    first = [row(CAUSAL.name, rival, 1e-3, unit="FLOP") for rival in ("jtile", "cuDNN", "tokamax Mosaic")]
+    second = [
+        row(CAUSAL.name, rival, seconds, unit="FLOP", run=1) for rival, seconds in (("jtile", 5e-4), ("cuDNN", 1e-3))
+    ]
+    found = lines_of(*first, *second)
+    assert found["Plain attention, speed over cuDNN's: head dim 128, forward"][1].startswith("2.000;")
+    assert found["… over tokamax's Mosaic kernels'"][1].startswith("1.000;")
+
+
+def test_training_steps_have_targets_too():
+    steps = [
+        {"contender": name, "tokens_per_second": speed, "peak_bytes": size}
+        for name, speed, size in (("jtile", 130.0, 9), ("jtile, lean", 110.0, 5), ("XLA and cuDNN", 100.0, 10))
+    ]
+    found, missed = lines_of(steps=steps), "[missed](bench/results/training_1b.md)"
+    speed = found["Training step of Llama 1b, tokens/s over XLA's with cuDNN"]
+    assert speed[1:] == ("1.100 to 1.300; 1 of 2 miss it: jtile, lean 1.100", missed)
+    assert found["… of its peak memory"][1:] == ("0.500 to 0.900; 1 of 2 miss it: jtile 0.900", missed)
 
 
 def test_the_terminal_shows_one_pass(capsys):

@@ -71,6 +71,27 @@ def test_tile_too_large():
     )
 
 
+def test_tile_too_large_is_not_assembled(monkeypatch):
+    """The assembler alone can take minutes over a tile that is far too large."""
+    made = []
+    monkeypatch.setattr(cache, "fetch", lambda _, make, *__: made.append(make()) or made[0])
+    with pytest.raises(TileTooLarge, match="needs 262,144 bytes of shared memory"):
+        build(sources.product, CompilerParams(num_stages=8), H200)
+    assert (made[0].shared_bytes, made[0].cubin, made[0].ptx) == (262_144, b"", "")
+
+
+def test_fewer_stages_are_no_cure_without_a_loop():
+    def product_kernel(x_ref, y_ref, o_ref):
+        o_ref[...] = jnp.dot(x_ref[...], y_ref[...])
+
+    x = jax.ShapeDtypeStruct((64, 1024), jnp.float32)
+    y = jax.ShapeDtypeStruct((1024, 16), jnp.float32)
+    out = jax.ShapeDtypeStruct((64, 16), jnp.float32)
+    [source] = kernel_sources(pl.pallas_call(product_kernel, out_shape=out), x, y)
+    with pytest.raises(TileTooLarge, match="has 232,448. Shrink its blocks.$"):
+        build(source, CompilerParams(), H200)
+
+
 def test_more_registers_than_a_block_has():
     with pytest.raises(TileTooLarge) as refused:
         build(sources.product, CompilerParams(num_warps=32, max_registers=255), A100)

@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 import jtile
 from jtile.compiler import launch
 from jtile.compiler.interpret import interpret_pallas
-from jtile.compiler.kernel import UnsupportedKernel
+from jtile.compiler.kernel import TileTooLarge, UnsupportedKernel
 from jtile.compiler.pallas import retarget_pallas
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.target import Target
@@ -624,6 +624,20 @@ def test_unknown_primitives_are_named_with_the_line_and_a_cure():
         shape=(16, 16),
         match=rf"kernel kernel, at .*test_emit.py:{line}:.*`cholesky` .*",
     )
+
+
+def test_tiles_of_more_elements_than_triton_takes():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...] * 2
+
+    x = jax.ShapeDtypeStruct((1100, 1024), jnp.float32)
+    line = kernel.__code__.co_firstlineno + 1
+    with pytest.raises(
+        TileTooLarge,
+        match=rf"Kernel kernel, at .*test_emit.py:{line}\b.*: a tile of 2048 × 1024 elements is 2,097,152; "
+        "Triton takes at most 1,048,576. Shrink the kernel's blocks",
+    ):
+        sources(pl.pallas_call(kernel, out_shape=x), x)
 
 
 def test_captured_arrays():

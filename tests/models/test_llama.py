@@ -63,9 +63,10 @@ def test_a_token_changes_no_logits_before_it():
     assert (jnp.abs(before[:, 7:] - after[:, 7:]).max(-1) > 1e-4).all()
 
 
-def test_remat_changes_no_gradient():
+@pytest.mark.parametrize("remat", ["selective", "full"])
+def test_remat_changes_no_gradient(remat):
     tokens = some_tokens(2, 12)
-    plain, recomputed = (nnx.jit(nnx.grad(llama.loss))(make(remat=remat), tokens) for remat in (False, True))
+    plain, recomputed = (nnx.jit(nnx.grad(llama.loss))(make(remat=remat), tokens) for remat in ("none", remat))
     # The same operations in float32, fused otherwise.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), plain, recomputed)
 
@@ -84,19 +85,37 @@ def test_the_loss_of_hidden_states_is_that_of_logits(tied):
 def test_a_training_step_keeps_no_logits():
     """In the program for an H200, where logits of 16384 tokens take 1 GiB in bfloat16."""
     config = dataclasses.replace(SMALL, vocab_size=32768, dtype="bfloat16", num_hidden_layers=1)
+    lean, full = planned_memory(config), planned_memory(dataclasses.replace(config, linear_loss=False))
+    assert full > 16384 * 32768 * 2 and lean < full / 2
+
+
+def test_remat_saves_memory():
+    """In the program for an H200, whose layers keep 19 times tokens × hidden size in all."""
+    layers, unit = 4, 16 * 1024 * 256 * 2  # bytes of tokens × hidden size
+    config = dataclasses.replace(
+        SMALL,
+        dtype="bfloat16",
+        num_hidden_layers=layers,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+    )
+    none, selective = (planned_memory(dataclasses.replace(config, remat=remat)) for remat in ("none", "selective"))
+    # Queries, keys and values, two norms and the activation are 8 of the 19. Those of one layer are there again.
+    assert none - selective > (layers - 1) * 8 * unit
+
+
+def planned_memory(config):
+    """Of a training step of 16 × 1024 tokens, beside parameters and gradients."""
     [device] = Target.named("NVIDIA H200").topology().devices
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device))  # noqa: E731
+    graph, params = nnx.split(nnx.eval_shape(lambda: llama.Llama(config, rngs=nnx.Rngs(0))), nnx.Param)
+    step = jax.value_and_grad(lambda params, tokens: llama.loss(nnx.merge(graph, params), tokens))
     tokens = place(jax.ShapeDtypeStruct((16, 1025), jnp.int32))
-
-    def memory(**changes):
-        model = nnx.eval_shape(lambda: llama.Llama(dataclasses.replace(config, **changes), rngs=nnx.Rngs(0)))
-        graph, params = nnx.split(model, nnx.Param)
-        step = jax.value_and_grad(lambda params, tokens: llama.loss(nnx.merge(graph, params), tokens))
-        compiled = jax.jit(step).lower(jax.tree.map(place, params), tokens).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    lean, full = memory(), memory(linear_loss=False)
-    assert full > 16384 * 32768 * 2 and lean < full / 2
+    compiled = jax.jit(step).lower(jax.tree.map(place, params), tokens).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("implementation", ["triton", None])
@@ -365,9 +384,9 @@ def test_options_of_load(tmp_path):
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32),
     }
     write(tmp_path / "checkpoint", config, tensors | extra)
-    model = llama.load(tmp_path / "checkpoint", param_dtype="float32", implementation="xla", remat=True)
+    model = llama.load(tmp_path / "checkpoint", param_dtype="float32", implementation="xla", remat="full")
     assert (model.config.dtype, model.config.param_dtype) == ("bfloat16", "float32")
-    assert (model.config.implementation, model.config.remat) == ("xla", True)
+    assert (model.config.implementation, model.config.remat) == ("xla", "full")
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 

@@ -101,12 +101,29 @@ def test_a_split_that_types_do_not_agree_on():
     x, mesh = X.reshape(4, 4), jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
     gate, up = (jax.device_put(x, NamedSharding(mesh, P(axis))) for axis in ("a", "b"))
     message = (
-        "gated_activation: leading dimension 0 is split over mesh axes ('a',) in `gate` and over ('b',) in `up`; bring "
-        "them together with jax.sharding.reshard"
+        "gated_activation: leading dimension 0 is split over mesh axes ('a',) in `gate`, and leading dimension 0 over "
+        "('b',) in `up`; bring them together with jax.sharding.reshard"
     )
     for function in jtile.gated_activation, jax.jit(jax.grad(lambda *x: jtile.gated_activation(*x).sum())):
         with jax.set_mesh(mesh), pytest.raises(ValueError, match=f"^{re.escape(message)}"):
             function(gate, up)
+
+
+def test_one_mesh_axis_for_two_dimensions_that_operands_share():
+    x, mesh = X[None].repeat(2, 0), jax.make_mesh((2,), ("a",), axis_types=(AxisType.Explicit,))
+    x, residual = (jax.device_put(x, NamedSharding(mesh, spec)) for spec in (P("a"), P(None, "a")))
+    message = (
+        "rms_norm: leading dimension 0 is split over mesh axes ('a',) in `x`, and leading dimension 1 over ('a',) in "
+        "`residual`; bring them together with jax.sharding.reshard"
+    )
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        jtile.rms_norm(x, SCALE, residual=residual)
+
+
+def test_a_mesh_axis_that_is_not_there():
+    for options in {"axis_name": "i"}, {"axis_name": ("i", "j")}:
+        with pytest.raises(ValueError, match=r"^softmax_cross_entropy: mesh axes \('i',.* are to split dimension 'v'"):
+            jtile.softmax_cross_entropy(X, jnp.zeros(2, int), **options)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from jtile import CompilerParams, TileOp
+from jtile import CompilerParams, TileOp, inspect
 from jtile.compiler.target import Target
 from jtile.op.lowering import FallbackWarning
 
@@ -164,3 +164,20 @@ def test_kernels_count_in_32_bits():
     with jax.enable_x64(True):
         op(jnp.arange(4, dtype=jnp.float32), implementation="interpret")
     assert dtypes == [jnp.int32]
+
+
+def test_kernels_without_compiler_params_are_compiled_by_jtile():
+    """Not by JAX's own backend, which would refuse six rows."""
+    op = TileOp("tripled", "x: ... d -> y: ... d")
+    op.reference(lambda x: (3 * x,))
+
+    @op.kernel
+    def kernel(x):
+        def triple_kernel(x_ref, y_ref):
+            y_ref[...] = 3 * x_ref[...]
+
+        return (pl.pallas_call(triple_kernel, out_shape=x)(x),)
+
+    assert KERNEL in lower_for_gpu(lambda x: op(x)[0], X)
+    [report] = inspect(lambda x: op(x)[0], X)
+    assert report.name == "triple_kernel" and "# test_lowering.py:" in report.source

@@ -135,8 +135,8 @@ def test_operands_split_differently_follow_the_first_under_auto():
 def test_operands_split_differently_are_refused_under_an_explicit_mesh():
     mesh = make_mesh(AxisType.Explicit, a=2, b=2)
     message = (
-        "heads: leading dimension 0 is split over mesh axes ('a',) in `q` and over ('b',) in `key`; bring them "
-        "together with jax.sharding.reshard"
+        "heads: leading dimension 0 is split over mesh axes ('a',) in `q`, and leading dimension 0 over ('b',) in "
+        "`key`; bring them together with jax.sharding.reshard"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         run(lambda q, key: heads(q, key), mesh, (Q, P("a")), (KEY, P("b")))

@@ -222,6 +222,21 @@ def test_masked_keys_may_hold_anything(what, implementation):
     assert not expected["key"][:, seen:].any() and not expected["value"][:, seen:].any()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("what", [dict(is_causal=True), dict(local_window_size=(90, 0))])
+def test_keys_beyond_a_band_may_hold_anything_on_gpu(what, head_dim):
+    """By each schedule for 16 bits, also where a block has keys that some of its queries see."""
+    seen, length = 300, 700
+    shapes = dict(query=(seen, 4), key=(length, 2), value=(length, 2))
+    clean = {n: normal(i, 1, *s, head_dim).astype(jnp.bfloat16) for i, (n, s) in enumerate(shapes.items())}
+    dirty = clean | {n: clean[n].at[:, seen:].set(what) for n, what in (("key", jnp.inf), ("value", jnp.nan))}
+    call = functools.partial(dot_product_attention, return_lse=True, implementation="triton")
+    expected, actual = run(call, what, clean), run(call, what, dirty)
+    assert_same(actual, expected, TOLERANCE["bfloat16"])
+    assert not expected["key"][:, seen:].any() and not expected["value"][:, seen:].any()
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_what_is_not_a_number_is_so_to_those_that_see_it(implementation):
     """In one block of queries and keys."""

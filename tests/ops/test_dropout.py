@@ -258,7 +258,8 @@ def test_what_is_refused():
             jtile.dropout(x, rate, KEY)
     with pytest.raises(ValueError, match="^dropout: `rate` must be known when tracing"):
         jax.jit(lambda rate: jtile.dropout(x, rate, KEY))(0.1)
-    for wrong in jax.random.split(KEY, 2), jnp.zeros(2), jnp.zeros((2, 2), jnp.uint32), jnp.zeros(1, jnp.uint32):
+    words = jnp.zeros((2, 2), jnp.uint32)
+    for wrong in jax.random.split(KEY, 2), jnp.zeros(2), words, words[0, :1], None, 0:
         with pytest.raises(ValueError, match="^dropout: `key` must be one key, .* got"):
             jtile.dropout(x, 0.1, wrong)
     for residual in x[0], x.astype(jnp.bfloat16):

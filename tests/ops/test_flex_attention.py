@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jtile
 from jtile.ops.attention.flex import create_block_mask, flex_attention
-from tests.ops.test_attention_features import HEADS, KEYS, QUERIES, assert_same, normal, operands, run
+from tests.ops.test_attention_features import HEADS, KEYS, ON_GPU, QUERIES, assert_same, normal, operands, run
 
 SLOPES, TABLE = 2.0 ** -jnp.arange(1.0, HEADS + 1), normal(4, HEADS, QUERIES + KEYS)
 
@@ -132,6 +134,78 @@ def test_a_function_made_anew_is_traced_and_compiled_once():
     assert program() == program()
 
 
+def layers(attend):
+    """The gradients of a few layers, each with its slopes and its window, of which blocks are made inside."""
+
+    def loss(slopes, inputs):
+        @jax.checkpoint
+        def layer(query, given):
+            own, size = given
+            seen = lambda b, h, q, k: (k <= q) & (q - k < size)  # noqa: E731
+            return query + attend(own, seen, **inputs | {"query": query}), None
+
+        sizes = jnp.arange(10, 10 * (1 + len(slopes)), 10)
+        return jnp.sum(jax.lax.scan(layer, inputs["query"], (slopes, sizes))[0] ** 2)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))
+
+
+def by_kernels(slopes, seen, *, axis_name=None, **inputs):
+    mods = dict(score_mod=functools.partial(alibi, slopes), mask_mod=seen)
+    if axis_name is None:
+        mods["block_mask"] = create_block_mask(seen, None, HEADS, QUERIES, KEYS, block_size=16)
+    return flex_attention(**inputs, **mods, axis_name=axis_name, implementation="interpret")
+
+
+def by_oracle(slopes, seen, **inputs):
+    return oracle(**inputs, score_mod=functools.partial(alibi, slopes), mask_mod=seen)[0]
+
+
+def test_under_transformations():
+    """`scan`, `checkpoint` and block masks made under `jit`; `vmap` of gradients of arrays that are closed over."""
+    stacked = jnp.stack([SLOPES, 2 * SLOPES])
+    got, wanted = (layers(attend)(stacked, operands()) for attend in (by_kernels, by_oracle))
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=0, atol=2e-5 * float(jnp.abs(e).max())), got, wanted
+    )
+
+    def gradient(attend, slopes):
+        return jax.grad(lambda s, x: jnp.sum(attend(s, windowed, **x) ** 2), argnums=(0, 1))(slopes, operands())
+
+    got, wanted = (jax.vmap(functools.partial(gradient, attend))(stacked) for attend in (by_kernels, by_oracle))
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=0, atol=2e-5 * float(jnp.abs(e).max())), got, wanted
+    )
+
+
+def test_a_part_of_the_queries_in_shard_map():
+    """Gradients of slopes that every device has are sums over devices."""
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,))
+    rows = P(None, "i")
+
+    def attend(slopes, seen, *, query, key, value):
+        own = lambda s, q, k, v: by_kernels(s, seen, query=q, key=k, value=v, axis_name="i")  # noqa: E731
+        specs = dict(in_specs=(P(), rows, P(), P()), out_specs=rows)
+        return jax.shard_map(own, mesh=mesh, **specs)(slopes, query, key, value)
+
+    def gradient(attend):
+        return jax.grad(lambda s, x: jnp.sum(attend(s, windowed, **x) ** 2), argnums=(0, 1))(SLOPES, operands())
+
+    got, wanted = gradient(attend), gradient(by_oracle)
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=0, atol=2e-5 * float(jnp.abs(e).max())), got, wanted
+    )
+
+
+@pytest.mark.parametrize("implementation", ["interpret", "xla", ON_GPU])
+def test_float8(implementation):
+    inputs = {name: x.astype("float8_e4m3fn") for name, x in operands().items()}
+    mods = dict(score_mod=functools.partial(alibi, SLOPES), mask_mod=windowed)
+    out = flex_attention(**inputs, **mods, implementation=implementation)
+    expected, _ = oracle(**{name: x.astype(jnp.float32) for name, x in inputs.items()}, **mods)
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=0, atol=2e-2)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -140,8 +214,8 @@ def test_a_function_made_anew_is_traced_and_compiled_once():
         (dict(score_mod=lambda s, b, h, q, k: q), "`score_mod` must return a score, and returns int32"),
         (dict(mask_mod=lambda b, h, q, k: q - k), "`mask_mod` must return a truth value, and returns int32"),
         (
-            dict(block_mask=create_block_mask(windowed, None, None, 8, 8)),
-            "made for batch 1, 1 heads, 8 queries and 8",
+            dict(block_mask=create_block_mask(windowed, None, 2, 8, 8)),
+            "made for batch 1, 2 heads, 8 queries and 8",
         ),
     ],
 )
@@ -149,4 +223,8 @@ def test_what_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         flex_attention(**operands(), **options)
     with pytest.raises(ValueError, match="powers of two from 16, got 24"):
-        jtile.create_block_mask(windowed, None, None, 8, 8, block_size=24)
+        jtile.create_block_mask(windowed, None, HEADS, 8, 8, block_size=24)
+    with pytest.raises(ValueError, match="`mask_mod` depends on the head, and `heads` is None"):
+        jtile.create_block_mask(windowed, None, None, 8, 8)
+    with pytest.raises(ValueError, match="`mask_mod` depends on the batch, and `batch` is None"):
+        jtile.create_block_mask(lambda b, h, q, k: jnp.arange(2)[b] < k, None, None, 8, 8)

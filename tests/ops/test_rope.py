@@ -175,7 +175,9 @@ def test_no_table_in_memory():
     """Angles exist only in the blocks of a program."""
     x = jax.ShapeDtypeStruct((4, 65536, 1, 128), jnp.bfloat16)
     positions, pairs = jax.ShapeDtypeStruct(x.shape[:2], jnp.int32), jax.ShapeDtypeStruct((64,), jnp.int32)
-    kernel = functools.partial(rope.forward_kernel, tile=next(rope.forward_tiles(x, positions)), interleaved=False)
+    kernel = functools.partial(
+        rope.forward_kernel, tile=next(rope.forward_tiles(x, positions)), interleaved=False, inverse=False
+    )
     jaxpr = jax.make_jaxpr(kernel)(x, positions, pairs, pairs).jaxpr
     sizes = {math.prod(v.aval.shape) for e in equations(jaxpr) for v in e.outvars if hasattr(v.aval, "shape")}
     blocks = sizes - {math.prod(x.shape), math.prod(positions.shape)}

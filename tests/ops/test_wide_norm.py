@@ -35,9 +35,9 @@ def check(actual, given, biased):
         np.testing.assert_allclose(a, b, rtol=2**-7 if name == "dx" else 1e-5, atol=1e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("slots, held, d", [(2, False, 128), (2, True, 104), (3, False, 96)])
+@pytest.mark.parametrize("slots, d", [(2, 128), (2, 104), (3, 96)])
 @pytest.mark.parametrize("centred, residual, biased", VARIANTS)
-def test_by_numpy(centred, residual, biased, slots, held, d):
+def test_by_numpy(centred, residual, biased, slots, d):
     """7 rows for 3 programs; the last part of a row is ragged, or empty."""
     given = operands(7, d, centred, residual)
     out = {"dx": np.zeros((7, d), ml_dtypes.bfloat16), "dscale": np.zeros((3, d), np.float32)}
@@ -45,23 +45,23 @@ def test_by_numpy(centred, residual, biased, slots, held, d):
     pointers = {name: gluon_on_cpu.Pointer(x.reshape(-1)) for name, x in (given | out).items()}
     names = ("x", "scale", "rstd", "mean", "dy", "dh", "dx", "dscale", "dbias")
     kernel = gluon_on_cpu.load(wide_kernel)["wide_backward"]
-    options = wide.Wide(7, 3, d, 4, 32, slots, centred, residual, biased, held)
+    options = wide.Wide(7, d, 4, 32, slots, centred, residual, biased)
     gluon_on_cpu.run(kernel, 3, *(pointers.get(name) for name in names), options)
     check(out | {name: out[name].sum(0) for name in out if name != "dx"}, given, biased)
 
 
 @pytest.mark.parametrize("centred, residual, biased", VARIANTS)
 def test_compiles(centred, residual, biased):
-    """For each generation; with two sums in registers the scale needs more shared memory than Ampere has."""
+    """For each generation."""
     given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands(1, 16384, centred, residual))
     for chip in ("NVIDIA A100", "NVIDIA H200", "NVIDIA B200"):
         target = Target.named(chip)
-        tiles = list(wide.tiles(given, biased, target))
-        assert tiles or (biased and chip == "NVIDIA A100")
-        for tile in tiles[:1]:
-            [kernel] = jtile.inspect(lambda given, tile=tile: wide.backward(given, biased, tile), given, target=target)
-            assert kernel.spill_bytes <= (8 if biased else 0)
-            assert kernel.instructions["cp.async.cg.shared.global"] >= 8
+        tile = next(wide.tiles(given, biased, target))
+        kernel, _ = jtile.inspect(
+            lambda given, tile=tile: wide.backward("backward", given, biased, tile), given, target=target
+        )
+        assert kernel.spill_bytes <= (32 if biased and chip == "NVIDIA B200" else 0)
+        assert kernel.instructions["cp.async.cg.shared.global"] >= 8
 
 
 @pytest.mark.gpu
@@ -70,5 +70,5 @@ def test_compiles(centred, residual, biased):
 def test_on_a_gpu(centred, residual, biased, d):
     given = operands(1000, d, centred, residual)
     for tile in wide.tiles(given, biased, Target.current()):
-        out = jax.jit(lambda given, tile=tile: wide.backward(given, biased, tile))(given)
+        out = jax.jit(lambda given, tile=tile: wide.backward("backward", given, biased, tile))(given)
         check(out, given, biased)

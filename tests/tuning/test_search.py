@@ -99,6 +99,22 @@ def test_the_fastest_that_is_right_fits_and_does_not_spill(calls, measured):
         assert tuning.choose(*calls[0]) == (Tile(2, 4), "tuned")
 
 
+class Other(NamedTuple):
+    rows: int
+    num_warps: int
+    of_another_kernel: bool = True
+
+
+def test_of_another_kind_of_tile_the_first_is_looked_at(calls, measured):
+    kinds = jtile.TileOp("kinds", scale.signature)
+    kinds.reference(lambda x, index, *, factor: (x * factor,))
+    kinds.tiles(lambda x, *_, target, **options: iter([Tile(8, 4), Tile(2, 4), Other(16, 4), Other(4, 4)]))
+    kinds.kernel(scale.kernel_function)
+    [found] = search.search([calls[0]._replace(op=kinds)])
+    assert measured == {2, 8, 16} and found.entry.tile == table.encoded(Tile(2, 4))
+    assert found.refused == {str(Other(4, 4)): "its kind is far from the best"}
+
+
 def test_what_was_measured_is_not_measured_again(calls, measured):
     [first] = search.search(calls)
     measured.clear()

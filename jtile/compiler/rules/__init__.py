@@ -55,9 +55,9 @@ REASONS: tuple[tuple[str, str], ...] = (
         "block's scale through the refs, and multiply with `jnp.dot`.",
     ),
     (
-        "eq_to le_to lt_to",
-        "Comparisons in which NaN equals itself serve `jax.lax.sort` alone, which is written without them. Compare "
-        "with `==`, `<` and `jnp.isnan`.",
+        "eq_to",
+        "An equality in which NaN equals itself serves `jax.lax.sort` alone, which is written without it. Compare with "
+        "`==` and `jnp.isnan`.",
     ),
     (
         "philox2x32 philox4x32 random_clone random_gamma rng_bit_generator rng_uniform threefry4x32",

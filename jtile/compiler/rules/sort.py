@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtile.compiler.rules import rule
-from jtile.compiler.rules.arithmetic import cast
+from jtile.compiler.rules.arithmetic import apply, cast
 from jtile.compiler.rules.shape import picked, sliced, transposed
 from jtile.compiler.value import Value, tile
 
@@ -24,6 +24,19 @@ def sort(e, eqn, *operands: Value):
         return [transposed(e, e.let(f"tl.sort({x.text})", x.shape, x.dtype, "sorted"), back)]
     order = _order(e, operands[: eqn.params["num_keys"]], axis)
     return [_reordered(e, x, order, axis) for x in operands]
+
+
+@rule("le_to", "lt_to")
+def compare(e, eqn, *operands: Value) -> Value:
+    """In the total order of floats, NaN among them: what `jnp.searchsorted` asks for."""
+
+    def key(x: Value) -> Value:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return e.let(_in_total_order(e, x)[1], x.shape, np.dtype(f"int{8 * x.dtype.itemsize}"), "key")
+
+    name, out = eqn.primitive.name.removesuffix("_to"), eqn.outvars[0].aval
+    return apply(e, name, out.shape, np.dtype(out.dtype), *map(key, operands))
 
 
 @rule("top_k")
@@ -106,15 +119,13 @@ def _last(axis: int, rank: int) -> tuple[list[int], list[int]]:
 def _parts(e, x: Value, total: bool = False) -> list[Value]:
     """32-bit integers in the order of `x`, the least significant first.
 
-    A float's bits are in order as they are, apart from the sign: negative numbers count backwards. Unless the order is
-    to be total, -0 equals 0 and every NaN comes last, as in `jax.lax.sort`.
+    Unless the order of floats is to be total, -0 equals 0 and every NaN comes last, as in `jax.lax.sort`.
     """
     bits = 8 * x.dtype.itemsize
     integer, most = f"tl.int{bits}", 2 ** (bits - 1) - 1
     text = e.tensor(x)
     if jnp.issubdtype(x.dtype, jnp.floating):
-        raw = e.let(f"tl.cast({text}, {integer}, bitcast=True)", x.shape, np.int64, "bits").text
-        text = f"{raw} ^ (({raw} >> {bits - 1}) & {most})"
+        raw, text = _in_total_order(e, x)
         if not total:
             size = e.let(f"{raw} & {most}", x.shape, np.int64, "size").text
             text = f"tl.where({size} > {_greatest_bits(x.dtype)}, {most}, tl.where({size} == 0, 0, {text}))"
@@ -127,6 +138,16 @@ def _parts(e, x: Value, total: bool = False) -> list[Value]:
         return [key]
     low = e.let(f"tl.cast({key.text}, tl.int32) ^ {-(2**31)}", x.shape, np.int32, "key")
     return [low, e.let(f"tl.cast({key.text} >> 32, tl.int32)", x.shape, np.int32, "key")]
+
+
+def _in_total_order(e, x: Value) -> tuple[str, str]:
+    """The bits of floats as integers, and as integers in the order of the floats.
+
+    Bits are in order as they are, apart from the sign: negative numbers count backwards.
+    """
+    bits = 8 * x.dtype.itemsize
+    raw = e.let(f"tl.cast({e.tensor(x)}, tl.int{bits}, bitcast=True)", x.shape, np.dtype(f"int{bits}"), "bits").text
+    return raw, f"{raw} ^ (({raw} >> {bits - 1}) & {2 ** (bits - 1) - 1})"
 
 
 def _greatest_bits(dtype) -> int:

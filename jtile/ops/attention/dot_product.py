@@ -101,8 +101,7 @@ def dot_product_attention(
     argument lets it see. One that sees none has an output of 0, a log-sum-exp of -inf, and gradients of 0; a score
     under about -7e37, such as with a bias of the least float32, counts as masked. What is in keys and values that a
     query does not see, NaN and infinity included, reaches nothing of it (in `jax.nn`, 0 · NaN is NaN). Of a query that
-    sees a value that is not finite, the whole output may be NaN. One exception: on the schedule for Hopper, what
-    nothing but a causal mask or a window hides may reach queries fewer than 320 places away, which share its block.
+    sees a value that is not finite, the whole output may be NaN.
 
     Memory grows with the sequence, not with its square. Scores, softmax and all sums are float32. Float32 operands are
     multiplied in float32 (not TF32); with 16-bit operands the softmax's weights are rounded to their dtype before they
@@ -146,8 +145,9 @@ def dot_product_attention(
             (`jax.lax.all_gather`), and lengths and positions count in the whole. Elsewhere arrays know how they are
             split.
         implementation: `None`, `"triton"`, `"xla"` or `"interpret"`, see `jtile.TileOp`. On a GPU `None` takes the
-            schedule for Hopper where that serves, else the portable one; `jtile.explain` says which, and why. It never
-            takes cuDNN, whose gradients differ from run to run unless XLA is told otherwise for the whole program.
+            schedule for Hopper where that serves, else the portable one; or cuDNN, made deterministic, where
+            `jtile.autotune` or a shipped table has found it faster for a plain call, causal or full. Each pass is
+            chosen for itself, since any of them goes with any other. `jtile.explain` says which, and why.
 
     Returns:
         The output in the dtype of `query`, or with `return_lse` the pair of it and the float32 log-sum-exp (float64 for

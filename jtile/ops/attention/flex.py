@@ -91,7 +91,8 @@ def create_block_mask(
         The lists, for `flex_attention`. It is a pytree, and may be made under `jit`.
 
     Raises:
-        ValueError: the mask is no function to a truth value, or block sizes are not powers of two from 16.
+        ValueError: the mask is no function to a truth value, or depends on a batch or a head where there is to be but
+            one; or block sizes are not powers of two from 16.
 
     Source: He et al., Flex Attention, 2024, arXiv:2412.05496, section 3.2.
 
@@ -107,6 +108,12 @@ def create_block_mask(
         raise ValueError(f"create_block_mask: `block_size` must be powers of two from {LEAST_BLOCK}, got {block_size}")
     number = jax.ShapeDtypeStruct((), jnp.int32)
     mod, arrays = _traced_mask("create_block_mask", mask_mod, number)
+    for place, (what, name, given) in enumerate((("batch", "batch", batch), ("head", "heads", heads))):
+        if given is None and mod.depends_on(place):
+            raise ValueError(
+                f"create_block_mask: `mask_mod` depends on the {what}, and `{name}` is None, for a mask that is the "
+                "same for all; say how many there are"
+            )
     read = lambda which, indices: arrays[which][indices]  # noqa: E731
     count = [-(-size // side) for size, side in zip((queries, keys), sides, strict=True)]
     numbers = lambda n: jnp.arange(n, dtype=jnp.int32)  # noqa: E731
@@ -241,7 +248,7 @@ def flex_attention(
     mask_mod = block_mask.mask_mod if mask_mod is None and block_mask is not None else mask_mod
     heads, batch = query.shape[-2], math.prod(lead)
     if score_mod is not None:
-        dtype = jnp.promote_types(query.dtype, jnp.float32)
+        dtype = query.dtype if query.dtype.itemsize > 4 else jnp.float32  # float8 is promoted to nothing
         score, arrays = trace(score_mod, f"{name}: `score_mod`", jax.ShapeDtypeStruct((), dtype), *[number] * 4)
         if not jnp.issubdtype(score.dtype, jnp.floating):
             raise ValueError(f"{name}: `score_mod` must return a score, and returns {score.dtype}")

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jtile.ops.attention import hopper, visits
+from jtile.ops.attention import cudnn, hopper, visits
 from jtile.ops.attention.hopper import features as on_hopper
 from jtile.ops.attention.reference import row_sums
-from jtile.ops.attention.tiles import BackwardTiles, Tile
+from jtile.ops.attention.tiles import DQUERY, FORWARD, SMALL_DKEY_DVALUE, BackwardTiles, Problem, Tile
 from jtile.ops.attention.variant import FLOOR, LOG2_E, Place, Variant, both, first_query, over, with_slope
 
 
@@ -535,18 +535,33 @@ def _sizes(tile: Tile, query, value) -> Sizes:
     return Sizes(query.shape[1], value.shape[1], tile.block_q, tile.block_k)
 
 
-# The schedule for Hopper lets NaN in a key, value or query that operands mask leak to those in its block. Where results
-# tell so, all is computed once more, by blocks as large: XLA then finds the same ones to visit for both.
+# The schedule for Hopper, and cuDNN, let NaN in a key, value or query that is masked leak to those in its block. Where
+# results tell so, all is computed once more.
 
 
-def forward(query, key, value, *arrays, tile: Tile | hopper.ForwardTile, variant: Variant):
-    if not isinstance(tile, hopper.ForwardTile):
+def forward(query, key, value, *arrays, tile: Tile | hopper.ForwardTile | cudnn.Cudnn, variant: Variant):
+    if isinstance(tile, Tile):
         return _forward(query, key, value, arrays, tile, variant)
-    out, lse = on_hopper.forward(query, key, value, *arrays, tile=tile, variant=variant)
-    if not variant.masks_by_data:
+    if isinstance(tile, cudnn.Cudnn):
+        out, lse = cudnn.forward(query, key, value, variant=variant)
+        told = out
+    else:
+        out, lse = on_hopper.forward(query, key, value, *arrays, tile=tile, variant=variant)
+        told = lse
+    if not variant.masks:
         return out, lse
-    onto = _Onto((out, lse), jnp.where(jnp.any(jnp.isnan(lse)), query.shape[0], 0))
-    return _forward(query, key, value, arrays, Tile(64 * tile.groups, tile.block_k, 8, 1), variant, onto)
+    onto = _Onto((out, lse), jnp.where(jnp.any(jnp.isnan(told)), query.shape[0], 0))
+    if variant.is_band:
+        again = _once_more(query, value, arrays, variant, FORWARD, "forward")
+    else:
+        again = Tile(64 * tile.groups, tile.block_k, 8, 1)
+    return _forward(query, key, value, arrays, again, variant, onto)
+
+
+def _once_more(query, value, arrays, variant: Variant, tiles: dict, kernel: str) -> Tile:
+    """A tile for any chip. (Where arrays tell which blocks to visit, these are those of the first time in place of it:
+    XLA then finds them once.)"""
+    return Problem(query, value, arrays, variant, None).of(tiles, kernel)._replace(num_stages=1)
 
 
 def _forward(query, key, value, arrays, tile: Tile, variant: Variant, onto: _Onto | None = None):
@@ -573,21 +588,30 @@ def _forward(query, key, value, arrays, tile: Tile, variant: Variant, onto: _Ont
     )
 
 
-def backward(query, key, value, *rest, tile: BackwardTiles | hopper.BackwardTile, variant: Variant):
+def backward(query, key, value, *rest, tile: BackwardTiles | hopper.BackwardTile | cudnn.Cudnn, variant: Variant):
     *arrays, out, lse, dout, dlse = rest
     delta = row_sums(out, dout, dlse)
     given = query, key, value, lse, delta, dout, arrays
     if isinstance(tile, BackwardTiles):
         return _dquery(*given, tile.dquery, variant), *_dkey_dvalue(*given, tile.dkey_dvalue, variant)
-    results = dict(out=out, lse=lse, dout=dout, dlse=dlse)
-    dquery, dkey, dvalue = on_hopper.backward(query, key, value, *arrays, **results, tile=tile, variant=variant)
-    if not variant.masks_by_data:
-        return dquery, dkey, dvalue
+    if isinstance(tile, cudnn.Cudnn):
+        found = cudnn.backward(query, key, value, out, lse, dout, variant=variant)
+    else:
+        results = dict(out=out, lse=lse, dout=dout, dlse=dlse)
+        found = on_hopper.backward(query, key, value, *arrays, **results, tile=tile, variant=variant)
+    if not variant.masks:
+        return found
+    dquery, dkey, dvalue = found
     leaked = jnp.any(jnp.isnan(dquery)) | jnp.any(jnp.isnan(dkey))
-    batch, block_k = jnp.where(leaked, query.shape[0], 0), hopper.backward_block_k(query, value)
-    dquery = _dquery(*given, Tile(128, block_k, 8, 1), variant, _Onto((dquery,), batch))
-    of_keys = _Onto((dkey, dvalue), batch)
-    return dquery, *_dkey_dvalue(*given, Tile(tile.block_q, block_k, 8, 1), variant, of_keys)
+    batch = jnp.where(leaked, query.shape[0], 0)
+    if variant.is_band:
+        tables = (DQUERY, "dquery"), (SMALL_DKEY_DVALUE, "dkey_dvalue")
+        again = BackwardTiles(*(_once_more(query, value, arrays, variant, *table) for table in tables))
+    else:
+        block_k = hopper.backward_block_k(query, value)
+        again = BackwardTiles(Tile(128, block_k, 8, 1), Tile(tile.block_q, block_k, 8, 1))
+    dquery = _dquery(*given, again.dquery, variant, _Onto((dquery,), batch))
+    return dquery, *_dkey_dvalue(*given, again.dkey_dvalue, variant, _Onto((dkey, dvalue), batch))
 
 
 def _dquery(query, key, value, lse, delta, dout, arrays, tile: Tile, variant: Variant, onto: _Onto | None = None):

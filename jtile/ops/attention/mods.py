@@ -162,6 +162,11 @@ class Mod:
     dtype: np.dtype
     jaxpr: Jaxpr = dataclasses.field(compare=False, repr=False)
 
+    def depends_on(self, place: int) -> bool:
+        """Whether it looks at the number in this place."""
+        number = self.jaxpr.invars[place]
+        return any(v is number for eqn in self.jaxpr.eqns for v in eqn.invars) or number in self.jaxpr.outvars
+
     def __call__(self, numbers: Sequence, read: Callable[[int, tuple], Any]):
         """The result at these numbers; `read(which, indices)` gives an element of an array that it closes over."""
         order = iter(self.reads)

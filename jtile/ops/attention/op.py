@@ -135,7 +135,8 @@ def call(
     implementation: Implementation,
 ):
     """Output and log-sum-exp. `named` are the operands that the variant is to have, with their arrays."""
-    variant = dataclasses.replace(variant, operands=tuple(operand for operand, _ in named.values()))
+    square = axis_name is None and query.shape[-3] == key.shape[-3]
+    variant = dataclasses.replace(variant, operands=tuple(operand for operand, _ in named.values()), square=square)
     if variant.numbers_queries and variant.splits_queries:
         named = named | {"origin": (ORIGIN, jnp.int32(0))}
         variant = dataclasses.replace(variant, operands=(*variant.operands, ORIGIN))

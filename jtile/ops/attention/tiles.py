@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.target import Target
-from jtile.ops.attention import hopper
+from jtile.ops.attention import cudnn, hopper
 from jtile.ops.attention.hopper import features as on_hopper
 from jtile.ops.attention.variant import Variant
 
@@ -29,8 +29,9 @@ class Tile(NamedTuple):
 
 # By the bytes of an element and the widest head dim that a tile serves.
 FORWARD = {
+    (2, 64): Tile(64, 64, 4, 3),
     (2, 128): Tile(128, 64, 8, 3),
-    (2, 256): Tile(64, 32, 4, 2),
+    (2, 256): Tile(128, 64, 8, 2),
     (2, 576): Tile(32, 16, 8, 1),
     (4, 64): Tile(64, 32, 8, 2),
     (4, 128): Tile(32, 16, 8, 2),
@@ -38,7 +39,7 @@ FORWARD = {
     (4, 576): Tile(16, 16, 8, 1),
 }
 DQUERY = {
-    (2, 128): Tile(128, 64, 8, 2),
+    (2, 128): Tile(64, 64, 4, 2),
     (2, 256): Tile(64, 32, 4, 1),
     (2, 576): Tile(32, 16, 8, 1),
     (4, 64): Tile(32, 32, 4, 2),
@@ -47,19 +48,19 @@ DQUERY = {
     (4, 576): Tile(16, 16, 8, 1),
 }
 DKEY_DVALUE = {
-    (2, 64): Tile(64, 128, 8, 2),
     (2, 128): Tile(64, 64, 4, 2),
-    (2, 256): Tile(16, 64, 8, 2),
+    (2, 256): Tile(32, 64, 8, 2),
     (2, 576): Tile(16, 16, 8, 1),
     (4, 64): Tile(32, 32, 8, 2),
     (4, 128): Tile(16, 32, 8, 2),
     (4, 256): Tile(16, 16, 8, 2),
     (4, 576): Tile(16, 16, 8, 1),
 }
+SMALL_DKEY_DVALUE = DKEY_DVALUE | {(2, 128): Tile(32, 64, 4, 2)}
 
 
-# Where there is more to scores than a band, and so less room in registers.
-DKEY_DVALUE_OF_MORE = DKEY_DVALUE | {(2, 128): Tile(32, 64, 4, 2)}
+def before_hopper(target: Target | None) -> bool:
+    return target is not None and target.compute_capability < 90
 
 
 class Problem(NamedTuple):
@@ -117,25 +118,44 @@ DQUERY_BLOCKS = (32, 32), (64, 32), (64, 64), (128, 32), (128, 64)
 DKEY_DVALUE_BLOCKS = (16, 64), (32, 32), (32, 64), (64, 64), (64, 128)
 
 
-def forward(query, key, value, *arrays, target, variant: Variant) -> Iterator[Tile | hopper.ForwardTile]:
+def forward(query, key, value, *arrays, target, variant: Variant) -> Iterator[Tile | hopper.ForwardTile | cudnn.Cudnn]:
     if on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target) is None:
         yield from on_hopper.forward_tiles(query, key, value, variant=variant, target=target)
     problem = Problem(query, value, arrays, variant, target)
-    yield problem.of(FORWARD, "forward")
+    table = FORWARD
+    if variant.dropout or variant.masks_by_data:
+        table |= {(2, 128): Tile(64, 64, 4, 2)}
+    if before_hopper(target):  # whose shared memory holds no two of the larger one
+        table |= {(2, 256): Tile(64, 32, 4, 2)}
+    yield problem.of(table, "forward")
     yield from problem.others("forward", *FORWARD_BLOCKS)
+    if cudnn.obstacle(query, key, value, variant=variant, target=target) is None:
+        yield cudnn.Cudnn()
 
 
-def backward(query, key, value, *rest, target, variant: Variant) -> Iterator[BackwardTiles | hopper.BackwardTile]:
+def backward(
+    query, key, value, *rest, target, variant: Variant
+) -> Iterator[BackwardTiles | hopper.BackwardTile | cudnn.Cudnn]:
     """One kernel's tile at a time differs from the untuned one; the tuner puts the best of both together."""
     arrays = rest[: len(variant.operands)]
     if on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target) is None:
         yield from on_hopper.backward_tiles(query, key, value, variant=variant)
     problem = Problem(query, value, arrays, variant, target)
-    dkey_dvalue = problem.of(DKEY_DVALUE if variant.is_band else DKEY_DVALUE_OF_MORE, "dkey_dvalue")
-    untuned = BackwardTiles(problem.of(DQUERY, "dquery"), dkey_dvalue)
+    # Where much is computed of a weight, fewer have room in registers; on Hopper products take none for operands.
+    narrow = before_hopper(target) and not variant.is_band
+    dquery = DQUERY
+    if not variant.is_band:
+        dquery |= {(4, 64): Tile(32, 32, 8, 2)}
+    if narrow:
+        dquery |= {(2, 128): Tile(64, 32, 4, 2)}
+    dkey_dvalue = SMALL_DKEY_DVALUE if narrow or variant.masks_anywhere else DKEY_DVALUE
+    untuned = BackwardTiles(problem.of(dquery, "dquery"), problem.of(dkey_dvalue, "dkey_dvalue"))
     yield untuned
     yield from (untuned._replace(dquery=tile) for tile in problem.others("dquery", *DQUERY_BLOCKS))
     yield from (untuned._replace(dkey_dvalue=tile) for tile in problem.others("dkey_dvalue", *DKEY_DVALUE_BLOCKS))
+    # It does not know of a gradient of the log-sum-exp.
+    if rest[-1] is None and cudnn.obstacle(query, key, value, variant=variant, target=target) is None:
+        yield cudnn.Cudnn()
 
 
 def operand_gradient(query, key, value, *rest, target, variant: Variant, operand: str) -> Iterator[Tile]:
@@ -146,8 +166,13 @@ def operand_gradient(query, key, value, *rest, target, variant: Variant, operand
 
 def notes(query, key, value, *rest, target, tile, variant: Variant) -> str:
     """What `jtile.explain` adds."""
+    if isinstance(tile, cudnn.Cudnn):
+        return "by cuDNN, which tuning found faster"
+    other = ""
+    if cudnn.obstacle(query, key, value, variant=variant, target=target) is None:
+        other = "; by cuDNN with the same bits on every run where tuning finds that faster"
     if isinstance(tile, hopper.ForwardTile | hopper.BackwardTile):
-        return "on the schedule for Hopper"
+        return f"on the schedule for Hopper{other}"
     arrays = rest[: len(variant.operands)]
     obstacle = on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target)
-    return f"on the portable schedule: {obstacle or 'tuning found it faster'}"
+    return f"on the portable schedule: {obstacle or 'tuning found it faster'}{other}"

@@ -71,6 +71,7 @@ class Variant:
         dropout: the share of weights that are dropped, in units of 2⁻¹⁶.
         score_mod, mask_mod: the user's functions.
         block_size: queries and keys of a block in the lists of blocks.
+        square: whether there are as many queries as keys, those of all devices counted.
     """
 
     scale: float
@@ -82,6 +83,7 @@ class Variant:
     score_mod: Mod | None = None
     mask_mod: Mod | None = None
     block_size: tuple[int, int] | None = None
+    square: bool = False
 
     def has(self, *names: str) -> bool:
         return any(operand.name in names for operand in self.operands)

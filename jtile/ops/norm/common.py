@@ -2,6 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from jtile.compiler.params import CompilerParams
 
 
 def wide(x):
@@ -21,19 +24,50 @@ def check_dtypes(name: str, x: jax.Array, **others: jax.Array | None) -> None:
 
 
 # The mean of values, and the sum of squares of their differences to it: exact where the mean is large beside them, as
-# the mean square less the square of the mean is not. Sources: Welford 1962 (one value more), and Chan, Golub and
-# LeVeque 1979 (two sets together).
+# the mean square less the square of the mean is not.
 
 
-def updated(moments, value, inside, count):
-    """The moments of `count` values, of which `value` is the last; as they were where it is not `inside`."""
-    mean, squares = moments
-    difference = jnp.where(inside, value - mean, 0.0)
-    mean = mean + difference / count
-    return mean, squares + difference * (value - mean)
+def moments(differences, squares, axis, size):
+    """The mean, and the sum of squares of differences to it, of values less some number near them; `differences` are
+    these, or sums of them, and `squares` likewise. Neither sum waits for the other.
+
+    As many digits are lost as the square of the mean outweighs the variance by. So the number should come from the
+    values: it is many deviations off only where it is made of few that the deviation itself is made of.
+    """
+    total, squares = (jnp.sum(x, axis=axis, keepdims=True) for x in (differences, squares))
+    mean = total / size
+    return mean, jnp.maximum(squares - total * mean, 0.0)
 
 
 def combined(counts, mean, squares, axis, size):
-    """The moments of sets along `axis` together, `size` values in all; a set of 0 values counts for nothing."""
+    """The moments of sets along `axis` together, `size` values in all; a set of 0 values counts for nothing.
+
+    Source: Chan, Golub and LeVeque, 1979.
+    """
     whole = jnp.sum(counts * mean, axis=axis, keepdims=True) / size
     return whole, jnp.sum(squares + counts * (mean - whole) ** 2, axis=axis, keepdims=True)
+
+
+def summed(name: str, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Sums over the first axis, few numbers to a program, all of which are read at once: XLA would launch two kernels
+    for each of the arrays."""
+    count, d = next(iter(parts.values())).shape
+    lanes = min(64, max(8, pl.next_power_of_2(d // 256)))
+    step = min(pl.next_power_of_2(count), 16384 // lanes)
+
+    def kernel(refs, out):
+        for key, ref in refs.items():
+            add = lambda i, total, ref=ref: total + ref[pl.ds(i * step, step), :]  # noqa: E731
+            total = jax.lax.fori_loop(0, pl.cdiv(count, step), add, jnp.zeros((step, lanes), jnp.float32))
+            out[key][...] = jnp.sum(total, axis=0)
+
+    rows = pl.cdiv(count, step) * step
+    return pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(d, lanes),),
+        in_specs=[{key: pl.BlockSpec((rows, lanes), lambda i: (0, i)) for key in parts}],
+        out_specs={key: pl.BlockSpec((lanes,), lambda i: (i,)) for key in parts},
+        out_shape={key: jax.ShapeDtypeStruct((d,), jnp.float32) for key in parts},
+        compiler_params=CompilerParams(num_warps=8, num_stages=1),
+        name=name,
+    )(parts)

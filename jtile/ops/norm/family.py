@@ -31,7 +31,7 @@ def row_norm(name: str, forward: str, backward: str, *, centred: bool = False) -
 
     @op.tiles
     def forward_tiles(*operands, target, **_):
-        return rows.forward_tiles(_named(op, operands), target)
+        return rows.forward_tiles(_named(op, operands), centred, target)
 
     @gradient.tiles
     def backward_tiles(*operands, target, biased, **_):

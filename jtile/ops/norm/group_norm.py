@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from jtile import borrowed
 from jtile.compiler.params import CompilerParams
 from jtile.op import Implementation, TileOp, check_known
-from jtile.ops.norm.common import check_dtypes, combined, updated, wide
+from jtile.ops.norm.common import check_dtypes, combined, moments, wide
 
 # Spec.
 
@@ -143,17 +143,18 @@ def _moments(x):
 
     def group_norm_moments_kernel(refs, out):
         lanes = jax.lax.broadcasted_iota(jnp.int32, (grid.rows, 1), 0)
-        there = grid.places - pl.program_id(1) * grid.turns * grid.rows  # places from the part's first to the last
+        # Places from the part's first on.
+        there = jnp.minimum(grid.places - pl.program_id(1) * grid.turns * grid.rows, grid.turns * grid.rows)
+        near = sum(wide(refs["x"][pl.ds(i * there // 4, 1), :]) for i in range(4)) / 4
 
-        def step(places, turn, moments):
-            inside = turn * grid.rows + lanes < there
-            return updated(moments, wide(refs["x"][places, :]), inside, turn + 1)
+        def step(places, turn, sums):
+            u = jnp.where(turn * grid.rows + lanes < there, wide(refs["x"][places, :]) - near, 0.0)
+            return sums[0] + u, sums[1] + u * u
 
         zeros = jnp.zeros((grid.rows, grid.lanes), jnp.float32)
-        mean, squares = grid.over_blocks(step, (zeros, zeros))
-        there = jnp.minimum(there, grid.turns * grid.rows)
-        counts = ((there - 1 - lanes + grid.rows) // grid.rows).astype(jnp.float32)
-        out["mean"][...], out["squares"][...] = combined(counts, mean, squares, axis=0, size=there.astype(jnp.float32))
+        total, squares = grid.over_blocks(step, (zeros, zeros))
+        mean, out["squares"][...] = moments(total, squares, axis=0, size=there.astype(jnp.float32))
+        out["mean"][...] = near + mean
 
     sums = jax.ShapeDtypeStruct((grid.batch, grid.parts, grid.channels), jnp.float32)
     out = grid.call(

@@ -20,7 +20,7 @@ from jtile.compiler.params import CompilerParams
 from jtile.compiler.primitives import load
 from jtile.compiler.target import Target
 from jtile.ops.norm import wide as wide_rows
-from jtile.ops.norm.common import combined, updated, wide
+from jtile.ops.norm.common import moments, summed, wide
 
 Arrays = dict[str, jax.Array]  # operands or results, by name
 
@@ -35,6 +35,7 @@ class Tile:
         num_warps: that share the block.
         programs: that take all blocks in turn; 0 is a program for each.
         num_stages: blocks of a program on their way, and the one that it works on.
+        max_registers: of a thread, so that more programs run at once.
     """
 
     rows: int
@@ -42,16 +43,17 @@ class Tile:
     num_warps: int
     programs: int = 0
     num_stages: int = 1
+    max_registers: int | None = None
 
     def params(self) -> CompilerParams:
-        return CompilerParams(num_warps=self.num_warps, num_stages=self.num_stages)
+        return CompilerParams(num_warps=self.num_warps, num_stages=self.num_stages, max_registers=self.max_registers)
 
 
 # Columns that registers hold in the backward pass: the row itself, and sums over rows of a row's width.
 WIDEST_ROW, WIDEST_SUM = 8192, 16384
 
 
-def forward_tiles(given: Arrays, target: Target | None) -> Iterator[Tile]:
+def forward_tiles(given: Arrays, centred: bool, target: Target | None) -> Iterator[Tile]:
     rows, d = given["x"].shape
     lanes, sum_too = pl.next_power_of_2(d), "residual" in given
     best = {  # elements of a block, and warps
@@ -63,6 +65,10 @@ def forward_tiles(given: Arrays, target: Target | None) -> Iterator[Tile]:
     held = [Tile(_rows(rows, n // lanes, target), lanes, warps) for n, warps in blocks if lanes <= n and warps >= 4]
     chunk = 4096 if lanes <= 16384 else 8192
     chunks = [Tile(n, columns, 16) for n, columns in ((1, chunk), (2, 4096), (1, 12288 - chunk)) if columns < lanes]
+    if centred and 1024 <= lanes <= 16384:
+        # Of one row there are two barriers; the fewer registers a thread has, the more programs wait at them by turns.
+        most = None if sum_too else {8192: 40, 16384: 64}.get(lanes)
+        held = [Tile(1, lanes, min(16, lanes // 512), max_registers=n) for n in dict.fromkeys((most, None))] + held
     yield from dict.fromkeys(held + chunks)
 
 
@@ -72,6 +78,10 @@ def backward_tiles(given: Arrays, biased: bool, target: Target | None) -> Iterat
     lanes, sms = pl.next_power_of_2(d), target.sms if target else MULTIPROCESSORS
     share = 2 if gated else 1  # a gate takes as much again
     if lanes <= WIDEST_ROW // share:
+        # With two sums in registers a multiprocessor has fewer threads.
+        if biased and lanes in (2048, 8192):
+            warps, at_once = {2048: (4, 3), 8192: (8, 1)}[lanes]
+            yield Tile(1, lanes, warps, at_once * sms, _stages(given, 1, at_once, target))
         for elements in (4096, 8192, 2048) if gated else (max(2048, lanes), 4096, 8192, 2048):
             if lanes <= elements:
                 block, warps, at_once = _rows(rows, elements // lanes, target), elements // 512, 8192 // elements
@@ -185,32 +195,40 @@ def forward(name, given: Arrays, centred, epsilon, gate_last, tile: Tile) -> Arr
             at = slice(None), columns
             out["y"][at] = _after((u - mean) * rstd, refs, at, columns, gate_last).astype(out["y"].dtype)
 
-        zeros, lanes = jnp.zeros((tile.rows, chunk)), jax.lax.broadcasted_iota(jnp.int32, (1, chunk), 1)
         mean: Any = 0.0
+        near: Any = 0.0  # what is taken off before differences to the mean are
+        if centred:
+            near = sum(read(pl.ds(i * d // 4, 1), None) for i in range(4)) / 4
         if count == 1:
-            u = read(slice(None), None, out)
+            u = read(slice(None), None, out) - near
             if centred:
-                mean = jnp.sum(u, axis=1, keepdims=True) / d
-            squares = jnp.sum((u - mean) * (u - mean), axis=1, keepdims=True)
-        elif centred:
-            # The moments of each lane over the chunks, and of these together.
-            def moments(j, columns, carried):
-                return updated(carried, read(columns, "evict_last", out), j * chunk + lanes < d, j + 1)
-
-            counts = ((d - 1 - lanes) // chunk + 1).astype(jnp.float32)
-            lane_mean, lane_squares = chunks(moments, (zeros, zeros))
-            mean, squares = combined(counts, lane_mean, lane_squares, axis=1, size=d)
+                mean, squares = moments(u, u * u, axis=1, size=d)
+            else:
+                squares = jnp.sum(u * u, axis=1, keepdims=True)
         else:
-            squared = chunks(lambda _, columns, sums: sums + read(columns, "evict_last", out) ** 2, zeros)
-            squares = jnp.sum(squared, axis=1, keepdims=True)
+            zeros, lanes = jnp.zeros((tile.rows, chunk)), jax.lax.broadcasted_iota(jnp.int32, (1, chunk), 1)
+
+            def add(j, columns, sums):
+                total, squares = sums
+                u = read(columns, "evict_last", out)
+                if not centred:
+                    return total, squares + u * u
+                u = jnp.where(j * chunk + lanes < d, u - near, 0.0)
+                return total + u, squares + u * u
+
+            total, squares = chunks(add, (zeros if centred else 0.0, zeros))
+            if centred:
+                mean, squares = moments(total, squares, axis=1, size=d)
+            else:
+                squares = jnp.sum(squares, axis=1, keepdims=True)
         rstd = jax.lax.rsqrt(squares / d + epsilon)
         out["rstd"][...] = rstd[:, 0]
         if centred:
-            out["mean"][...] = mean[:, 0]
+            out["mean"][...] = (near + mean)[:, 0]
         if count == 1:
             write(u, slice(None))
         else:
-            chunks(lambda _, columns, __: write(read(columns, "evict_first"), columns))
+            chunks(lambda _, columns, __: write(read(columns, "evict_first") - near, columns))
 
     number = jax.ShapeDtypeStruct((rows,), jnp.float32)
     out_shape: dict[str, Any] = {"y": given["x"], "rstd": number}
@@ -223,7 +241,7 @@ def forward(name, given: Arrays, centred, epsilon, gate_last, tile: Tile) -> Arr
 
 def backward(name, given: Arrays, biased, gate_last, tile: Tile) -> Arrays:
     if isinstance(tile, wide_rows.WideTile):
-        return wide_rows.backward(given, biased, tile)
+        return wide_rows.backward(name, given, biased, tile)
     if not tile.programs:
         return _means_and_columns(name, given, biased, gate_last, tile)
     rows, d = given["x"].shape
@@ -271,7 +289,7 @@ def backward(name, given: Arrays, biased, gate_last, tile: Tile) -> Arrays:
     if "gate" in given:
         out_shape["dgate"] = given["gate"]
     out = _call(kernel, given, out_shape, name, tile, programs, steps * tile.rows)
-    out |= {name: jnp.sum(out[name], axis=0) for name in names}
+    out |= summed(f"{name}_sums", {n: out[n] for n in names})
     if biased and count > 1:  # two sums of such a width are more than registers hold
         out["dbias"] = jnp.sum(wide(given["dy"]), axis=0)
     return out
@@ -380,4 +398,4 @@ def _by_columns(name, given: Arrays, biased, gate_last) -> Arrays:
         compiler_params=CompilerParams(num_warps=4, num_stages=1),
         name=name,
     )(given)
-    return out | {name: jnp.sum(out[name], axis=0) for name in names}
+    return out | summed(f"{name}_sums", {n: out[n] for n in names})

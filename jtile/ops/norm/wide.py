@@ -1,6 +1,7 @@
 """When the backward kernel for wide rows serves, its tiles, and how a call becomes a launch. It needs Triton 3.9."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from jax.experimental import pallas as pl
 
 from jtile.compiler.target import Target
 from jtile.compiler.triton_call import has_gluon, triton_call
+from jtile.ops.norm.common import summed
 
 NARROWEST, WIDEST = 8192, 16384  # rows are wider than the one, and up to the other
 
@@ -21,22 +23,19 @@ class WideTile(NamedTuple):
         num_warps: that share a row.
         parts: of a row, in which it is computed.
         slots: rows that shared memory holds.
-        held: whether registers hold the scale, rather than shared memory.
     """
 
     programs: int
     num_warps: int
     parts: int
     slots: int
-    held: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Wide:
-    """What the kernel is compiled for: `steps` of the rows to a program, in `parts` of `lanes` elements."""
+    """What the kernel is compiled for: rows in `parts` of `lanes` elements."""
 
     rows: int
-    steps: int
     width: int
     parts: int
     lanes: int
@@ -44,7 +43,6 @@ class Wide:
     centred: bool
     residual: bool
     biased: bool
-    held: bool
 
     @property
     def ragged(self) -> bool:
@@ -59,23 +57,22 @@ def tiles(given: dict[str, jax.Array], biased: bool, target: Target | None) -> I
     if not has_gluon():
         return
     lanes = pl.next_power_of_2(d)
-    # First the one that was measured; the scale held in registers, and two rows ahead, are for the tuner.
-    for slots, held in ((2, False),) if biased else ((2, False), (3, True), (2, True)):
-        for num_warps, parts in (16, 4), (16, 2), (32, 2):
-            rows = 2 * slots + ("dh" in given)  # in shared memory, where the kernel's own sums have a KiB
-            if 2 * lanes * (rows + 2 * (not held)) + 1024 <= target.shared_bytes_per_block:
-                yield WideTile(target.sms, num_warps, parts, slots, held)
+    # Of two sums and the scale, which registers hold, a thread has less to hold beside them where threads are few.
+    shapes = ((8, 4), (8, 8), (16, 4)) if biased else ((16, 2), (16, 4), (8, 4), (32, 2))
+    for slots, (num_warps, parts) in itertools.product((2, 3), shapes):
+        rows = 2 * slots + ("dh" in given)  # in shared memory, where the kernel's own sums have a KiB
+        if 2 * lanes * rows + 1024 <= target.shared_bytes_per_block:
+            yield WideTile(target.sms, num_warps, parts, slots)
 
 
-def backward(given: dict[str, jax.Array], biased: bool, tile: WideTile) -> dict[str, jax.Array]:
+def backward(name: str, given: dict[str, jax.Array], biased: bool, tile: WideTile) -> dict[str, jax.Array]:
     from jtile.ops.norm.wide_kernel import wide_backward
 
     x = given["x"]
     rows, d = x.shape
-    steps = pl.cdiv(rows, tile.programs)
-    programs = pl.cdiv(rows, steps)
+    programs = min(rows, tile.programs)
     lanes = pl.next_power_of_2(d) // tile.parts
-    options = dict(centred="mean" in given, residual="dh" in given, biased=biased, held=tile.held)
+    options = dict(centred="mean" in given, residual="dh" in given, biased=biased)
     part = jax.ShapeDtypeStruct((programs, d), jnp.float32)
     dx, dscale, dbias = triton_call(
         # What the kernel has no use for may be anything.
@@ -84,7 +81,7 @@ def backward(given: dict[str, jax.Array], biased: bool, tile: WideTile) -> dict[
         out_shape=[x, part, part if biased else jax.ShapeDtypeStruct((1,), jnp.float32)],
         grid=programs,
         num_warps=tile.num_warps,
-        S=Wide(rows, steps, d, tile.parts, lanes, tile.slots, **options),
+        S=Wide(rows, d, tile.parts, lanes, tile.slots, **options),
     )
     sums = {"dscale": dscale, "dbias": dbias} if biased else {"dscale": dscale}
-    return {"dx": dx} | {name: jnp.sum(x, axis=0) for name, x in sums.items()}
+    return {"dx": dx} | summed(f"{name}_sums", sums)

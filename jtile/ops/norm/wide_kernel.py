@@ -1,8 +1,8 @@
 """The backward pass over rows that fill a multiprocessor, of up to 16,384 elements, in Gluon.
 
-Sums over rows of a row's width take a quarter of the registers each, so registers hold little else. Shared memory has
-the scale, the row that is computed and the next one, which is on its way. A row is read from there twice, in parts: for
-its means, and for what follows from them. Each thread reads what it has copied itself.
+Registers hold the scale and the sums over rows, of which each takes a quarter of them, and little else. Shared memory
+has the row that is computed and the next one, which is on its way. A row is read from there twice, in parts: for its
+means, and for what follows from them. Each thread reads what it has copied itself.
 """
 
 # Tuples grow here, which mypy has no type for.
@@ -21,25 +21,14 @@ def _copy(rows, slot, ptr, inside, S: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(row, first, stop, x_ptr, dy_ptr, xs, dys, lanes, inside, S: gl.constexpr):
-    if row < stop:
-        slot = (row - first) % S.slots
+def _fetch(turn, x_ptr, dy_ptr, xs, dys, lanes, inside, S: gl.constexpr):
+    row = gl.program_id(0) + turn * gl.num_programs(0)
+    if row < S.rows:
+        slot = turn % S.slots
         start = gl.cast(row, gl.int64) * S.width
         _copy(xs, slot, x_ptr + start + lanes, inside, S)
         _copy(dys, slot, dy_ptr + start + lanes, inside, S)
     async_copy.commit_group()
-
-
-@gluon.jit
-def _scale(scales, held, j: gl.constexpr, layout: gl.constexpr, S: gl.constexpr):
-    """A part of the scale. Of eight numbers of a thread the halves lie apart, so that they meet in no bank."""
-    if S.held:
-        return held[j]
-    half: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
-    low = gl.reshape(scales.index(2 * j).load(half), [S.lanes // 8, 4])
-    high = gl.reshape(scales.index(2 * j + 1).load(half), [S.lanes // 8, 4])
-    whole = gl.reshape(gl.permute(gl.join(low, high), [0, 2, 1]), [S.lanes])
-    return gl.convert_layout(whole, layout)
 
 
 @gluon.jit
@@ -67,40 +56,31 @@ def wide_backward(
     ahead: gl.constexpr = S.slots - 1
     layout: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    scales = gl.allocate_shared_memory(gl.float32, [2 * S.parts, S.lanes // 2], plain)
     xs = gl.allocate_shared_memory(dtype, [S.slots * S.parts, S.lanes], plain)
     dys = gl.allocate_shared_memory(dtype, [S.slots * S.parts, S.lanes], plain)
     dhs = gl.allocate_shared_memory(dtype, [S.parts, S.lanes], plain)
     lanes = gl.arange(0, S.lanes, layout)
     zeros = gl.zeros([S.lanes], gl.float32, layout)
-    half: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
-    halves = gl.arange(0, S.lanes // 2, half)
-    halves = halves // 4 * 8 + halves % 4
     inside = ()
-    held = ()
+    scale = ()
     dscale = ()
     dbias = ()
     for j in gl.static_range(parts):
         inside += (lanes < S.width - j * S.lanes,)
-        if S.held:
-            held += (gl.load(scale_ptr + j * S.lanes + lanes, mask=inside[j], other=0.0),)
-        else:
-            for k in gl.static_range(2):
-                at = j * S.lanes + halves + 4 * k
-                scales.index(2 * j + k).store(gl.load(scale_ptr + at, mask=at < S.width, other=0.0))
+        scale += (gl.load(scale_ptr + j * S.lanes + lanes, mask=inside[j], other=0.0),)
         dscale += (zeros,)
         dbias += (zeros,)
-    first = gl.program_id(0) * S.steps
-    stop = gl.minimum(first + S.steps, S.rows)
     for k in gl.static_range(ahead):
-        _fetch(first + k, first, stop, x_ptr, dy_ptr, xs, dys, lanes, inside, S)
-    for row in range(first, stop):
+        _fetch(k, x_ptr, dy_ptr, xs, dys, lanes, inside, S)
+    # All programs are at neighbouring rows, which lie in few pages of memory.
+    for turn in range(gl.cdiv(S.rows - gl.program_id(0), gl.num_programs(0))):
+        row = gl.program_id(0) + turn * gl.num_programs(0)
         start = gl.cast(row, gl.int64) * S.width
-        slot = (row - first) % S.slots
+        slot = turn % S.slots
         if S.residual:
             _copy(dhs, 0, dh_ptr + start + lanes, inside, S)
             async_copy.commit_group()
-        _fetch(row + ahead, first, stop, x_ptr, dy_ptr, xs, dys, lanes, inside, S)
+        _fetch(turn + ahead, x_ptr, dy_ptr, xs, dys, lanes, inside, S)
         rstd = gl.load(rstd_ptr + row)
         mean = 0.0
         if S.centred:
@@ -114,7 +94,7 @@ def wide_backward(
         dscale = ()
         dbias = ()
         for j in gl.static_range(parts):
-            n, dy, g = _read(xs, dys, _scale(scales, held, j, layout, S), slot, j, mean, rstd, inside, layout, S)
+            n, dy, g = _read(xs, dys, scale[j], slot, j, mean, rstd, inside, layout, S)
             gn = gn + g * n
             sum_g = sum_g + g
             dscale += (dscale_before[j] + dy * n,)
@@ -130,7 +110,7 @@ def wide_backward(
         # This wait, which is over at once where there is no dh, also keeps the compiler from reading a row only once.
         async_copy.wait_group(1 if S.residual else ahead)
         for j in gl.static_range(parts):
-            n, _, g = _read(xs, dys, _scale(scales, held, j, layout, S), slot, j, mean, rstd, inside, layout, S)
+            n, _, g = _read(xs, dys, scale[j], slot, j, mean, rstd, inside, layout, S)
             dx = rstd * (g - n * mean_gn - mean_g)
             if S.residual:
                 dx += dhs.index(j).load(layout).to(gl.float32)

@@ -30,6 +30,9 @@ SORTS = {
     "narrow": (lambda x: jnp.argsort(x.astype(jnp.float8_e4m3fn)) + jnp.argsort(x.astype(jnp.float8_e5m2)), TIES),
     "top_k_of_ties": (lambda x: lax.top_k(x, 4), integers(3, 11, low=0, high=3)),
     "approximate": (lambda x: lax.approx_min_k(x, 3, recall_target=1.0), normal(3, 11)),
+    "search": (lambda x: jnp.searchsorted(jnp.sort(x[0]), x[1:]), TIES),
+    "search_in_halves": (lambda x: jnp.searchsorted(jnp.sort(x[0]), x[1:], side="right"), TIES.astype(np.float16)),
+    "search_in_integers": (lambda x: jnp.searchsorted(jnp.sort(x), x - 1), integers(11)),
     "median": (lambda x: jnp.median(x, axis=1), normal(3, 11)),
 }
 for _name, (_function, _x) in SORTS.items():

@@ -124,7 +124,7 @@ def _layout(lists, block_size: tuple[int, int], blocks: _Blocks) -> hopper.Lists
 
 
 def forward(query, key, value, *arrays, tile: hopper.ForwardTile, variant: Variant):
-    """The output and the log-sum-exp. Where operands mask keys, NaN in a value that is masked may reach the output of
+    """The output and the log-sum-exp. NaN in a value that is masked may reach the output of
     queries in its block, and their log-sum-exp then."""
     named: dict[str, Any] = variant.named(arrays)
     blocks = _Blocks(64 * tile.groups, tile.block_k)
@@ -132,7 +132,7 @@ def forward(query, key, value, *arrays, tile: hopper.ForwardTile, variant: Varia
         functions=_functions(query, key, arrays, variant, "qk"),
         masks_anywhere=variant.masks_anywhere,
         sinks=_slots(variant).get("sinks"),
-        tells_nan=variant.masks_by_data,
+        tells_nan=variant.masks,
     )
     at = lists = None
     if variant.has(*visits.TELLING):
