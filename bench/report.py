@@ -80,7 +80,7 @@ def markdown(root: Path = results.ROOT) -> str:
     parts = []
     for path in results.newest(root=root):
         found = results.read(path)
-        rows = results.latest(found["rows"])
+        rows = in_order(results.latest(found["rows"]))
         core = [row for row in rows if row["table"] == "core"]
         page = f"bench/results/{path.parent.name}/{path.stem}.md"
         every = f"Every figure, with memory and times to first call: [{path.stem}.md]({page})."
@@ -91,6 +91,12 @@ def markdown(root: Path = results.ROOT) -> str:
     for path in results.newest("pallas_", root):
         parts.append(pallas_section(results.read(path)))
     return "\n\n".join(parts) + "\n"
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """As the table of cases has them."""
+    order = {case.name: i for i, case in enumerate(cases.CASES)}
+    return sorted(rows, key=lambda row: order.get(row["case"], len(order)))
 
 
 def measured(path: Path) -> targets.Measured:
@@ -105,9 +111,12 @@ def heading(found: dict[str, Any]) -> str:
     used = {row.get("run", 0) for row in found["rows"]}
     runs = [run for i, run in enumerate(found["runs"]) if i in used]
     dates = sorted({run["date"] for run in runs})
-    versions = ", ".join(f"{name} {version}" for name, version in runs[-1]["versions"].items())
+    known = collections.ChainMap(*(run["versions"] for run in reversed(runs)))
+    versions = ", ".join(f"{name} {version}" for name, version in known.items())
+    commits = " and ".join(dict.fromkeys(run["commit"] for run in runs if run.get("commit", "unknown") != "unknown"))
+    at = f", jtile at {commits} (the last run of each case counts)" * bool(commits)
     return (
-        f"One {found['chip']}, {' and '.join(dates)}, {versions}. Rivals take turns in one run, on inputs that no "
+        f"One {found['chip']}, {' and '.join(dates)}, {versions}{at}. Rivals take turns in one run, on inputs that no "
         "cache holds; each is checked against a float32 reference. The percentage is of the floor, measured in the "
         "same turns: a copy of as many bytes, or cuBLAS's product of two matrices of 8192×8192. The fastest is bold."
     )
@@ -229,7 +238,7 @@ def write(root: Path = results.ROOT, readme: Path = README, folder: Path = PLOTS
         raise ValueError(f"{readme} lacks the line {MARKS[0].strip()} or, after it, {MARKS[1].strip()}")
     for path in results.newest(root=root):
         found = results.read(path)
-        rows = results.latest(found["rows"])
+        rows = in_order(results.latest(found["rows"]))
         parts = [f"# {found['chip']}", heading(found), COLUMNS, runs(found)]
         for table in cases.TABLES:
             of_table, every = ([row for row in some if row["table"] == table] for some in (rows, found["rows"]))
@@ -254,7 +263,8 @@ def runs(found: dict[str, Any]) -> str:
     lines = ["| run | date | commit | command |", "| --- |" + " --- |" * 3]
     for i, run in enumerate(found["runs"]):
         command = run["command"].replace("|", r"\|")
-        lines.append(f"| {i} | {run['date']} | {run.get('commit', 'unknown')} | `{command}` |")
+        note = f"; {run['note']}" if "note" in run else ""
+        lines.append(f"| {i} | {run['date']} | {run.get('commit', 'unknown')} | `{command}`{note} |")
     return "\n".join(lines)
 
 

@@ -258,7 +258,7 @@ def _line(target: Target, figures: Figures, why: str) -> str:
     asked = f"≥ {target.least:g}" if target.least is not None else f"≤ {target.most:g}"
     known = {place: value for place, value in figures.items() if value is not None}
     if not known:
-        return f"| {target.what} | {asked} | not measured | |"
+        return f"| {target.what} | {asked} | not measured by the bench | [tried]({why}) |"
     values = sorted(known.values())
     low, high = values[0], values[-1]
     reached = _number(low) if low == high else f"{_number(low)} to {_number(high)}"

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seq", type=int, default=2048, help="tokens of each")
     parser.add_argument("--steps", type=int, default=10, help="steps that are timed")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
-    parser.add_argument("--limit", type=float, default=180, help="seconds for all of them together")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for all of them together")
     parser.add_argument("--compile-only", action="store_true", help="no times: fill the caches on disk")
     parser.add_argument("--output", type=Path, help="file to write (default: in bench/results/<chip>/)")
     parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)  # in this process

@@ -400,6 +400,12 @@ class Emitter:
             elif eqn.primitive.name in RULES:
                 self.check_width(eqn)
                 result = RULES[eqn.primitive.name](self, eqn, *map(read, eqn.invars))
+            elif eqn.primitive.name.startswith("jtile_"):
+                self._where = self.kernel.where  # the equation's line is one of jtile's
+                raise self.unsupported(
+                    f"it calls the op {eqn.primitive.name.removeprefix('jtile_')}, which launches kernels of its own",
+                    "Call the op outside of the kernel, or write what it computes in jax.numpy.",
+                )
             else:
                 raise self.unsupported(
                     f"`{eqn.primitive.name}` has no form in Triton",

@@ -30,9 +30,6 @@ class Choice(NamedTuple):
     fallback: bool = False  # the caller may have expected the kernel
 
 
-KERNEL_DTYPES = ("float32", "bfloat16", "float16")
-
-
 class FallbackWarning(UserWarning):
     """An op runs its reference on a GPU because its kernel cannot serve the call."""
 

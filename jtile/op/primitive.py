@@ -116,6 +116,10 @@ class TileOp:
     whose dimension v (or `"..."`) a mesh axis, or a tuple of them, splits: results that lack v are completed over
     devices. Under automatic and explicit axes nothing need be told.
 
+    Raises:
+        ValueError, TypeError: the signature cannot be read, or a call does not follow it.
+        NotImplementedError: the implementation asked for cannot serve a call.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from jtile import TileOp
@@ -135,7 +139,7 @@ class TileOp:
         self.reference_function: Callable[..., tuple] = self._no_reference
         self.kernel_function: Callable[..., tuple] | None = None
         self.limits_function: Callable[..., str | None] | None = None
-        self.kernel_dtypes: tuple[str, ...] = lowering.KERNEL_DTYPES  # of floating operands
+        self.kernel_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")  # of floating operands
         self.overwrites: str | None = None  # the operand in whose memory the kernel may put its first result
         self.tiles_function: Callable[..., Iterable[Hashable]] | None = None
         self.notes_function: Callable[..., str] | None = None

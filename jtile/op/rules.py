@@ -72,7 +72,7 @@ def _result_shapes(op: TileOp, shapes: tuple, call: Call, x64: bool) -> tuple:
     for term, result in zip(terms, results, strict=True):
         if result is None and not term.optional:
             raise TypeError(f"{op.name}: the reference returned None for `{term.name}`, which is not marked optional")
-        expected = sharding.shape_of(term, sizes, leading)
+        expected = term.shape(sizes, leading)
         if result is not None and result.shape != expected:
             raise TypeError(
                 f"{op.name}: the reference returned shape {result.shape} for `{term.name}`, whose dimensions ({term}) "

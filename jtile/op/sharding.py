@@ -24,7 +24,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jtile import borrowed
 from jtile.context import setting
 from jtile.op import rules
-from jtile.op.signature import Dim, Shape, Term
+from jtile.op.signature import Dim, Term
 
 if TYPE_CHECKING:
     from jtile.op.primitive import Call, TileOp
@@ -32,11 +32,6 @@ if TYPE_CHECKING:
 Dims = tuple[Dim, ...]
 Spec = tuple[tuple[str, ...], ...]  # the mesh axes of each dimension
 Split = tuple[tuple[str, tuple[str, ...]], ...]  # dimensions, and the mesh axes that split them
-
-
-def shape_of(term: Term, sizes: dict[str, int], leading: Shape) -> Shape:
-    named = tuple(math.prod(sizes[f] for f in dim) for dim in term.dims)
-    return (*leading, *named) if term.leading else named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,15 +205,13 @@ def partitioned(op: TileOp, call: Call, operands: Sequence, around) -> Sequence[
 def bound_to_parts(op: TileOp, call: Call, split: Mapping[str, str | tuple[str, ...]], parts: Sequence) -> Sequence:
     """What `op.bind` returns, of operands that the user has split inside `shard_map`."""
     splittable = set().union(*(t.factors + ["..."] * t.leading for t in op.signature.operands)) - op.signature.whole
-    for dim in split:
+    for dim, axes in split.items():
         if dim not in splittable:
             raise ValueError(
                 f"{op.name}: `split` names {dim!r}, and the op can be split along "
                 f"{', '.join(map(repr, sorted(splittable))) or 'no dimension'}"
                 + (f"; gather {dim!r} by jax.lax.all_gather" if dim in op.signature.whole else "")
             )
-    assigned = {"L0" if dim == "..." else dim: _axes(axes) for dim, axes in split.items()}
-    for dim, axes in split.items():
         try:
             jax.lax.axis_size(axes)
         except NameError:
@@ -226,6 +219,7 @@ def bound_to_parts(op: TileOp, call: Call, split: Mapping[str, str | tuple[str, 
                 f"{op.name}: mesh axes {_axes(axes)} are to split dimension {dim!r}, and not all of them are here; "
                 "call the op inside a jax.shard_map over them"
             ) from None
+    assigned = {"L0" if dim == "..." else dim: _axes(axes) for dim, axes in split.items()}
     return _local(op, call, assigned, op.bind, *parts)
 
 

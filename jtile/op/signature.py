@@ -17,7 +17,7 @@ may then lie outside of it. Given 0, `origin[v]: ` so tells a device where its p
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 Dim = tuple[str, ...]  # ("d",) is a plain dimension; ("k", "g") a compound one of size k·g
@@ -48,6 +48,9 @@ class Term:
     @property
     def factors(self) -> list[str]:
         return [factor for dim in self.dims for factor in dim]
+
+    def shape(self, sizes: Mapping[str, int], leading: Shape) -> Shape:
+        return (*(leading if self.leading else ()), *(math.prod(sizes[f] for f in dim) for dim in self.dims))
 
 
 @dataclasses.dataclass(frozen=True)

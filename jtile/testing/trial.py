@@ -83,7 +83,7 @@ class Case:
         return Signature.parse(self.signature)
 
     def shape(self, term: Term) -> tuple[int, ...]:
-        return tuple(math.prod(self.sizes[factor] for factor in dim) for dim in term.dims)
+        return term.shape(self.sizes, ())
 
     def dtype_of(self, term: Term) -> str:
         return "int32" if term.name in self.integers else self.dtypes.get(term.name, self.dtype)

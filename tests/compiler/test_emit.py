@@ -626,6 +626,16 @@ def test_unknown_primitives_are_named_with_the_line_and_a_cure():
     )
 
 
+def test_ops_are_called_outside_of_kernels():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = jtile.softmax(x_ref[...])
+
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    line = kernel.__code__.co_firstlineno
+    with pytest.raises(UnsupportedKernel, match=rf"at .*test_emit.py:{line}: it calls the op softmax, .* outside of"):
+        sources(pl.pallas_call(kernel, out_shape=x), x)
+
+
 def test_tiles_of_more_elements_than_triton_takes():
     def kernel(x_ref, y_ref):
         y_ref[...] = x_ref[...] * 2

@@ -93,6 +93,14 @@ def test_gradients_are_deterministic_and_explained():
     ] * 2
 
 
+def test_it_can_be_exported():
+    """The checks that jtile names are those of all that its ops launch."""
+    with tuned(calls(*small())), jax.sharding.use_abstract_mesh(H200.abstract_mesh):
+        program = jax.jit(functools.partial(gradients, implementation="triton"))
+        exported = jax.export.export(program, platforms=("cuda",), disabled_checks=jtile.EXPORT_CHECKS)(*small())
+    assert "__cudnn$fmhaSoftmaxBackward" in exported.mlir_module()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
