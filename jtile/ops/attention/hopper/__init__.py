@@ -186,10 +186,6 @@ class Backward(_Call):
         rows = 1 if self.lists is None else self.lists.rows
         return -(-super().query_blocks // rows) * rows
 
-    @property
-    def blocks(self) -> int:
-        return self.key_blocks * self.key_heads * self.batch
-
     # dquery leaves in parts of 64 by 64, two of them in a turn.
 
     @property
@@ -424,7 +420,7 @@ def backward(
         kernel=attention_backward,
         out_shape=(sums, *like_key_and_value, turns),
         zeroed_outputs=(3,),
-        grid=call.blocks,
+        grid=call.key_blocks * call.key_heads * batch,
         S=call,
     )
     # No program has written where queries see no key.

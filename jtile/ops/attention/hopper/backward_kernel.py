@@ -55,9 +55,10 @@ def _set_turn(turns, turn):
 
 
 @gluon.jit
-def place(number, S: gl.constexpr):
-    """The block of keys, the batch and the head of a place in the order of work. So many heads are worked on together
-    as have room in the cache; of these the first blocks go first."""
+def place(S: gl.constexpr):
+    """The block of keys, the batch and the head of a program. So many heads are worked on together as have room in the
+    cache; of these the first blocks go first."""
+    number = gl.program_id(0)
     before = number // (S.together * S.key_blocks) * S.together
     together = gl.minimum(S.together, S.batch * S.key_heads - before)
     number -= before * S.key_blocks
@@ -70,28 +71,23 @@ def _load(
     q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, kv, v_shared, stat_shared, origin, visits, S: gl.constexpr
 ):  # fmt: skip
     parts: gl.constexpr = S.block_k // 64
+    j, b, kh = place(S)
+    start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
+    kv.acquire(0, parts * (k_desc.nbytes_per_cta + v_desc.nbytes_per_cta))
+    for part in gl.static_range(parts):
+        at = [b, kh, j * S.block_k + part * 64, 0]
+        tma.async_load(k_desc, at, kv.barrier(0), kv.blocks.index(part))
+        tma.async_load(v_desc, at, kv.barrier(0), v_shared.index(part))
     step = 0
-    n = 0
-    number = gl.program_id(0)
-    while number < S.blocks:
-        j, b, kh = place(number, S)
-        start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
-        kv.acquire(n, parts * (k_desc.nbytes_per_cta + v_desc.nbytes_per_cta))
-        for part in gl.static_range(parts):
-            at = [b, kh, j * S.block_k + part * 64, 0]
-            tma.async_load(k_desc, at, kv.barrier(n), kv.blocks.index(part))
-            tma.async_load(v_desc, at, kv.barrier(n), v_shared.index(part))
-        for h in range(kh * S.group, (kh + 1) * S.group):
-            for i in range(start, stop):
-                i, _ = query_block(start + stop - 1 - i, whole_start, whole_stop, blocks, S)
-                row = i * S.block_q
-                q.acquire(step, q_desc.nbytes_per_cta + stat_desc.nbytes_per_cta)
-                tma.async_load(q_desc, [b, h, row, 0], q.barrier(step), q.slot(step))
-                tma.async_load(stat_desc, [0, b, h, row], q.barrier(step), stat_shared.index(step % S.stages))
-                do.load(step, do_desc, [b, h, row, 0])
-                step += 1
-        n += 1
-        number += gl.num_programs(0)
+    for h in range(kh * S.group, (kh + 1) * S.group):
+        for i in range(start, stop):
+            i, _ = query_block(start + stop - 1 - i, whole_start, whole_stop, blocks, S)
+            row = i * S.block_q
+            q.acquire(step, q_desc.nbytes_per_cta + stat_desc.nbytes_per_cta)
+            tma.async_load(q_desc, [b, h, row, 0], q.barrier(step), q.slot(step))
+            tma.async_load(stat_desc, [0, b, h, row], q.barrier(step), stat_shared.index(step % S.stages))
+            do.load(step, do_desc, [b, h, row, 0])
+            step += 1
 
 
 @gluon.jit
@@ -105,43 +101,35 @@ def hand_on(part, n, dq):
 
 
 @gluon.jit
-def _add_dquery(dq_desc, turns, dq, origin, visits, which: gl.constexpr, S: gl.constexpr):
+def _add_dquery(dq_desc, turns, dq, origin, visits, first: gl.constexpr, S: gl.constexpr):
     """One of two warps that add parts of dquery, each every other turn, two parts in a turn. A slot of `dq` belongs to
     one of them and to one group: barriers tell only odd phases from even ones, so each waits for every phase."""
-    first = which  # of the next block of keys, the first turn that is this warp's
-    steps = 0
-    number = gl.program_id(0)
-    while number < S.blocks:
-        j, b, kh = place(number, S)
-        start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
-        count = S.turns * S.group * (stop - start)
-        for t in range(first, count, 2):
-            step = t // S.turns
-            h = kh * S.group + step // (stop - start)
-            i, _ = query_block(stop - 1 - step % (stop - start), whole_start, whole_stop, blocks, S)
-            before = turn(i, j, b, kh, origin, visits[2], S)
-            own_turns = turns + ((b * S.heads + h) * S.query_blocks + i) * S.turns + t % S.turns
-            for k in gl.static_range(2):
-                part = k * S.turns + t % S.turns
-                n = (steps + step) * 2 * S.turns + part
-                dq.wait(n)
-                if k == 0:
-                    _wait_turn(own_turns, before)
-                at = [b, h, i * S.block_q + (part * 64 if S.by_rows else 0), 0 if S.by_rows else part * 64]
-                if before == 0:
-                    tma.async_store(dq_desc, at, dq.slot(n))
-                else:
-                    tma.async_atomic_add(dq_desc, at, dq.slot(n))
-                if S.turns == 2 or k == 1:
-                    tma.store_wait(0)
-                    dq.release(n)
-                    if S.turns == 1:
-                        dq.release(n - 1)
-            tma.store_wait(0, read_only=False)
-            _set_turn(own_turns, before + 1)
-        first = (first + count) % 2
-        steps += S.group * (stop - start)
-        number += gl.num_programs(0)
+    j, b, kh = place(S)
+    start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
+    for number in range(first, S.turns * S.group * (stop - start), 2):
+        step = number // S.turns
+        h = kh * S.group + step // (stop - start)
+        i, _ = query_block(stop - 1 - step % (stop - start), whole_start, whole_stop, blocks, S)
+        before = turn(i, j, b, kh, origin, visits[2], S)
+        own_turns = turns + ((b * S.heads + h) * S.query_blocks + i) * S.turns + number % S.turns
+        for k in gl.static_range(2):
+            part = k * S.turns + number % S.turns
+            n = step * 2 * S.turns + part
+            dq.wait(n)
+            if k == 0:
+                _wait_turn(own_turns, before)
+            at = [b, h, i * S.block_q + (part * 64 if S.by_rows else 0), 0 if S.by_rows else part * 64]
+            if before == 0:
+                tma.async_store(dq_desc, at, dq.slot(n))
+            else:
+                tma.async_atomic_add(dq_desc, at, dq.slot(n))
+            if S.turns == 2 or k == 1:
+                tma.store_wait(0)
+                dq.release(n)
+                if S.turns == 1:
+                    dq.release(n - 1)
+        tma.store_wait(0, read_only=False)
+        _set_turn(own_turns, before + 1)
 
 
 @gluon.jit
@@ -234,43 +222,35 @@ def _compute(
     queries = gl.arange(0, S.block_q, gl.SliceLayout(0, s_layout))
     k_shared = kv.blocks
     k, v = matrix(k_shared.index(group)), matrix(v_shared.index(group))
-    step = 0
-    n = 0
-    number = gl.program_id(0)
-    while number < S.blocks:
-        j, b, kh = place(number, S)
-        start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
-        col = j * S.block_k + group * 64
-        cols = col + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
-        rows = None
-        if S.functions is not None:
-            rows = S.functions.rows(b, cols, arrays)
-        dk = gl.zeros([64, S.key_width], gl.float32, dk_layout)
-        dv = gl.zeros([64, S.value_width], gl.float32, dv_layout)
-        kv.wait(n)
-        at = stop
-        h = kh * S.group
-        for _ in range(S.group * (stop - start)):
-            h += gl.where(at == start, 1, 0)
-            at = gl.where(at == start, stop, at) - 1
-            i, masked = query_block(at, whole_start, whole_stop, blocks, S)
-            # fmt: off
-            dk, dv = _step(
-                i, h, step, k, v, q, do, k_shared, stat_shared, own[0], dq, origin, queries, cols, rows, arrays, dk, dv,
-                masked, group, S,
-            )
-            # fmt: on
-            step += 1
-        meet()  # the other group reads this group's keys, which make room for dkey
-        k.store((dk * S.scale).to(dtype))
-        v.store(dv.to(dtype))
-        fence_async_shared()
-        tma.async_store(dk_desc, [b, kh, col, 0], k_shared.index(group))
-        tma.async_store(dv_desc, [b, kh, col, 0], v_shared.index(group))
-        tma.store_wait(0)
-        kv.release(n)
-        n += 1
-        number += gl.num_programs(0)
+    j, b, kh = place(S)
+    start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
+    col = j * S.block_k + group * 64
+    cols = col + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
+    rows = None
+    if S.functions is not None:
+        rows = S.functions.rows(b, cols, arrays)
+    dk = gl.zeros([64, S.key_width], gl.float32, dk_layout)
+    dv = gl.zeros([64, S.value_width], gl.float32, dv_layout)
+    kv.wait(0)
+    at = stop
+    h = kh * S.group
+    for step in range(S.group * (stop - start)):
+        h += gl.where(at == start, 1, 0)
+        at = gl.where(at == start, stop, at) - 1
+        i, masked = query_block(at, whole_start, whole_stop, blocks, S)
+        # fmt: off
+        dk, dv = _step(
+            i, h, step, k, v, q, do, k_shared, stat_shared, own[0], dq, origin, queries, cols, rows, arrays, dk, dv,
+            masked, group, S,
+        )
+        # fmt: on
+    meet()  # the other group reads this group's keys, which make room for dkey
+    k.store((dk * S.scale).to(dtype))
+    v.store(dv.to(dtype))
+    fence_async_shared()
+    tma.async_store(dk_desc, [b, kh, col, 0], k_shared.index(group))
+    tma.async_store(dv_desc, [b, kh, col, 0], v_shared.index(group))
+    tma.store_wait(0)
 
 
 @gluon.jit

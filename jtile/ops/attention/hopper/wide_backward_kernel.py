@@ -44,66 +44,58 @@ def _weights(
     queries = gl.arange(0, S.block_q, gl.SliceLayout(0, s_layout))
     k = matrix(kv.blocks.index(0))
     zeros = gl.zeros([64, S.block_q], gl.float32, s_layout)
-    step = 0
-    turn = 0
-    number = gl.program_id(0)
-    while number < S.blocks:
-        j, b, kh = place(number, S)
-        start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
-        cols = j * S.block_k + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
-        rows = None
+    j, b, kh = place(S)
+    start, whole_start, whole_stop, stop, blocks = visiting(j, b, kh, origin, visits, S)
+    cols = j * S.block_k + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
+    rows = None
+    if S.functions is not None:
+        rows = S.functions.rows(b, cols, arrays)
+    dv = gl.zeros([64, S.value_width], gl.float32, dv_layout)
+    kv.wait(0)
+    at = stop
+    h = kh * S.group
+    for step in range(S.group * (stop - start)):
+        h += gl.where(at == start, 1, 0)
+        at = gl.where(at == start, stop, at) - 1
+        i, masked = query_block(at, whole_start, whole_stop, blocks, S)
+        row = i * S.block_q + queries
+        q_ring.wait(step)
+        s = warpgroup_mma(k, q_ring.block(step).permute((1, 0)), zeros, use_acc=False)
+        factor = 1.0
         if S.functions is not None:
-            rows = S.functions.rows(b, cols, arrays)
-        dv = gl.zeros([64, S.value_width], gl.float32, dv_layout)
-        kv.wait(turn)
-        at = stop
-        h = kh * S.group
-        for _ in range(S.group * (stop - start)):
-            h += gl.where(at == start, 1, 0)
-            at = gl.where(at == start, stop, at) - 1
-            i, masked = query_block(at, whole_start, whole_stop, blocks, S)
-            row = i * S.block_q + queries
-            q_ring.wait(step)
-            s = warpgroup_mma(k, q_ring.block(step).permute((1, 0)), zeros, use_acc=False)
-            factor = 1.0
-            if S.functions is not None:
-                if S.functions.modifies:
-                    s, factor = S.functions.score(s, h, row, row + origin, rows, arrays)
-            x = s * S.slope - _statistic(stat_shared, 0, step, s_layout, S)
-            q_ring.release(step)
-            if S.masked:
-                if masked:
-                    if S.functions is not None:
-                        if S.functions.masks:
-                            x = gl.where(S.functions.visible(h, row, row + origin, rows, arrays), x, -float("inf"))
-                    x = banded_by_keys(x, (row + origin)[None, :], cols[:, None], S)
-            p = gl.exp2(x)
-            wait(p_room.empty.index(0), step % 2 ^ 1)
-            p_room.slot(0).store((p * factor).to(dtype))
-            arrive(p_room.barrier(0))
-            do_ring.wait(step)
-            p_left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, dv_layout, 2))
-            dv = warpgroup_mma(p_left, do_ring.block(step), dv, is_async=True)
-            ds_room.wait(step)
-            ds = ds_room.slot(0)
-            first = _columns(k, 0, ds, zeros)
-            dv = warpgroup_mma_wait(1, deps=[dv])
-            do_ring.release(step)
-            second = _columns(k, 2, ds, zeros)
-            first = warpgroup_mma_wait(1, deps=[first])
-            hand_on(first, 4 * step, dq)
-            second = warpgroup_mma_wait(0, deps=[second])
-            ds_room.release(0)
-            hand_on(second, 4 * step + 2, dq)
-            step += 1
-        meet()  # the other group is done with these values, which make room for dvalue
-        matrix(v_shared.index(0)).store(dv.to(dtype))
-        fence_async_shared()
-        tma.async_store(dv_desc, [b, kh, j * S.block_k, 0], v_shared.index(0))
-        tma.store_wait(0)
-        kv.release(turn)
-        turn += 1
-        number += gl.num_programs(0)
+            if S.functions.modifies:
+                s, factor = S.functions.score(s, h, row, row + origin, rows, arrays)
+        x = s * S.slope - _statistic(stat_shared, 0, step, s_layout, S)
+        q_ring.release(step)
+        if S.masked:
+            if masked:
+                if S.functions is not None:
+                    if S.functions.masks:
+                        x = gl.where(S.functions.visible(h, row, row + origin, rows, arrays), x, -float("inf"))
+                x = banded_by_keys(x, (row + origin)[None, :], cols[:, None], S)
+        p = gl.exp2(x)
+        wait(p_room.empty.index(0), step % 2 ^ 1)
+        p_room.slot(0).store((p * factor).to(dtype))
+        arrive(p_room.barrier(0))
+        do_ring.wait(step)
+        p_left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, dv_layout, 2))
+        dv = warpgroup_mma(p_left, do_ring.block(step), dv, is_async=True)
+        ds_room.wait(step)
+        ds = ds_room.slot(0)
+        first = _columns(k, 0, ds, zeros)
+        dv = warpgroup_mma_wait(1, deps=[dv])
+        do_ring.release(step)
+        second = _columns(k, 2, ds, zeros)
+        first = warpgroup_mma_wait(1, deps=[first])
+        hand_on(first, 4 * step, dq)
+        second = warpgroup_mma_wait(0, deps=[second])
+        ds_room.release(0)
+        hand_on(second, 4 * step + 2, dq)
+    meet()  # the other group is done with these values, which make room for dvalue
+    matrix(v_shared.index(0)).store(dv.to(dtype))
+    fence_async_shared()
+    tma.async_store(dv_desc, [b, kh, j * S.block_k, 0], v_shared.index(0))
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -117,52 +109,44 @@ def _gradients(
     k, v = matrix(kv.blocks.index(0)), matrix(v_shared.index(0))
     ds_shared = ds_room.slot(0)
     zeros = gl.zeros([64, S.block_q], gl.float32, s_layout)
-    step = 0
-    turn = 0
-    number = gl.program_id(0)
-    while number < S.blocks:
-        j, b, kh = place(number, S)
-        start, _, _, stop, _ = visiting(j, b, kh, origin, visits, S)
-        dk = gl.zeros([64, S.key_width], gl.float32, dk_layout)
-        kv.wait(turn)
-        for _ in range(S.group * (stop - start)):
-            do_ring.wait(step)
-            dp = warpgroup_mma(v, do_ring.block(step).permute((1, 0)), zeros, use_acc=False)
-            do_ring.release(step)
-            q_ring.wait(step)
-            difference = dp - _statistic(stat_shared, 1, step, s_layout, S)
-            p_room.wait(step)
-            p = p_room.slot(0).load(s_layout).to(gl.float32)
-            p_room.release(0)
-            ds = p * difference
-            if S.functions is not None:
-                if S.functions.masks:  # whatever is in a masked value
-                    ds = gl.where(p == 0.0, 0.0, ds)
-            ds = ds.to(dtype)
-            wait(ds_room.empty.index(0), step % 2 ^ 1)
-            ds_shared.store(ds)
-            fence_async_shared()
-            arrive(ds_room.barrier(0))
-            ds_room.wait(step)
-            first = _columns(k, 1, ds_shared, zeros)
-            ds_left = gl.convert_layout(ds, gl.DotOperandLayout(0, dk_layout, 2))
-            dk = warpgroup_mma(ds_left, q_ring.block(step), dk, is_async=True)
-            first = warpgroup_mma_wait(1, deps=[first])
-            hand_on(first, 4 * step + 1, dq)
-            second = _columns(k, 3, ds_shared, zeros)
-            dk = warpgroup_mma_wait(1, deps=[dk])
-            q_ring.release(step)
-            second = warpgroup_mma_wait(0, deps=[second])
-            hand_on(second, 4 * step + 3, dq)
-            step += 1
-        meet()  # the other group is done with these keys, which make room for dkey
-        k.store((dk * S.scale).to(dtype))
+    j, b, kh = place(S)
+    start, _, _, stop, _ = visiting(j, b, kh, origin, visits, S)
+    dk = gl.zeros([64, S.key_width], gl.float32, dk_layout)
+    kv.wait(0)
+    for step in range(S.group * (stop - start)):
+        do_ring.wait(step)
+        dp = warpgroup_mma(v, do_ring.block(step).permute((1, 0)), zeros, use_acc=False)
+        do_ring.release(step)
+        q_ring.wait(step)
+        difference = dp - _statistic(stat_shared, 1, step, s_layout, S)
+        p_room.wait(step)
+        p = p_room.slot(0).load(s_layout).to(gl.float32)
+        p_room.release(0)
+        ds = p * difference
+        if S.functions is not None:
+            if S.functions.masks:  # whatever is in a masked value
+                ds = gl.where(p == 0.0, 0.0, ds)
+        ds = ds.to(dtype)
+        wait(ds_room.empty.index(0), step % 2 ^ 1)
+        ds_shared.store(ds)
         fence_async_shared()
-        tma.async_store(dk_desc, [b, kh, j * S.block_k, 0], kv.blocks.index(0))
-        tma.store_wait(0)
-        kv.release(turn)
-        turn += 1
-        number += gl.num_programs(0)
+        arrive(ds_room.barrier(0))
+        ds_room.wait(step)
+        first = _columns(k, 1, ds_shared, zeros)
+        ds_left = gl.convert_layout(ds, gl.DotOperandLayout(0, dk_layout, 2))
+        dk = warpgroup_mma(ds_left, q_ring.block(step), dk, is_async=True)
+        first = warpgroup_mma_wait(1, deps=[first])
+        hand_on(first, 4 * step + 1, dq)
+        second = _columns(k, 3, ds_shared, zeros)
+        dk = warpgroup_mma_wait(1, deps=[dk])
+        q_ring.release(step)
+        second = warpgroup_mma_wait(0, deps=[second])
+        hand_on(second, 4 * step + 3, dq)
+    meet()  # the other group is done with these keys, which make room for dkey
+    k.store((dk * S.scale).to(dtype))
+    fence_async_shared()
+    tma.async_store(dk_desc, [b, kh, j * S.block_k, 0], kv.blocks.index(0))
+    tma.store_wait(0)
 
 
 @gluon.jit
