@@ -31,8 +31,8 @@ def moments(differences, squares, axis, size):
     """The mean, and the sum of squares of differences to it, of values less some number near them; `differences` are
     these, or sums of them, and `squares` likewise. Neither sum waits for the other.
 
-    As many digits are lost as the square of the mean outweighs the variance by. So the number should come from the
-    values: it is many deviations off only where it is made of few that the deviation itself is made of.
+    As many digits are lost as the square of the mean outweighs the variance by. So the number should be the mean s of
+    some k of the values: since sum (x - μ)² ≥ k (s - μ)², no more than size / k times.
     """
     total, squares = (jnp.sum(x, axis=axis, keepdims=True) for x in (differences, squares))
     mean = total / size
