@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import functools
 import importlib.metadata
+import importlib.util
 import json
 import linecache
 import re
@@ -153,7 +154,7 @@ def build_function(
     _check_target(label, options.get("num_ctas", 1), target)
     spelt = {name: _spelt(value) for name, value in constants.items()}
     # Triton's own hash of the function covers its source, less the decorator, and every function and global it uses.
-    what = type(function).__name__, function.cache_key
+    what = type(function).__name__, code.co_filename, function.cache_key
     key = _key(target, options, *what, dict(signature), spelt, sorted(attributes.items()))
 
     def make():
@@ -332,8 +333,16 @@ _READABLE_PTX = 90
 
 
 def _key(target: Target, *parts) -> str:
+    compiler = triton_version(), _triton_file()
     chip = target.compute_capability, target.shared_bytes_per_block
-    return cache.key_of(triton_version(), borrowed.custom_call_takes_cubin(), *chip, *parts)
+    return cache.key_of(*compiler, borrowed.custom_call_takes_cubin(), *chip, *parts)
+
+
+@functools.cache
+def _triton_file() -> str | None:
+    """Where Triton is: machine code names the files of its lines, some of Triton's among them."""
+    spec = importlib.util.find_spec("triton")
+    return None if spec is None else spec.origin
 
 
 @functools.cache

@@ -210,3 +210,13 @@ def test_element_types():
 def test_element_type_without_a_counterpart():
     with pytest.raises(NotImplementedError, match="complex64"):
         triton_type("complex64")
+
+
+def test_machine_code_is_kept_apart_for_each_place_where_triton_is(monkeypatch, tmp_path):
+    """It names files of Triton, so that programs lowered with another's would differ."""
+    monkeypatch.setenv("JTILE_CACHE_DIR", str(tmp_path / "cache"))
+    for count, place in enumerate(("/here/triton", "/here/triton", "/there/triton")):
+        monkeypatch.setattr("jtile.compiler.build._triton_file", lambda place=place: place)
+        cache.clear_memory()
+        build(sources.product, CompilerParams(), H200)
+        assert len(list((tmp_path / "cache").iterdir())) == 1 + (count == 2)
