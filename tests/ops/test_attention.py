@@ -249,6 +249,22 @@ def test_no_array_of_sequence_times_sequence(is_causal):
         assert max(sizes) == math.prod(shape) < sequence**2 / 1000
 
 
+@pytest.mark.parametrize("choose", ["forward", "backward"])
+@pytest.mark.parametrize("dropout", [0, 6554])
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_tiles_do_not_depend_on_which_chips_were_asked_for_before(choose, dropout, head_dim):
+    x, row = jax.ShapeDtypeStruct((1, 4096, 2, head_dim), jnp.float16), jax.ShapeDtypeStruct((1, 4096, 2), jnp.float32)
+    variant = Variant(0.125, dropout=dropout)
+    inputs = (x, x, x) if choose == "forward" else (x, x, x, x, row, x, row)
+
+    def tiles(name: str) -> list:
+        return list(getattr(attention.tiles, choose)(*inputs, target=Target.named(name), variant=variant))
+
+    before = tiles("NVIDIA H200")
+    assert tiles("NVIDIA A100") != before
+    assert tiles("NVIDIA H200") == before
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_split_sequence_gathers_keys_and_scatters_their_gradients(kind):
     """And no more, in a program for four H100s: queries, outputs and their gradients stay where they are."""

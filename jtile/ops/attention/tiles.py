@@ -124,9 +124,9 @@ def forward(query, key, value, *arrays, target, variant: Variant) -> Iterator[Ti
     problem = Problem(query, value, arrays, variant, target)
     table = FORWARD
     if variant.dropout or variant.masks_by_data:
-        table |= {(2, 128): Tile(64, 64, 4, 2)}
+        table = table | {(2, 128): Tile(64, 64, 4, 2)}
     if before_hopper(target):  # whose shared memory holds no two of the larger one
-        table |= {(2, 256): Tile(64, 32, 4, 2)}
+        table = table | {(2, 256): Tile(64, 32, 4, 2)}
     yield problem.of(table, "forward")
     if cudnn.obstacle(query, key, value, variant=variant, target=target) is None:
         yield cudnn.Cudnn()
@@ -145,9 +145,9 @@ def backward(
     narrow = before_hopper(target) and not variant.is_band
     dquery = DQUERY
     if not variant.is_band:
-        dquery |= {(4, 64): Tile(32, 32, 8, 2)}
+        dquery = dquery | {(4, 64): Tile(32, 32, 8, 2)}
     if narrow:
-        dquery |= {(2, 128): Tile(64, 32, 4, 2)}
+        dquery = dquery | {(2, 128): Tile(64, 32, 4, 2)}
     dkey_dvalue = SMALL_DKEY_DVALUE if narrow or variant.masks_anywhere else DKEY_DVALUE
     untuned = BackwardTiles(problem.of(dquery, "dquery"), problem.of(dkey_dvalue, "dkey_dvalue"))
     yield untuned
