@@ -153,18 +153,26 @@ class SplitEmbed(nnx.Module):
 
 @dataclasses.dataclass
 class Training:
-    """Parameters and optimizer's state on their devices, and the compiled step that replaces them."""
+    """Parameters and optimizer's state on their devices, and the step that replaces them, both jitted."""
 
-    state: Any
+    init: Callable[[], Any]
     step: Callable
     put: Callable[[np.ndarray], Any]  # tokens on their devices
+    state: Any = None
 
     @classmethod
     def start(cls, mode: str, config: llama.Config, options: argparse.Namespace, devices: list[jax.Device]):
+        training = cls.plan(mode, config, options, devices)
+        training.state = training.init()
+        return training
+
+    @classmethod
+    def plan(cls, mode: str, config: llama.Config, options: argparse.Namespace, devices: list[jax.Device]):
+        """All but the state, which nothing has made yet."""
         optimizer = first_example.make_optimizer(options)
         graph, _ = nnx.split(nnx.eval_shape(lambda: llama.Llama(config, rngs=nnx.Rngs(0))), nnx.Param)
 
-        def init():
+        def fresh():
             _, params = nnx.split(llama.Llama(config, rngs=nnx.Rngs(options.seed)), nnx.Param)
             return params, optimizer.init(params)
 
@@ -178,9 +186,9 @@ class Training:
             return (optax.apply_updates(params, updates), optimizer_state), value
 
         mesh = make_mesh(mode, config, devices[:1] if mode == "one" else devices)
-        specs = jax.tree.map_with_path(functools.partial(spec, mode, mesh), jax.eval_shape(init))
+        specs = jax.tree.map_with_path(functools.partial(spec, mode, mesh), jax.eval_shape(fresh))
         placed = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
-        state = jax.jit(init, out_shardings=placed)()
+        init = jax.jit(fresh, out_shardings=placed)
 
         if mode == "pmap":
 
@@ -196,7 +204,7 @@ class Training:
                 devices=devices,
             )
             mine = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
-            return cls(state, step, lambda tokens: tokens.reshape(len(devices), -1, tokens.shape[1])[mine])
+            return cls(init, step, lambda tokens: tokens.reshape(len(devices), -1, tokens.shape[1])[mine])
 
         by_hand = mode.endswith("shard_map")
         gradients_of = (
@@ -213,7 +221,7 @@ class Training:
             split = NamedSharding(mesh, P("data"))
             return jax.make_array_from_callback(tokens.shape, split, lambda part: tokens[part])
 
-        return cls(state, step, put)
+        return cls(init, step, put)
 
     def train(self, tokens: np.ndarray) -> jax.Array:
         self.state, loss = self.step(self.state, self.put(tokens))
