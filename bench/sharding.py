@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -21,7 +22,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bench import caches, trace
+from bench import caches, results, trace
 from models import llama
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "3_shard_it.py"
@@ -55,7 +56,9 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     about = dict(
         date=datetime.date.today().isoformat(),
         chip=devices[0].device_kind,
-        jax=jax.__version__,
+        command=shlex.join(["python", "-m", "bench.sharding", *(sys.argv[1:] if arguments is None else arguments)]),
+        commit=results.commit(),
+        versions=results.versions(),
         xla_flags=os.environ.get("XLA_FLAGS", ""),
         size=chosen.size,
         batch_size=chosen.batch_size,

@@ -110,11 +110,12 @@ def by_shard_map(mode: str, graph, mesh: Mesh, specs) -> Callable:
         if mode == "fsdp_shard_map":  # whose transpose is the gradients' reduce-scatter
             params = jax.tree.map(gather, params, specs)
         model = nnx.merge(graph, params)
-        if mode == "tensor_shard_map":
-            model.embed = SplitEmbed(model.embed)
-            for block in model.blocks:
-                block.attention.out, block.mlp.down = Summed(block.attention.out), Summed(block.mlp.down)
-        losses = jtile.softmax_cross_entropy(
+        if mode != "tensor_shard_map":
+            return jax.lax.pmean(llama.loss(model, tokens), "data")
+        model.embed = SplitEmbed(model.embed)
+        for block in model.blocks:
+            block.attention.out, block.mlp.down = Summed(block.attention.out), Summed(block.mlp.down)
+        losses = jtile.softmax_cross_entropy(  # of the vocabulary that each device has
             model(tokens[:, :-1]), tokens[:, 1:], axis_name="model", implementation=model.config.implementation
         )
         return jax.lax.pmean(losses.mean(), "data")
