@@ -33,8 +33,8 @@ def map_pallas_calls(fn: Callable, replace: Callable[..., Sequence[jax.Array]]) 
 def map_equations(fn: Callable, replace: Replace) -> Callable:
     """`fn` with the equations in it replaced, however deeply nested, that `replace` has something for.
 
-    Loops, branches, `jit`, `checkpoint`, `shard_map` and functions with custom derivatives are entered, the derivatives
-    too. Arguments that are not arrays stay as they are.
+    Loops, branches, `jit`, `checkpoint`, `shard_map`, solvers and functions with rules of their own for derivatives or
+    `vmap` are entered, and those rules. Arguments that are not arrays stay as they are.
     """
 
     @functools.wraps(fn)
@@ -104,6 +104,8 @@ def _evaluate_equation(eqn, replace: Replace, *operands):
         bound = {**bound, "subfuns": tuple(functions)}
     else:
         bound = {key: _rewrite(value, replace) for key, value in bound.items()}
+    if eqn.primitive.name == "custom_vmap_call":
+        bound["rule"] = map_equations(bound["rule"], replace)
     return eqn.primitive.bind(*operands, **bound)
 
 
@@ -112,5 +114,6 @@ def _rewrite(param: Any, replace: Replace):
     if not any(replace(eqn) for jaxpr in jaxprs_in_params({"": param}) for eqn in equations(jaxpr)):
         return param
     if isinstance(param, tuple):
-        return tuple(_rewrite(p, replace) for p in param)
+        rewritten = [_rewrite(p, replace) for p in param]
+        return type(param)(*rewritten) if hasattr(param, "_fields") else tuple(rewritten)
     return jax.make_jaxpr(functools.partial(evaluate, param, replace))(*(v.aval for v in param.invars))

@@ -93,6 +93,17 @@ def with_jvp(x):
 
 with_jvp.defjvp(lambda p, t: (with_jvp(*p), blocked(*t)))
 
+
+@jax.custom_batching.custom_vmap
+def with_rule(x):
+    return blocked(x)
+
+
+@with_rule.def_vmap
+def _(size, mapped, x):
+    return jnp.stack([blocked(row) for row in x]), mapped[0]
+
+
 WRAPPED = {
     "jit": jax.jit(blocked),
     "vmap": lambda x: jax.vmap(blocked)(jnp.stack([x, x]))[1],
@@ -102,6 +113,8 @@ WRAPPED = {
     "cond": lambda x: lax.cond(x[1] > 0, blocked, lambda x: x, x),
     "custom_vjp": lambda x: with_derivative(x, 1.0),
     "custom_jvp": with_jvp,
+    "custom_vmap": with_rule,
+    "solver": lambda x: lax.custom_linear_solve(lambda y: y, x, lambda _, x: blocked(x)),
     "nested": lambda x: jax.jit(lambda x: lax.fori_loop(0, 1, lambda i, c: jax.jit(blocked)(c), x))(x),
 }
 
