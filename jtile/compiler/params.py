@@ -18,8 +18,8 @@ class CompilerParams:
       max_registers: most registers a thread may use: 24, 32, ..., 248, or 255; None for no limit.
       tma: True moves blocks with the Tensor Memory Accelerator (Hopper and later) wherever it can: matrices of at least
         8 rows of 32 bytes, in an array of up to five dimensions, whose sides are powers of two up to 256 or reach the
-        array's end, every stride but the last a multiple of 16 bytes. None does so in kernels that multiply matrices of
-        8 or 16 bits; False uses pointers.
+        array's end, every stride but the last a multiple of 16 bytes, and so the place in its row where a matrix is
+        known to begin. None does so in kernels that multiply matrices of 8 or 16 bits; False uses pointers.
       persistent: launch as many programs as the chip holds at once, each of which takes the place of several in turn.
 
     Raises:

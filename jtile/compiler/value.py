@@ -43,6 +43,7 @@ class Value:
       text: its name; or, when `constant` is given, the literal, which Triton broadcasts where it is used.
       constant: the one number that every lane holds.
       bounds: least and greatest of an integer value, where known: what proves that an access stays inside an array.
+      multiple: what an integer value is known to be a multiple of: what proves that an offset is aligned. 0 of 0.
       zero_padded: the lanes outside the shape are known to hold 0.
       product: a product of floats, which the compiler may fuse with an addition and then round only once.
     """
@@ -54,6 +55,7 @@ class Value:
     bounds: Interval | None = None
     zero_padded: bool = False
     product: bool = False
+    multiple: int = 1
 
     @property
     def tile(self) -> tuple[int, ...]:
@@ -82,8 +84,10 @@ def constant(number, shape: tuple[int, ...], dtype) -> Value:
     """A value that holds `number` in every lane."""
     dtype = np.dtype(dtype)
     number = np.asarray(number, dtype).item()
-    bounds = (number, number) if jnp.issubdtype(dtype, np.integer) else None
-    return Value(literal(number, dtype), shape, dtype, number, bounds, number == 0)
+    if not jnp.issubdtype(dtype, np.integer):
+        return Value(literal(number, dtype), shape, dtype, number, zero_padded=number == 0)
+    bounds, multiple = (number, number), abs(number)
+    return Value(literal(number, dtype), shape, dtype, number, bounds, number == 0, multiple=multiple)
 
 
 def literal(number: bool | int | float, dtype: np.dtype) -> str:
@@ -178,6 +182,10 @@ class Affine:
             ends = sorted(end * factor for end in value.bounds)
             low, high = low + ends[0], high + ends[1]
         return low, high
+
+    @property
+    def multiple(self) -> int:
+        return math.gcd(self.constant, *(value.multiple * factor for value, factor in self.terms))
 
     def summands(self, wide: bool = False) -> list[str]:
         """The terms as source, in 64-bit arithmetic if `wide`, else in 32-bit."""

@@ -1,6 +1,7 @@
 """Elementwise operations."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -134,7 +135,8 @@ def apply(e, name: str, shape: tuple[int, ...], dtype: np.dtype, *operands: Valu
         or (name == "mul" and any(v.zero_outside(shape) for v in operands) and any(map(_finite_constant, operands)))
     )
     product = name in ("mul", "square") or (name == "neg" and operands[0].product)
-    return e.let(text, shape, dtype, name, bounds=bounds, zero_padded=zero, product=product)
+    facts = dict(bounds=bounds, zero_padded=zero, product=product, multiple=multiple(name, operands))
+    return e.let(text, shape, dtype, name, **facts)
 
 
 rule(*{*PLAIN, *FLOAT, *INTEGER})(elementwise)
@@ -452,7 +454,8 @@ def cast(e, x: Value, dtype: np.dtype) -> Value:
         text = f"tl.cast({text}, {triton_type(dtype)})"
     else:
         text = f"tl.cast({text}, {triton_type(dtype)})"
-    return e.let(text, x.shape, dtype, dtype.name, bounds=bounds, zero_padded=x.zero_padded)
+    whole = x.multiple if jnp.issubdtype(dtype, np.integer) else 1
+    return e.let(text, x.shape, dtype, dtype.name, bounds=bounds, zero_padded=x.zero_padded, multiple=whole)
 
 
 def narrowed(e, text: str, shape: tuple[int, ...], dtype: np.dtype) -> str:
@@ -536,7 +539,9 @@ def hint(e, eqn, x: Value):
     name, values = eqn.primitive.name, eqn.params["values"]
     if name == "max_contiguous" and not x.shape:
         return x  # which says nothing of one number
-    return e.let(f"tl.{name}({e.tensor(x)}, {list(values)})", x.shape, x.dtype, "hint", bounds=x.bounds)
+    known = math.lcm(x.multiple, *values) if name == "multiple_of" and not x.shape else x.multiple
+    text = f"tl.{name}({e.tensor(x)}, {list(values)})"
+    return e.let(text, x.shape, x.dtype, "hint", bounds=x.bounds, multiple=known)
 
 
 @rule("elementwise_inline_asm_p", "elementwise_inline_asm")  # in JAX 0.11, in 0.12
@@ -565,6 +570,14 @@ def _assembly(e, asm: str, constraints: str, pack: int, operands: Sequence[Value
         f"is_pure=True, pack={pack})"
     )
     return [Value(name, tuple(out.shape), np.dtype(out.dtype)) for name, out in zip(names, outs, strict=True)]
+
+
+def multiple(name: str, operands: tuple[Value, ...]) -> int:
+    """What the result of an integer operation is a multiple of. (Of a power of two also where it wraps around.)"""
+    known = [v.multiple for v in operands]
+    if name == "mul":
+        return math.prod(known)
+    return math.gcd(*known) if name in ("add", "sub", "neg", "max", "min") else 1
 
 
 def interval(name: str, operands: tuple[Value, ...], dtype) -> Interval | None:

@@ -480,6 +480,7 @@ def transfer(e, block: Block, transforms: Sequence) -> Transfer | None:
         or sum(d.size > 1 for d in dimensions) != 2  # a matrix, as wgmma takes it
         or dimensions[-1].stride != 1
         or dimensions[-1].size * ref.dtype.itemsize < TMA_ROW
+        or dimensions[-1].start.multiple * ref.dtype.itemsize % 16
         or max(d.size for d in dimensions[:-1]) < TMA_ROWS
         or any(d.size > TMA_LIMIT or not 0 < d.extent < 2**31 for d in dimensions)
         or any(s * ref.dtype.itemsize % 16 for s in ref.strides[:-1])

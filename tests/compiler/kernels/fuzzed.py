@@ -3,8 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 
-from tests.compiler.kernels import case, integers, like, rowwise
+from jtile.compiler.params import CompilerParams
+from tests.compiler.kernels import case, integers, like, normal, rowwise
 
 
 @case(integers(3, 2, low=-4, high=4).astype(jnp.float8_e4m3fn))
@@ -34,3 +36,20 @@ def fuzzed_products_of_single_numbers(x):
 def fuzzed_product_beside_a_block_of_two_rows(x):
     """A block too small for the Tensor Memory Accelerator: an illegal instruction."""
     return rowwise(lambda x: x + jnp.dot(x[:, :16], x[:, 16:].T)[:, :1], 2, x)
+
+
+@case(normal(8, 24))
+def fuzzed_windows_that_begin_anywhere(x):
+    """Triton has the Tensor Memory Accelerator take rows from multiples of 16 bytes alone."""
+
+    def kernel(x_ref, o_ref):
+        o_ref[...] = x_ref[...] + pl.program_id(0)
+
+    return pl.pallas_call(
+        kernel,
+        grid=(9,),
+        in_specs=[pl.BlockSpec((8, pl.Element(16)), lambda i: (0, i))],
+        out_specs=pl.BlockSpec((None, 8, 16), lambda i: (i, 0, 0)),
+        out_shape=like(x, shape=(9, 8, 16)),
+        compiler_params=CompilerParams(tma=True),
+    )(x)
