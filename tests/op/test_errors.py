@@ -25,6 +25,7 @@ OPS = {
     "log_softmax": lambda **options: jtile.log_softmax(X, **options),
     "dropout": lambda rate: jtile.dropout(X, rate, jax.random.key(0)),
     "dot_product_attention": lambda **options: jtile.dot_product_attention(HEADS, HEADS, HEADS, **options),
+    "flex_attention": lambda **options: jtile.flex_attention(HEADS, HEADS, HEADS, **options),
 }
 KNOWN = {
     "rms_norm": ["epsilon"],
@@ -42,6 +43,7 @@ KNOWN = {
     "dot_product_attention": [
         *("scale", "is_causal", "local_window_size", "logits_soft_cap", "dropout_rate", "return_lse", "axis_name"),
     ],
+    "flex_attention": ["scale", "return_lse", "axis_name"],
 }
 UNDER = {
     "jit": lambda f: jax.jit(f)(1.0),

@@ -238,7 +238,7 @@ def flex_attention(
         (2, 128, 8, 64)
     """
     name = "flex_attention"
-    check_known(name, return_lse=return_lse)
+    check_known(name, return_lse=return_lse, axis_name=axis_name)
     query, key, value = map(jnp.asarray, (query, key, value))
     sizes, lead = check(name, query, key, value)
     scale = checked_scale(name, scale, query.shape[-1])
