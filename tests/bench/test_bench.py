@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jtile
 from bench import __main__ as command
 from bench import cases, lock, measure, report, results, rivals, targets, timing, trace, workers
 from bench.apart import Apart
@@ -70,6 +71,15 @@ def test_attention_is_judged_by_a_reference_that_holds_one_head_at_a_time(featur
         causal = features.get("is_causal", True)
         theirs = jax.nn.dot_product_attention(q, k, v, is_causal=causal, local_window_size=window)
         assert jnp.allclose(reference, theirs, atol=1e-5)
+
+
+def test_linear_losses_are_judged_by_a_reference_that_holds_some_logits_at_a_time():
+    x, weight = jax.random.normal(jax.random.key(0), (2048, 8)), jax.random.normal(jax.random.key(1), (8, 50))
+    labels = jnp.arange(2048) % 50
+    reference, mean = (rivals.entry(rivals.REFERENCE, f"linear_cross_entropy{end}").make() for end in ("", "_mean"))
+    expected = jtile.linear_cross_entropy(x, weight, labels, implementation="xla")
+    assert jnp.allclose(reference(x=x, weight=weight, labels=labels), expected, atol=1e-5)
+    assert jnp.allclose(mean(x=x, weight=weight, labels=labels), expected.mean(), atol=1e-5)
 
 
 @pytest.mark.parametrize("features", ({"is_causal": False}, {}, {"window": 200}, {"prefix": 300}, {"packed": True}))
