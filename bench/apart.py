@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.timing import Time, Told, brief
 
-LIMIT = 300.0  # seconds for one answer
+LIMIT = 150.0  # seconds for one answer
 
 
 class Process:

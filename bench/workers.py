@@ -16,7 +16,7 @@ from bench.apart import Apart, Process
 from bench.cases import Case
 from bench.timing import Told
 
-LIMIT = 900.0  # seconds for one case
+LIMIT = 300.0  # seconds for one case
 
 Job = tuple[Case, measure.Options]
 Passes = list[list[measure.Row]]  # of one case the rows of each pass
@@ -83,9 +83,12 @@ def spread(
 
 def _asked(worker: Process, case: Case, options: measure.Options, lock: Path) -> tuple[Case, Passes]:
     try:
-        return case, worker.call("measure", case, dataclasses.replace(options, lock=lock))
+        passes = worker.call("measure", case, dataclasses.replace(options, lock=lock))
     except Told as failure:
         return case, list(measure.lost(case, options, f"fails: {failure}"))
+    if any(row.get("gap", "").startswith("fails") for rows in passes for row in rows):
+        worker.close()  # what fails may leave a GPU's context that fails everything; the next case begins anew
+    return case, passes
 
 
 def visible_gpus(count: int) -> list[str]:
