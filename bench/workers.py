@@ -51,6 +51,7 @@ def spread(
     jobs: Sequence[Job], names: Sequence[str], until: Callable[[], bool], processes: int, gpus: Sequence[str]
 ) -> Iterator[tuple[Case, Passes]]:
     """The same in so many processes, which share these GPUs. A case comes when it is done."""
+    processes = min(processes, len(jobs))
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         free: queue.SimpleQueue[tuple[Process, Path]] = queue.SimpleQueue()
         locks = {gpu: Path(folder) / f"gpu {gpu}" for gpu in gpus}
