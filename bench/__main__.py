@@ -6,8 +6,8 @@
 With `--processes` several measure at once, on all GPUs that are visible. On each GPU one at a time runs anything, while
 the others trace and compile; the rivals of a case always share a GPU. On a new machine fill the caches on disk first:
 
-    python -m bench run --tables core sizes widths sequences --processes 16 --compile-only
-    python -m bench run --tables core sizes widths sequences --processes 8
+    python -m bench run --tables core sizes widths sequences --processes 12 --compile-only
+    python -m bench run --tables core sizes widths sequences --processes 4
 
 `python -m bench report` makes tables and plots of what is there. `python -m bench list` shows cases and rivals.
 `python -m bench pallas` times Pallas kernels through jtile and through JAX's own backend.

@@ -83,8 +83,10 @@ class Process:
 class Apart(Process):
     """What `measure.Bench` is, in another process."""
 
-    def __init__(self, framework: str, limit: float = LIMIT):
-        super().__init__(framework, functools.partial(Served, framework), limit)
+    def __init__(self, framework: str, limit: float = LIMIT, environment: Mapping[str, str] | None = None):
+        # Beside PyTorch, JAX makes operands and references alone, and gives back their memory at once.
+        own = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"} if framework == "torch" else {}
+        super().__init__(framework, functools.partial(Served, framework), limit, {**(environment or {}), **own})
         self.asked: dict[str, tuple] = {}
         self.names: list[str] = []  # of those that are prepared
         self.used = False

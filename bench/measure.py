@@ -180,11 +180,18 @@ class Given:
         self.shapes = made.out_info
         self._make = made.compile()
         self.by = list(case.by or (name for name, x in self.shapes.items() if _floating(x)))
-        self._cotangents: dict[tuple, jax.Array] = {}
+        self.forget()
 
-    @functools.cached_property
-    def sets(self) -> list[dict[str, jax.Array]]:
-        return [self._make(jax.random.key(i)) for i in range(self.count)]
+    def operands(self, index: int) -> dict[str, jax.Array]:
+        """One set."""
+        if index not in self._sets:
+            self._sets[index] = self._make(jax.random.key(index))
+        return self._sets[index]
+
+    def forget(self) -> None:
+        """What takes memory."""
+        self._sets: dict[int, dict[str, jax.Array]] = {}
+        self._cotangents: dict[tuple, jax.Array] = {}
 
     def cotangent(self, index: int, like):
         """For results of these shapes and dtypes. Its values are bfloat16's, and so the same in every dtype."""
@@ -281,7 +288,7 @@ class _Jax:
         return lowered.compile(), lowered.out_info[1]
 
     def inputs(self, direction: str, index: int) -> tuple:
-        operands = self.given.sets[index]
+        operands = self.given.operands(index)
         if direction == FORWARD:
             return (operands,)
         cotangent = self.given.cotangent(index, self.out)
@@ -375,7 +382,7 @@ class _Torch:
         return (operands, by, cotangents) if direction == BOTH else (out, by, cotangents)
 
     def operands(self, index: int, differentiated: bool) -> dict[str, Any]:
-        tensors = {name: self.tensor(x) for name, x in self.given.sets[index].items()}
+        tensors = {name: self.tensor(x) for name, x in self.given.operands(index).items()}
         if self.writes:
             tensors = {name: x.clone() for name, x in tensors.items()}
         return {n: x.requires_grad_() if differentiated and n in self.by else x for n, x in tensors.items()}
@@ -386,6 +393,8 @@ class _Torch:
     def compile(self, direction: str, run: bool) -> None:
         if run:
             self.work(direction, 1)
+            self.given.forget()
+            self.torch.cuda.empty_cache()
 
     def work(self, direction: str, count: int) -> Prepared:
         function = {FORWARD: self.forward, BACKWARD: self.backward, BOTH: self.both}[direction]

@@ -53,9 +53,9 @@ class Results:
             "versions": versions(),
         }
         with self._changed() as content:
-            if not (join and content["runs"] and content["runs"][-1] == run):
+            if not (join and run in content["runs"]):
                 content["runs"].append(run)
-            self.run = len(content["runs"]) - 1
+            self.run = content["runs"].index(run) if join else len(content["runs"]) - 1
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         with self._changed() as content:
