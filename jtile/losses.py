@@ -138,6 +138,8 @@ def _divergence(
     implementation=None,
 ):
     student_x, student_weight, teacher_x, teacher_weight = map(jnp.asarray, operands)
+    given = student_x, student_weight, bias, teacher_x, teacher_weight, teacher_bias
+    linear_divergence.forward.signature.check(name, [None if a is None else jnp.shape(a) for a in given])
     for side, x, weight in ("", student_x, student_weight), ("teacher_", teacher_x, teacher_weight):
         if not jnp.issubdtype(x.dtype, jnp.floating) or weight.dtype != x.dtype:
             raise ValueError(
