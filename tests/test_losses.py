@@ -235,7 +235,7 @@ def test_what_is_masked_out_may_hold_anything():
             lambda: losses.kl_divergence(X, WEIGHT, X.astype(int), WEIGHT),
             "`teacher_x` and `teacher_weight` must have one",
         ),
-        (lambda: losses.kl_divergence(X, WEIGHT, X, WEIGHT[:, 1:]), "^kl_divergence: dimension `v` must agree: it is 70 in"),
+        (lambda: losses.kl_divergence(X, WEIGHT, X, WEIGHT[:, 1:]), "^kl_divergence: dimension `v` must agree"),
         (lambda: losses.jensen_shannon_divergence(X, WEIGHT, X, WEIGHT, beta=1.0), "`beta` must be between 0 and 1"),
         (lambda: losses.dpo(X[0], WEIGHT, LABELS[0], REFERENCE[0]), "the first axis must hold chosen and rejected"),
         (lambda: losses.dpo(X, WEIGHT, LABELS, REFERENCE[0]), r"`reference_log_probs` must have the shape \(2, 3\)"),
