@@ -9,6 +9,7 @@ Where these do not suffice, one kernel takes the means over rows and a second, w
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jtile.compiler.params import CompilerParams
-from jtile.compiler.primitives import load
+from jtile.compiler.primitives import approx_exp2, load
 from jtile.compiler.target import Target
 from jtile.ops.norm import wide as wide_rows
 from jtile.ops.norm.common import moments, summed, wide
@@ -124,8 +125,18 @@ def _before(refs, at, gate_last: bool, out=None, policy: str | None = None):
         h = h + load(refs["residual"].at[at], eviction_policy=policy)
         if out is not None:
             out["h"][at] = h
-    u = wide(h)
-    return u * jax.nn.silu(wide(refs["gate"][at])) if "gate" in refs and not gate_last else u
+    return wide(h) * _silu(wide(refs["gate"][at])) if "gate" in refs and not gate_last else wide(h)
+
+
+def _sigmoid(x):
+    if x.dtype != jnp.float32:
+        return jax.nn.sigmoid(x)
+    # A reciprocal of two instructions, where a division has seven.
+    return jnp.square(jax.lax.rsqrt(1 + approx_exp2(-math.log2(math.e) * x)))
+
+
+def _silu(x):
+    return x * _sigmoid(x)
 
 
 def _weight(refs, name: str, columns):
@@ -138,7 +149,7 @@ def _after(n, refs, at, columns, gate_last: bool):
     y = n * _weight(refs, "scale", columns)
     if "bias" in refs:
         y = y + _weight(refs, "bias", columns)
-    return y * jax.nn.silu(wide(refs["gate"][at])) if "gate" in refs and gate_last else y
+    return y * _silu(wide(refs["gate"][at])) if "gate" in refs and gate_last else y
 
 
 class _Part:
@@ -149,24 +160,25 @@ class _Part:
         self.x, self.dy = (wide(load(refs[name].at[at], eviction_policy=policy)) for name in ("x", "dy"))
         u = self.x
         if "gate" in refs:
-            self.gate = wide(refs["gate"][at])
-            self.sigmoid = jax.nn.sigmoid(self.gate)
+            gate = wide(refs["gate"][at])
+            self.sigmoid = _sigmoid(gate)
+            self.silu = gate * self.sigmoid
             if not gate_last:
-                u = self.x * self.gate * self.sigmoid
-        self.n = (u if mean is None else u - mean) * rstd
+                u = self.x * self.silu
+        self.n = u * rstd if mean is None else u * rstd - mean * rstd  # one instruction for each element
         if "gate" in refs and gate_last:
             self.dgated = self.dy * self.n * scale
-            self.dy = self.dy * self.gate * self.sigmoid
+            self.dy = self.dy * self.silu
         self.g = self.dy * scale
 
     def store(self, out, mean_gn, mean_g) -> None:
-        dx = self.g - self.n * mean_gn
-        dx = self.rstd * (dx if mean_g is None else dx - mean_g)
+        means = self.n * (self.rstd * mean_gn)
+        dx = self.g * self.rstd - (means if mean_g is None else means + self.rstd * mean_g)
         if "gate" in self.refs:
             dgated = self.dgated if self.gate_last else dx * self.x
-            dgate = dgated * self.sigmoid * (1 + self.gate * (1 - self.sigmoid))
+            dgate = dgated * (self.sigmoid + self.silu * (1 - self.sigmoid))
             out["dgate"][self.at] = dgate.astype(out["dgate"].dtype)
-            dx = dx if self.gate_last else dx * self.gate * self.sigmoid
+            dx = dx if self.gate_last else dx * self.silu
         if "dh" in self.refs:
             dx = dx + wide(self.refs["dh"][self.at])
         out["dx"][self.at] = dx.astype(out["dx"].dtype)
@@ -195,7 +207,8 @@ def forward(name, given: Arrays, centred, epsilon, gate_last, tile: Tile) -> Arr
 
         def write(u, columns):
             at = slice(None), columns
-            out["y"][at] = _after((u - mean) * rstd, refs, at, columns, gate_last).astype(out["y"].dtype)
+            n = u * rstd - mean * rstd if centred else u * rstd
+            out["y"][at] = _after(n, refs, at, columns, gate_last).astype(out["y"].dtype)
 
         mean: Any = 0.0
         near: Any = 0.0  # what is taken off before differences to the mean are
