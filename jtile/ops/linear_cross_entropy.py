@@ -30,11 +30,11 @@ from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from jtile.compiler.primitives import approx_exp2, store
+from jtile.compiler.primitives import store
 from jtile.op import Implementation, TileOp, over_devices
 from jtile.ops import softmax_cross_entropy as of_logits
 from jtile.ops.products import Part, Tile, dot, on_tiles, tiles
-from jtile.ops.softmax_cross_entropy import LOG2E, Options
+from jtile.ops.softmax_cross_entropy import Options
 
 # Spec. `forward` and `backward` are those of softmax_cross_entropy with the product inside; `gradients` is both, where
 # the weight of each token's loss in a sum is known.
@@ -190,15 +190,8 @@ def _statistics(tile: Tile, x, weight, labels, bias, cap, total: bool, keep: boo
             more.pop()[...] = logits.astype(x.dtype)
         logits = of_logits._capped(logits, cap)
         here = (label[:, 0] >= columns[0, 0]) & (label[:, 0] < columns[0, 0] + columns.shape[1])
-
-        def pick():
-            # Of all programs with this token only the one that has its label writes.
-            store(picked_ref, jnp.sum(jnp.where(columns == label, logits, 0.0), axis=1), mask=here)
-
-        if x.dtype.itemsize <= 2:
-            pl.when(jnp.any(here))(pick)  # few tiles have a label
-        else:
-            pick()  # small tiles have no registers to spare for a branch
+        # Of all programs with this token only the one that has its label writes.
+        store(picked_ref, jnp.sum(jnp.where(columns == label, logits, 0.0), axis=1), mask=here)
         inside = columns < v if v % columns.shape[1] else True
         for total_ref in more:
             total_ref[...] = jnp.sum(jnp.where(inside, logits, 0.0), axis=1)
@@ -225,20 +218,8 @@ def backward_kernel(x, weight, labels, bias, *of_token, tile, logits_soft_cap):
     size = min(v, max(SLAB // rows // 256, 1) * 256)
 
     def gradient(logits, columns, of_token, outputs):
-        label, lse, dlse, *others = of_token
-
-        def whole():
-            dlogits = of_logits._gradient(logits, columns, *of_token, cap=logits_soft_cap, exp=of_logits._exp)
-            return dlogits.astype(x.dtype)
-
-        def without_labels():
-            return (dlse * approx_exp2(logits * LOG2E - lse * LOG2E)).astype(x.dtype)
-
-        if logits_soft_cap is not None or others[1] is not None:
-            outputs[0][...] = whole()
-            return
-        here = (label >= columns[0, 0]) & (label < columns[0, 0] + columns.shape[1])
-        outputs[0][...] = lax.cond(jnp.any(here | (dlse == 0) | (lse == -jnp.inf)), whole, without_labels)
+        dlogits = of_logits._gradient(logits, columns, *of_token, cap=logits_soft_cap, exp=of_logits._exp)
+        outputs[0][...] = dlogits.astype(x.dtype)
 
     def write(product, place, inputs, outputs):
         outputs[0][...] = product.astype(weight.dtype)
