@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from jtile import borrowed
 from jtile.compiler.params import CompilerParams
 from jtile.op import Implementation, TileOp, check_known
-from jtile.ops.norm.common import check_dtypes, combined, moments, wide
+from jtile.ops.norm.common import check_dtypes, combined, moments, totals, wide
 
 # Spec.
 
@@ -152,8 +152,8 @@ def _moments(x):
             return sums[0] + u, sums[1] + u * u
 
         zeros = jnp.zeros((grid.rows, grid.lanes), jnp.float32)
-        total, squares = grid.over_blocks(step, (zeros, zeros))
-        mean, out["squares"][...] = moments(total, squares, axis=0, size=there.astype(jnp.float32))
+        sums = totals(grid.over_blocks(step, (zeros, zeros)), axis=0)
+        mean, out["squares"][...] = moments(*sums, there.astype(jnp.float32))
         out["mean"][...] = near + mean
 
     sums = jax.ShapeDtypeStruct((grid.batch, grid.parts, grid.channels), jnp.float32)
