@@ -10,9 +10,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from bench.lock import alone
 
 ROOT = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "triton", "nvidia-cudnn-cu13", "torch", "tokamax", "liger-kernel")
@@ -33,26 +35,41 @@ def read(path: Path) -> dict[str, Any]:
 
 
 class Results:
-    """A file that is written anew after each addition: what was measured before an interruption is there."""
+    """A file that is written anew after each addition: what was measured before an interruption is there.
 
-    def __init__(self, path: Path, chip: str):
-        self.path = path
-        self.content: dict[str, Any] = read(path) if path.exists() else {"chip": chip, "runs": [], "rows": []}
-        self.content["runs"].append(
-            {
-                "date": datetime.date.today().isoformat(),
-                "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
-                "commit": commit(),
-                "versions": versions(),
-            }
-        )
+    With `join`, processes that add to one file at once have one run in it, if their commands differ in `--part` alone.
+    """
+
+    def __init__(self, path: Path, chip: str, join: bool = False):
+        self.path, self.chip = path, chip
+        arguments = list(sys.argv[1:])
+        if "--part" in arguments:
+            at = arguments.index("--part")
+            del arguments[at : at + 2]
+        run = {
+            "date": datetime.date.today().isoformat(),
+            "command": shlex.join(["python", "-m", "bench", *arguments]),
+            "commit": commit(),
+            "versions": versions(),
+        }
+        with self._changed() as content:
+            if not (join and run in content["runs"]):
+                content["runs"].append(run)
+            self.run = content["runs"].index(run) if join else len(content["runs"]) - 1
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
-        self.content["rows"] += [row | {"run": len(self.content["runs"]) - 1} for row in rows]
+        with self._changed() as content:
+            content["rows"] += [row | {"run": self.run} for row in rows]
+
+    @contextlib.contextmanager
+    def _changed(self) -> Iterator[dict[str, Any]]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(self.content, indent=1, ensure_ascii=False) + "\n")
-        unfinished.replace(self.path)
+        with alone(self.path.parent):
+            content = read(self.path) if self.path.exists() else {"chip": self.chip, "runs": [], "rows": []}
+            yield content
+            unfinished = self.path.with_suffix(f".{os.getpid()}")
+            unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+            unfinished.replace(self.path)
 
 
 def latest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
