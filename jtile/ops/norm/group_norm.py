@@ -152,8 +152,8 @@ def _moments(x):
             return sums[0] + u, sums[1] + u * u
 
         zeros = jnp.zeros((grid.rows, grid.lanes), jnp.float32)
-        sums = totals(grid.over_blocks(step, (zeros, zeros)), axis=0)
-        mean, out["squares"][...] = moments(*sums, there.astype(jnp.float32))
+        total, squares = totals(grid.over_blocks(step, (zeros, zeros)), axis=0)
+        mean, out["squares"][...] = moments(total, squares, there.astype(jnp.float32))
         out["mean"][...] = near + mean
 
     sums = jax.ShapeDtypeStruct((grid.batch, grid.parts, grid.channels), jnp.float32)

@@ -71,8 +71,8 @@ def forward_tiles(given: Arrays, centred: bool, target: Target | None) -> Iterat
         held = [tile for tile in held if tile.rows <= 4]
         first = [Tile(1, lanes, min(32, lanes // 512))]
         if _rows(rows, 2, target) == 2:
-            # Two rows read the weights once. Wide ones read themselves again, from the first-level cache: where registers
-            # held them, fewer programs would run at once.
+            # Two rows read the weights once. Wide ones are read again, from the first-level cache: where registers held
+            # them, fewer programs would run at once.
             columns, warps = {8192: (4096, 16), 16384: (4096, 32)}.get(lanes, (lanes, lanes // 512))
             first = [Tile(2, columns, warps), Tile(2, lanes // 2, lanes // 512), *first]
         held = held + first if sum_too and lanes > 4096 else first + held
@@ -209,8 +209,8 @@ class _Part:
 def forward(name, given: Arrays, centred, epsilon, gate_last, tile: Tile) -> Arrays:
     rows, d = given["x"].shape
     chunk, count = min(d, tile.columns), pl.cdiv(d, tile.columns)
-    # Wide rows that have a mean are taken by themselves, each by all threads: their sums need few exchanges, all at once,
-    # and what is read of the weights serves for all of them.
+    # Wide rows that have a mean are taken by themselves, each by all threads: their sums need few exchanges, all at
+    # once, and what is read of the weights serves for all of them.
     apart = centred and chunk >= BY_THEMSELVES // 2
     each = [pl.ds(i, 1) for i in range(tile.rows)] if apart else [slice(None)]
 
@@ -250,7 +250,10 @@ def forward(name, given: Arrays, centred, epsilon, gate_last, tile: Tile) -> Arr
             zeros = jnp.zeros((tile.rows // len(each), chunk))
             sums = chunks(add, [zeros] * len(each) * (2 if centred else 1))
         sums = totals(sums, axis=1)
-        mean, squares = zip(*(moments(*pair, d) for pair in zip(*[iter(sums)] * 2))) if centred else ([0.0], sums)
+        mean, squares = [0.0] * len(each), sums
+        if centred:
+            pairs = [moments(a, b, d) for a, b in zip(sums[::2], sums[1::2], strict=True)]
+            mean, squares = [m for m, _ in pairs], [s for _, s in pairs]
         rstd = [jax.lax.rsqrt(of_row / d + epsilon) for of_row in squares]
         for i, r in enumerate(each):
             out["rstd"][r] = rstd[i][:, 0]

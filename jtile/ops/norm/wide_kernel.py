@@ -35,7 +35,7 @@ def _fetch(turn, first, apart, stop, x_ptr, dy_ptr, xs, dys, lanes, inside, S: g
 
 @gluon.jit
 def _wide(x):
-    """In float32. Of two bfloat16 in a register each takes one instruction; Triton's conversion takes three for both."""
+    """In float32. Of two bfloat16 in a register each takes one instruction; Triton's conversion takes three."""
     if x.dtype == gl.bfloat16:
         return gl.inline_asm_elementwise(UNPACK, "=r,=r,r", [x], dtype=gl.float32, is_pure=True, pack=2)
     else:
