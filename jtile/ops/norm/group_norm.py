@@ -126,11 +126,12 @@ class Grid:
 @forward.kernel
 def forward_kernel(x, scale, bias, *, groups, epsilon):
     batch, places, channels = x.shape
-    mean, squares = _moments(x)
-    of_channel, squares = combined(Grid(x, None).counts, mean, squares, axis=1, size=places)
-    mean = _averaged(of_channel[:, 0], groups)
-    variance = _averaged(squares[:, 0] / places + (of_channel[:, 0] - mean) ** 2, groups)
-    rstd = jax.lax.rsqrt(variance + epsilon)
+    # Of parts and a group's channels together: (batch, 1, groups, 1).
+    per_channel = channels // groups
+    of_groups = (a.reshape(batch, -1, groups, per_channel) for a in _moments(x))
+    mean, squares = combined(Grid(x, None).counts[..., None], *of_groups, axis=(1, 3), size=places * per_channel)
+    rstd = jax.lax.rsqrt(squares / (places * per_channel) + epsilon)
+    mean, rstd = (jnp.repeat(a.reshape(batch, groups), per_channel, axis=1) for a in (mean, rstd))
     given = {"x": x, "mean": mean, "factor": rstd * wide(scale)}
     if bias is not None:
         given["bias"] = jnp.broadcast_to(wide(bias), (batch, channels))
