@@ -75,7 +75,9 @@ def forward_tiles(given: Arrays, centred: bool, target: Target | None) -> Iterat
             # them, fewer programs would run at once.
             columns, warps = {8192: (4096, 16), 16384: (4096, 32)}.get(lanes, (lanes, lanes // 512))
             first = [Tile(2, columns, warps), Tile(2, lanes // 2, lanes // 512), *first]
-        held = held + first if sum_too and lanes > 4096 else first + held
+        if sum_too and lanes > 4096:  # twice the bytes for a row keep memory busy, if a second program has registers
+            first.insert(0, Tile(1, lanes, 16, max_registers=64))
+        held = first + held
     elif centred and not sum_too:
         held, chunks = [], chunks + held
     yield from dict.fromkeys(held + chunks)
