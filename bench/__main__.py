@@ -126,7 +126,7 @@ def run(given: argparse.Namespace) -> int:
 
 def chosen_jobs(given: argparse.Namespace) -> tuple[list[workers.Job], dict[str, list[dict]]]:
     """Each case once, in the order of the tables that were asked for, and the places that it has in them."""
-    length = dict(rounds=2, settle=0.02, timed=0.02) if given.quick else {}
+    length = dict(rounds=3, settle=0.015, timed=0.02) if given.quick else {}
     options = measure.Options(passes=given.passes, compile_only=given.compile_only, **length)
     found: dict[str, list[cases.Case]] = {}
     every = [case for table in given.tables for case in cases.CASES if case.table == table]

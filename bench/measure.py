@@ -71,8 +71,6 @@ def measure(case: Case, options: Options, aparts: Mapping[str, Apart]) -> Iterat
                 row["gap"] = gaps[name]
             else:
                 asked[name] = aparts[rivals.RIVALS[name].framework] if rivals.RIVALS[name].apart else bench
-        for party in parties:
-            party.forget()
         start = time.perf_counter()
         if options.compile_only:
             bench.compile(case, rivals.REFERENCE, direction, True)
@@ -89,6 +87,8 @@ def measure(case: Case, options: Options, aparts: Mapping[str, Apart]) -> Iterat
                 timing.take_turns(turns, rounds=options.rounds, settle=options.settle, timed=options.timed)
             _fill_in(case, rows, timing.finished(turns))
             rows[floor]["took_timing"] = time.perf_counter() - start
+        for party in parties:
+            party.forget()
         yield list(rows.values())
 
 
@@ -121,9 +121,14 @@ class Bench:
         self.forget()
 
     def forget(self) -> None:
+        """What is of one pass alone, and takes memory."""
         self.works: dict[str, Work] = {}
         self.asked: dict[str, tuple] = {}
         self.reference: Sequence[jax.Array] = ()
+        if self.given is not None:
+            self.given.forget()
+        if torch := sys.modules.get("torch"):
+            torch.cuda.empty_cache()
 
     def ask(self, method: str, name: str, *given) -> None:
         self.asked[name] = method, given
@@ -148,9 +153,10 @@ class Bench:
     def prepare(self, case: Case, name: str, direction: str) -> Row:
         """Runs a rival once, and compares. Its work, of as many input sets as no cache holds, is kept."""
         runner = self.runner(case, name)
-        prepared = runner.work(direction, self.given.count)
         if not self.reference:
             self.reference = self.runner(case, rivals.REFERENCE).work(direction, 1).results
+            self.given.forget()  # its cotangents are in float32
+        prepared = runner.work(direction, self.given.count)
         self.works[name] = prepared.work
         kept = "first_call_seconds", "extra_bytes", "temporary_bytes"
         found = {field: getattr(prepared, field) for field in kept}
@@ -393,8 +399,6 @@ class _Torch:
     def compile(self, direction: str, run: bool) -> None:
         if run:
             self.work(direction, 1)
-            self.given.forget()
-            self.torch.cuda.empty_cache()
 
     def work(self, direction: str, count: int) -> Prepared:
         function = {FORWARD: self.forward, BACKWARD: self.backward, BOTH: self.both}[direction]
@@ -437,7 +441,6 @@ def _tuple(out) -> tuple:
 def _forget_torch() -> None:
     if torch := sys.modules.get("torch"):
         torch._dynamo.reset()  # it compiles a function a few times only, and each case is one more
-        torch.cuda.empty_cache()
 
 
 # Errors

@@ -4,13 +4,14 @@ import contextlib
 import datetime
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,14 @@ def read(path: Path) -> dict[str, Any]:
 class Results:
     """A file that is written anew after each addition: what was measured before an interruption is there.
 
-    With `join`, processes that add to one file at once have one run in it, if their commands differ in `--part` alone.
+    With `join`, processes that add to one file at once have one run in it if they measure the same, each its part.
     """
 
     def __init__(self, path: Path, chip: str, join: bool = False):
         self.path, self.chip = path, chip
-        arguments = list(sys.argv[1:])
-        if "--part" in arguments:
-            at = arguments.index("--part")
-            del arguments[at : at + 2]
         run = {
             "date": datetime.date.today().isoformat(),
-            "command": shlex.join(["python", "-m", "bench", *arguments]),
+            "command": shlex.join(["python", "-m", "bench", *_without(sys.argv[1:], "--part", "--limit", "--output")]),
             "commit": commit(),
             "versions": versions(),
         }
@@ -70,6 +67,12 @@ class Results:
             unfinished = self.path.with_suffix(f".{os.getpid()}")
             unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
             unfinished.replace(self.path)
+
+
+def _without(arguments: Sequence[str], *options: str) -> list[str]:
+    """A command's arguments without these options, which take a value each."""
+    pairs = itertools.pairwise(["", *arguments])
+    return [text for before, text in pairs if text not in options and before not in options]
 
 
 def latest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
