@@ -127,11 +127,12 @@ class Grid:
 def forward_kernel(x, scale, bias, *, groups, epsilon):
     batch, places, channels = x.shape
     # Of parts and a group's channels together: (batch, 1, groups, 1).
-    per_channel = channels // groups
-    of_groups = (a.reshape(batch, -1, groups, per_channel) for a in _moments(x))
-    mean, squares = combined(Grid(x, None).counts[..., None], *of_groups, axis=(1, 3), size=places * per_channel)
-    rstd = jax.lax.rsqrt(squares / (places * per_channel) + epsilon)
-    mean, rstd = (jnp.repeat(a.reshape(batch, groups), per_channel, axis=1) for a in (mean, rstd))
+    per_group = channels // groups
+    means, squares = (a.reshape(batch, -1, groups, per_group) for a in _moments(x))
+    counts = Grid(x, None).counts[..., None]
+    mean, squares = combined(counts, means, squares, axis=(1, 3), size=places * per_group)
+    rstd = jax.lax.rsqrt(squares / (places * per_group) + epsilon)
+    mean, rstd = (jnp.repeat(a.reshape(batch, groups), per_group, axis=1) for a in (mean, rstd))
     given = {"x": x, "mean": mean, "factor": rstd * wide(scale)}
     if bias is not None:
         given["bias"] = jnp.broadcast_to(wide(bias), (batch, channels))
