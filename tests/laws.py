@@ -87,6 +87,7 @@ CASES = {
             options={"groups": 3, "epsilon": 1e-5},
             split="b",
             fixed="c",
+            typical={"b": 4, "s": 1024, "c": 480},
         ),
     ),
     "rope": (

@@ -213,7 +213,8 @@ class Emitter:
 
     def variable(self, value: Value, hint: str) -> Value:
         """A name that loops assign again, which holds `value` for now."""
-        variable = self.let(self.tensor(value), value.shape, value.dtype, hint)
+        # A loop of one turn Triton takes away, and where it added a product to 0, the product is left.
+        variable = self.let(self.tensor(value), value.shape, value.dtype, hint, product=True)
         self.changing.add(variable.text)
         return variable
 

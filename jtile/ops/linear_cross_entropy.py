@@ -192,12 +192,12 @@ def _statistics(tile: Tile, x, weight, labels, bias, cap, total: bool, keep: boo
         here = (label[:, 0] >= columns[0, 0]) & (label[:, 0] < columns[0, 0] + columns.shape[1])
         # Of all programs with this token only the one that has its label writes.
         store(picked_ref, jnp.sum(jnp.where(columns == label, logits, 0.0), axis=1), mask=here)
-        inside = columns < v
+        inside = columns < v if v % columns.shape[1] else True
         for total_ref in more:
             total_ref[...] = jnp.sum(jnp.where(inside, logits, 0.0), axis=1)
         logits = jnp.where(inside, logits, -jnp.inf)
         top = jnp.maximum(jnp.max(logits, axis=1), jnp.finfo(jnp.float32).min)  # keeps -inf - -inf from arising
-        lse_ref[...] = top + jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=1))
+        lse_ref[...] = top + jnp.log(jnp.sum(of_logits._exp(logits - top[:, None]), axis=1))
 
     part = ("part of row", jnp.float32)
     outputs = [part, ("row", jnp.float32), *[part] * total, *[("tile", x.dtype)] * keep]
@@ -218,7 +218,7 @@ def backward_kernel(x, weight, labels, bias, *of_token, tile, logits_soft_cap):
     size = min(v, max(SLAB // rows // 256, 1) * 256)
 
     def gradient(logits, columns, of_token, outputs):
-        dlogits = of_logits._gradient(logits, columns, *of_token, cap=logits_soft_cap)
+        dlogits = of_logits._gradient(logits, columns, *of_token, cap=logits_soft_cap, exp=of_logits._exp)
         outputs[0][...] = dlogits.astype(x.dtype)
 
     def write(product, place, inputs, outputs):

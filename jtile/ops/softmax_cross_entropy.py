@@ -59,15 +59,18 @@ def _gradient(logits, columns, labels, lse, dlse, dpicked, dtotal, *, cap, exp=j
     """Of the logits in some columns. What there is one of for a token has a last dimension of 1."""
     x = _capped(logits, cap)
     lse = jnp.where(lse == -jnp.inf, 0.0, lse)  # without any probability exp(x - lse) is 0, and not 0 / 0
-    dx, counts = dlse * exp(x - lse), dlse != 0
-    if dpicked is not None:
-        dx, counts = dx + jnp.where(columns == labels, dpicked, 0.0), counts | (dpicked != 0)
-    if dtotal is not None:
-        dx, counts = dx + dtotal, counts | (dtotal != 0)
-    if cap is not None:
-        dx = dx * (1 - jnp.square(x / cap))
+    counts = dlse != 0
+    for cotangent in dpicked, dtotal:
+        counts = counts if cotangent is None else counts | (cotangent != 0)
     # A token that counts for nothing has no gradient, whatever its logits are.
-    return jnp.where(counts, dx, 0.0).astype(logits.dtype)
+    dx = dlse * exp(jnp.where(counts, x - lse, -jnp.inf))
+    if dpicked is not None:
+        dx = dx + jnp.where(columns == labels, dpicked, 0.0)
+    if dtotal is not None:
+        dx = dx + dtotal
+    if cap is not None:
+        dx = jnp.where(counts, dx * (1 - jnp.square(x / cap)), 0.0)
+    return dx.astype(logits.dtype)
 
 
 # Reference.

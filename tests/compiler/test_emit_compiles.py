@@ -51,6 +51,18 @@ def fused_exchanges(ptx: str) -> list[str]:
     return [text for text, addend in re.findall(r"(fma\.rn\S* .*, (%r\d+);)", ptx) if addend in exchanged]
 
 
+@pytest.mark.parametrize("turns", [1, 2])
+def test_sums_after_loops_do_not_fuse_exchanges(turns):
+    def kernel(x_ref, y_ref):
+        add = lambda i, total: total + x_ref[pl.ds(16 * i, 16)] ** 2  # noqa: E731
+        y_ref[...] = jnp.sum(jax.lax.fori_loop(0, turns, add, jnp.zeros((16, 16))), axis=0)
+
+    out = jax.ShapeDtypeStruct((16,), jnp.float32)
+    kernel = compiled(pl.pallas_call(kernel, out_shape=out), jax.ShapeDtypeStruct((16 * turns, 16), jnp.float32))
+    assert "shfl" in kernel.ptx
+    assert not fused_exchanges(kernel.ptx)
+
+
 FLOAT32_ONLY = {"bits", "to_integer_and_back", "to_bool_and_back", "to_half_and_back", "constants_only", "nextafter"}
 
 

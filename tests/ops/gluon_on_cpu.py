@@ -440,6 +440,8 @@ def load(module):
 def _elementwise_asm(asm, constraints, args, **_):
     if asm == "tanh.approx.f32 $0, $1;":
         return np.tanh(args[0])
+    if asm == "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;":
+        return tensor(args[0], np.float32)
     if "setp.eq.f32 none, $2, 0f00000000; selp.f32 $0, 0f00000000, $1, none;" in asm:
         return tensor(np.where(args[1] == 0, np.float32(0), args[0]))
     assert "setp.le.s32 yes, $2, $3; selp.f32 $0, $1, 0fFF800000, yes;" in asm, asm

@@ -1,7 +1,10 @@
 """What all norms share: their dtypes, and means and variances put together from parts."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
 from jtile.compiler.params import CompilerParams
@@ -27,14 +30,20 @@ def check_dtypes(name: str, x: jax.Array, **others: jax.Array | None) -> None:
 # the mean square less the square of the mean is not.
 
 
-def moments(differences, squares, axis, size):
-    """The mean, and the sum of squares of differences to it, of values less some number near them; `differences` are
-    these, or sums of them, and `squares` likewise. Neither sum waits for the other.
+def totals(terms: Sequence[jax.Array], axis: int) -> list[jax.Array]:
+    """The sums of arrays over an axis, which stays. They share the exchanges between threads."""
+    add = lambda a, b: [x + y for x, y in zip(a, b, strict=True)]  # noqa: E731
+    zeros = [np.zeros((), term.dtype) for term in terms]
+    return [jnp.expand_dims(total, axis) for total in jax.lax.reduce(list(terms), zeros, add, (axis,))]
+
+
+def moments(total, squares, size):
+    """The mean, and the sum of squares of differences to it, of `size` values less some number near them, from the sums
+    of these differences and of their squares. Neither sum waits for the other.
 
     As many digits are lost as the square of the mean outweighs the variance by. So the number should be the mean s of
     some k of the values: since sum (x - μ)² ≥ k (s - μ)², no more than size / k times.
     """
-    total, squares = (jnp.sum(x, axis=axis, keepdims=True) for x in (differences, squares))
     mean = total / size
     return mean, jnp.maximum(squares - total * mean, 0.0)
 

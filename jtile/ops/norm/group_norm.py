@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from jtile import borrowed
 from jtile.compiler.params import CompilerParams
 from jtile.op import Implementation, TileOp, check_known
-from jtile.ops.norm.common import check_dtypes, combined, moments, wide
+from jtile.ops.norm.common import check_dtypes, combined, moments, totals, wide
 
 # Spec.
 
@@ -126,11 +126,13 @@ class Grid:
 @forward.kernel
 def forward_kernel(x, scale, bias, *, groups, epsilon):
     batch, places, channels = x.shape
-    mean, squares = _moments(x)
-    of_channel, squares = combined(Grid(x, None).counts, mean, squares, axis=1, size=places)
-    mean = _averaged(of_channel[:, 0], groups)
-    variance = _averaged(squares[:, 0] / places + (of_channel[:, 0] - mean) ** 2, groups)
-    rstd = jax.lax.rsqrt(variance + epsilon)
+    # Of parts and a group's channels together: (batch, 1, groups, 1).
+    per_group = channels // groups
+    means, squares = (a.reshape(batch, -1, groups, per_group) for a in _moments(x))
+    counts = Grid(x, None).counts[..., None]
+    mean, squares = combined(counts, means, squares, axis=(1, 3), size=places * per_group)
+    rstd = jax.lax.rsqrt(squares / (places * per_group) + epsilon)
+    mean, rstd = (jnp.repeat(a.reshape(batch, groups), per_group, axis=1) for a in (mean, rstd))
     given = {"x": x, "mean": mean, "factor": rstd * wide(scale)}
     if bias is not None:
         given["bias"] = jnp.broadcast_to(wide(bias), (batch, channels))
@@ -152,8 +154,8 @@ def _moments(x):
             return sums[0] + u, sums[1] + u * u
 
         zeros = jnp.zeros((grid.rows, grid.lanes), jnp.float32)
-        total, squares = grid.over_blocks(step, (zeros, zeros))
-        mean, out["squares"][...] = moments(total, squares, axis=0, size=there.astype(jnp.float32))
+        total, squares = totals(grid.over_blocks(step, (zeros, zeros)), axis=0)
+        mean, out["squares"][...] = moments(total, squares, there.astype(jnp.float32))
         out["mean"][...] = near + mean
 
     sums = jax.ShapeDtypeStruct((grid.batch, grid.parts, grid.channels), jnp.float32)

@@ -9,6 +9,7 @@ Where these do not suffice, one kernel takes the means over rows and a second, w
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,10 +18,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jtile.compiler.params import CompilerParams
-from jtile.compiler.primitives import load
+from jtile.compiler.primitives import approx_exp2, load
 from jtile.compiler.target import Target
 from jtile.ops.norm import wide as wide_rows
-from jtile.ops.norm.common import moments, summed, wide
+from jtile.ops.norm.common import moments, summed, totals, wide
 
 Arrays = dict[str, jax.Array]  # operands or results, by name
 
@@ -49,6 +50,7 @@ class Tile:
         return CompilerParams(num_warps=self.num_warps, num_stages=self.num_stages, max_registers=self.max_registers)
 
 
+BY_THEMSELVES = 1024  # columns from which on it pays to take a row by itself
 # Columns that registers hold in the backward pass: the row itself, and sums over rows of a row's width.
 WIDEST_ROW, WIDEST_SUM = 8192, 16384
 
@@ -65,10 +67,17 @@ def forward_tiles(given: Arrays, centred: bool, target: Target | None) -> Iterat
     held = [Tile(_rows(rows, n // lanes, target), lanes, warps) for n, warps in blocks if lanes <= n and warps >= 4]
     chunk = 4096 if lanes <= 16384 else 8192
     chunks = [Tile(n, columns, 16) for n, columns in ((1, chunk), (2, 4096), (1, 12288 - chunk)) if columns < lanes]
-    if centred and 1024 <= lanes <= 4096:
-        # Of one row there are fewer barriers. With 32 registers a thread more programs wait at them by turns, for a few
-        # bytes that are spilled: a choice for the tuner.
-        held = [Tile(1, lanes, lanes // 512, max_registers=n) for n in (None, 32)] + held
+    if centred and BY_THEMSELVES <= lanes <= 16384:
+        held = [tile for tile in held if tile.rows <= 4]
+        first = [Tile(1, lanes, min(32, lanes // 512))]
+        if _rows(rows, 2, target) == 2:
+            # Two rows read the weights once. Wide ones are read again, from the first-level cache: where registers held
+            # them, fewer programs would run at once.
+            columns, warps = {8192: (4096, 16), 16384: (4096, 32)}.get(lanes, (lanes, lanes // 512))
+            first = [Tile(2, columns, warps), Tile(2, lanes // 2, lanes // 512), *first]
+        if sum_too and lanes > 4096:  # twice the bytes for a row keep memory busy, if a second program has registers
+            first.insert(0, Tile(1, lanes, 16, max_registers=64))
+        held = first + held
     elif centred and not sum_too:
         held, chunks = [], chunks + held
     yield from dict.fromkeys(held + chunks)
@@ -84,17 +93,25 @@ def backward_tiles(given: Arrays, biased: bool, target: Target | None) -> Iterat
         if biased and lanes in (2048, 8192):
             warps, at_once = {2048: (4, 3), 8192: (8, 1)}[lanes]
             yield Tile(1, lanes, warps, at_once * sms, _stages(given, 1, at_once, target))
+        if gated and lanes >= 1024:  # 8 elements to a thread: there are many numbers for each
+            at_once, most = 4096 // lanes, 4 if lanes == 4096 else 3
+            yield Tile(1, lanes, lanes // 256, at_once * sms, _stages(given, 1, at_once, target, most))
         for elements in (4096, 8192, 2048) if gated else (max(2048, lanes), 4096, 8192, 2048):
             if lanes <= elements:
                 block, warps, at_once = _rows(rows, elements // lanes, target), elements // 512, 8192 // elements
                 yield Tile(block, lanes, warps, at_once * sms, _stages(given, block, at_once, target))
         return
+    columns_apart = Tile(1, 8192, 16)
+    if (
+        rows <= 4 * sms
+    ):  # a program's sums would be much beside its rows, which the level-2 cache holds for a second kernel
+        yield columns_apart
     yield from wide_rows.tiles(given, biased, target)
     if lanes <= WIDEST_SUM // share:
         # Larger chunks spill registers on some chip: the sums of a row's width take half of them.
         columns = (2048 if "mean" in given or "dh" in given else 4096) // x.dtype.itemsize
         yield from (Tile(1, n, 16, sms) for n in (columns, 2 * columns, columns // 2))
-    yield Tile(1, 8192, 16)
+    yield columns_apart
 
 
 MULTIPROCESSORS = 132  # of an H100 or H200
@@ -106,11 +123,11 @@ def _rows(rows: int, most: int, target: Target | None) -> int:
     return max(1, min(most, pl.next_power_of_2(rows // sms + 1) // 2))
 
 
-def _stages(given: Arrays, block: int, at_once: int, target: Target | None) -> int:
-    """Three where shared memory has room for two blocks of every operand, for as many programs as run at once."""
+def _stages(given: Arrays, block: int, at_once: int, target: Target | None, most: int = 3) -> int:
+    """`most` where shared memory has room for that many blocks of every operand but one, for all programs at once."""
     elements = block * pl.next_power_of_2(given["x"].shape[1])
-    needed = 2 * elements * sum(x.dtype.itemsize for x in given.values() if x.ndim == 2)
-    return 3 if target and (needed + 1024) * at_once <= target.shared_bytes_per_block else 1
+    needed = (most - 1) * elements * sum(x.dtype.itemsize for x in given.values() if x.ndim == 2)
+    return most if target and (needed + 1024) * at_once <= target.shared_bytes_per_block else 1
 
 
 # What a kernel computes of a part of the rows: `at` are rows and columns, `columns` the same without the rows. Numbers
@@ -124,8 +141,18 @@ def _before(refs, at, gate_last: bool, out=None, policy: str | None = None):
         h = h + load(refs["residual"].at[at], eviction_policy=policy)
         if out is not None:
             out["h"][at] = h
-    u = wide(h)
-    return u * jax.nn.silu(wide(refs["gate"][at])) if "gate" in refs and not gate_last else u
+    return wide(h) * _silu(wide(refs["gate"][at])) if "gate" in refs and not gate_last else wide(h)
+
+
+def _sigmoid(x):
+    if x.dtype != jnp.float32:
+        return jax.nn.sigmoid(x)
+    # A reciprocal of two instructions, where a division has seven.
+    return jnp.square(jax.lax.rsqrt(1 + approx_exp2(-math.log2(math.e) * x)))
+
+
+def _silu(x):
+    return x * _sigmoid(x)
 
 
 def _weight(refs, name: str, columns):
@@ -133,12 +160,12 @@ def _weight(refs, name: str, columns):
     return wide(load(refs[name].at[:, columns], eviction_policy="evict_last"))
 
 
-def _after(n, refs, at, columns, gate_last: bool):
+def _after(n, weights: Arrays, refs, at, gate_last: bool):
     """y."""
-    y = n * _weight(refs, "scale", columns)
-    if "bias" in refs:
-        y = y + _weight(refs, "bias", columns)
-    return y * jax.nn.silu(wide(refs["gate"][at])) if "gate" in refs and gate_last else y
+    y = n * weights["scale"]
+    if "bias" in weights:
+        y = y + weights["bias"]
+    return y * _silu(wide(refs["gate"][at])) if "gate" in refs and gate_last else y
 
 
 class _Part:
@@ -149,24 +176,25 @@ class _Part:
         self.x, self.dy = (wide(load(refs[name].at[at], eviction_policy=policy)) for name in ("x", "dy"))
         u = self.x
         if "gate" in refs:
-            self.gate = wide(refs["gate"][at])
-            self.sigmoid = jax.nn.sigmoid(self.gate)
+            gate = wide(refs["gate"][at])
+            self.sigmoid = _sigmoid(gate)
+            self.silu = gate * self.sigmoid
             if not gate_last:
-                u = self.x * self.gate * self.sigmoid
-        self.n = (u if mean is None else u - mean) * rstd
+                u = self.x * self.silu
+        self.n = u * rstd if mean is None else u * rstd - mean * rstd  # one instruction for each element
         if "gate" in refs and gate_last:
             self.dgated = self.dy * self.n * scale
-            self.dy = self.dy * self.gate * self.sigmoid
+            self.dy = self.dy * self.silu
         self.g = self.dy * scale
 
     def store(self, out, mean_gn, mean_g) -> None:
-        dx = self.g - self.n * mean_gn
-        dx = self.rstd * (dx if mean_g is None else dx - mean_g)
+        means = self.n * (self.rstd * mean_gn)
+        dx = self.g * self.rstd - (means if mean_g is None else means + self.rstd * mean_g)
         if "gate" in self.refs:
             dgated = self.dgated if self.gate_last else dx * self.x
-            dgate = dgated * self.sigmoid * (1 + self.gate * (1 - self.sigmoid))
+            dgate = dgated * (self.sigmoid + self.silu * (1 - self.sigmoid))
             out["dgate"][self.at] = dgate.astype(out["dgate"].dtype)
-            dx = dx if self.gate_last else dx * self.gate * self.sigmoid
+            dx = dx if self.gate_last else dx * self.silu
         if "dh" in self.refs:
             dx = dx + wide(self.refs["dh"][self.at])
         out["dx"][self.at] = dx.astype(out["dx"].dtype)
@@ -183,6 +211,10 @@ class _Part:
 def forward(name, given: Arrays, centred, epsilon, gate_last, tile: Tile) -> Arrays:
     rows, d = given["x"].shape
     chunk, count = min(d, tile.columns), pl.cdiv(d, tile.columns)
+    # Wide rows that have a mean are taken by themselves, each by all threads: their sums need few exchanges, all at
+    # once, and what is read of the weights serves for all of them.
+    apart = centred and chunk >= BY_THEMSELVES // 2
+    each = [pl.ds(i, 1) for i in range(tile.rows)] if apart else [slice(None)]
 
     def kernel(refs, out):
         def chunks(step, start=None):
@@ -190,47 +222,49 @@ def forward(name, given: Arrays, centred, epsilon, gate_last, tile: Tile) -> Arr
             turn = lambda j, carried: step(j, pl.ds(j * chunk, chunk), carried)  # noqa: E731
             return jax.lax.fori_loop(0, count, turn, start)
 
-        def read(columns, policy, to=None):
-            return _before(refs, (slice(None), columns), gate_last, to, policy)
+        def read(columns, policy=None, to=None):
+            us = [_before(refs, (r, columns), gate_last, to, policy) for r in each]
+            return [u - n for u, n in zip(us, near, strict=True)] if centred else us
 
-        def write(u, columns):
-            at = slice(None), columns
-            out["y"][at] = _after((u - mean) * rstd, refs, at, columns, gate_last).astype(out["y"].dtype)
+        def terms(us):
+            return [term for u in us for term in ((u, u * u) if centred else (u * u,))]
 
-        mean: Any = 0.0
-        near: Any = 0.0  # what is taken off before differences to the mean are
+        def add(j, columns, sums):
+            us = read(columns, "evict_last", out)
+            if centred and d % chunk:
+                us = [jnp.where(j * chunk + lanes < d, u, 0.0) for u in us]
+            return [total + term for total, term in zip(sums, terms(us), strict=True)]
+
+        def write(us, columns):
+            weights = {name: _weight(refs, name, columns) for name in ("scale", "bias") if name in refs}
+            for r, u, m, s in zip(each, us, mean, rstd, strict=True):
+                y = _after(u * s - m * s if centred else u * s, weights, refs, (r, columns), gate_last)
+                out["y"][r, columns] = y.astype(out["y"].dtype)
+
         if centred:
-            near = sum(read(pl.ds(i * d // 4, 1), None) for i in range(4)) / 4
+            ends = [[_before(refs, (r, pl.ds(i * d // 4, 1)), gate_last) for i in range(4)] for r in each]
+            near = [sum(values) / 4 for values in ends]
         if count == 1:
-            u = read(slice(None), None, out) - near
-            if centred:
-                mean, squares = moments(u, u * u, axis=1, size=d)
-            else:
-                squares = jnp.sum(u * u, axis=1, keepdims=True)
+            us = read(slice(None), to=out)
+            sums = terms(us)
         else:
-            zeros, lanes = jnp.zeros((tile.rows, chunk)), jax.lax.broadcasted_iota(jnp.int32, (1, chunk), 1)
-
-            def add(j, columns, sums):
-                total, squares = sums
-                u = read(columns, "evict_last", out)
-                if not centred:
-                    return total, squares + u * u
-                u = jnp.where(j * chunk + lanes < d, u - near, 0.0)
-                return total + u, squares + u * u
-
-            total, squares = chunks(add, (zeros if centred else 0.0, zeros))
-            if centred:
-                mean, squares = moments(total, squares, axis=1, size=d)
-            else:
-                squares = jnp.sum(squares, axis=1, keepdims=True)
-        rstd = jax.lax.rsqrt(squares / d + epsilon)
-        out["rstd"][...] = rstd[:, 0]
+            lanes = jax.lax.broadcasted_iota(jnp.int32, (1, chunk), 1)
+            zeros = jnp.zeros((tile.rows // len(each), chunk))
+            sums = chunks(add, [zeros] * len(each) * (2 if centred else 1))
+        sums = totals(sums, axis=1)
+        mean, squares = [0.0] * len(each), sums
         if centred:
-            out["mean"][...] = (near + mean)[:, 0]
+            pairs = [moments(a, b, d) for a, b in zip(sums[::2], sums[1::2], strict=True)]
+            mean, squares = [m for m, _ in pairs], [s for _, s in pairs]
+        rstd = [jax.lax.rsqrt(of_row / d + epsilon) for of_row in squares]
+        for i, r in enumerate(each):
+            out["rstd"][r] = rstd[i][:, 0]
+            if centred:
+                out["mean"][r] = (near[i] + mean[i])[:, 0]
         if count == 1:
-            write(u, slice(None))
+            write(us, slice(None))
         else:
-            chunks(lambda _, columns, __: write(read(columns, "evict_first") - near, columns))
+            chunks(lambda _, columns, __: write(read(columns, "evict_first"), columns))
 
     number = jax.ShapeDtypeStruct((rows,), jnp.float32)
     out_shape: dict[str, Any] = {"y": given["x"], "rstd": number}

@@ -59,7 +59,9 @@ def tiles(given: dict[str, jax.Array], biased: bool, target: Target | None) -> I
         return
     lanes = pl.next_power_of_2(d)
     # Of two sums and the scale, which registers hold, a thread has less to hold beside them where threads are few.
-    shapes = ((8, 4), (8, 8), (16, 4)) if biased else ((16, 2), (16, 4), (8, 4), (32, 2))
+    shapes = [(8, 4), (8, 8), (16, 4)] if biased else [(16, 4), (16, 2), (8, 4), (32, 2)]
+    if target.compute_capability >= 100 and not biased:
+        shapes.pop(0)  # it spills there
     for slots, (num_warps, parts) in itertools.product((2, 3), shapes):
         rows = 2 * slots + ("dh" in given)  # in shared memory, where the kernel's own sums have a KiB
         if 2 * lanes * rows + 1024 <= target.shared_bytes_per_block:
