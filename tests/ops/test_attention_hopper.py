@@ -18,6 +18,7 @@ from jtile.compiler.target import Target
 from jtile.ops.attention import hopper, op, reference
 from jtile.ops.attention.hopper import features as on_hopper
 from jtile.ops.attention.hopper import functions
+from jtile.ops.attention.variant import Variant
 from tests.ops import gluon_on_cpu
 
 BF16 = ml_dtypes.bfloat16
@@ -54,7 +55,8 @@ def expected(query, key, value, dout, origin, low, high):
 def by_numpy(*args, kernel, out_shape, grid, zeroed_outputs=(), **constants):
     """In place of `triton_call`: runs the kernel by NumPy."""
     leaves, tree = jax.tree.flatten(out_shape)
-    results = [np.full(x.shape, 0 if i in zeroed_outputs else np.nan, x.dtype) for i, x in enumerate(leaves)]
+    unknown = lambda dtype: np.nan if jnp.issubdtype(dtype, jnp.inexact) else -1  # noqa: E731
+    results = [np.full(x.shape, 0 if i in zeroed_outputs else unknown(x.dtype), x.dtype) for i, x in enumerate(leaves)]
     unclaimed = iter(results)
 
     def argument(x):
@@ -121,6 +123,25 @@ def test_backward_by_numpy(monkeypatch, shape, band):
     close(got, gradients)
 
 
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("dirty", ["query", "key", "unseen key", "value", "dout"])
+def test_what_may_leak_is_told(monkeypatch, dirty, head_dim):
+    """Of what is not finite, and masked for some queries of its block, the passes that it may reach these in tell."""
+    monkeypatch.setattr(hopper, "triton_call", by_numpy)
+    arrays = dict(zip(("query", "key", "value", "dout"), operands(2, 90, 150, 1, 1, head_dim), strict=True))
+    arrays[dirty.split()[-1]][1, 100 if dirty == "unseen key" else 40] = np.inf if dirty == "value" else np.nan
+    query, key, value, dout = map(jnp.asarray, arrays.values())
+    variant = Variant(scale=head_dim**-0.5, window=(None, 0))
+    target = Target.named("NVIDIA H200")
+    tile = next(iter(on_hopper.forward_tiles(query, key, value, variant=variant, target=target)))
+    out, lse, found = on_hopper.forward(query, key, value, tile=tile, variant=variant)
+    assert found == 2 or dirty in ("unseen key", "dout")
+    tile = next(iter(on_hopper.backward_tiles(query, key, value, variant=variant)))
+    given = dict(out=out, lse=lse, dout=dout, dlse=None)
+    *_, found = on_hopper.backward(query, key, value, **given, tile=tile, variant=variant)
+    assert found == 2
+
+
 def slopes(heads):
     return 2.0 ** -np.arange(1, heads + 1, dtype=np.float32)
 
@@ -182,13 +203,17 @@ def on_cpu(monkeypatch):
         obstacle = on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target)
         assert (obstacle is None) == (variant.is_band or query.shape[-1] <= 128)
         tile = next(iter(on_hopper.forward_tiles(query, key, value, variant=variant, target=target)))
-        got = on_hopper.forward(query, key, value, *arrays, tile=tile._replace(programs=3), variant=variant)
+        tile = tile._replace(programs=3)
+        out, lse, *found = on_hopper.forward(query, key, value, *arrays, tile=tile, variant=variant)
+        got = out, lse
         wanted = reference.forward(query, key, value, *arrays, variant=variant)
         out, lse = wanted
         dout, dlse = jnp.flip(query, 1), jnp.where(jnp.isfinite(lse), jnp.sin(lse), 0.0)
         tile = next(iter(on_hopper.backward_tiles(query, key, value, variant=variant)))
         results = dict(out=out, lse=lse, dout=dout, dlse=dlse)
-        got += on_hopper.backward(query, key, value, *arrays, **results, tile=tile, variant=variant)
+        more = on_hopper.backward(query, key, value, *arrays, **results, tile=tile, variant=variant)
+        assert [*found, *more[3:]] == [0, 0] * variant.masks  # all is finite
+        got += (*more[:3],)
         return got, wanted + reference.backward(query, key, value, *arrays, out, lse, dout, dlse, variant=variant)
 
     monkeypatch.setattr(hopper, "triton_call", by_numpy)

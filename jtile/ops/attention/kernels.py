@@ -535,8 +535,9 @@ def _sizes(tile: Tile, query, value) -> Sizes:
     return Sizes(query.shape[1], value.shape[1], tile.block_q, tile.block_k)
 
 
-# The schedule for Hopper, and cuDNN, let NaN in a key, value or query that is masked leak to those in its block. Where
-# results tell so, all is computed once more.
+# The schedule for Hopper, and cuDNN, let NaN in a key, value or query that is masked leak to those in its block. If
+# there may be some, all is computed once more, by as many programs as a number on the device tells, which is 0 or that
+# of the batch: the schedule's kernels set it, and of cuDNN's results it is found.
 
 
 def forward(query, key, value, *arrays, tile: Tile | hopper.ForwardTile | cudnn.Cudnn, variant: Variant):
@@ -544,18 +545,22 @@ def forward(query, key, value, *arrays, tile: Tile | hopper.ForwardTile | cudnn.
         return _forward(query, key, value, arrays, tile, variant)
     if isinstance(tile, cudnn.Cudnn):
         out, lse = cudnn.forward(query, key, value, variant=variant)
-        told = out
+        found = [_batch_if_nan(out)] * variant.masks
     else:
-        out, lse = on_hopper.forward(query, key, value, *arrays, tile=tile, variant=variant)
-        told = lse
-    if not variant.masks:
+        out, lse, *found = on_hopper.forward(query, key, value, *arrays, tile=tile, variant=variant)
+    if not found:
         return out, lse
-    onto = _Onto((out, lse), jnp.where(jnp.any(jnp.isnan(told)), query.shape[0], 0))
     if variant.is_band or isinstance(tile, cudnn.Cudnn):  # all that cuDNN is called for are bands
         again = _once_more(query, value, arrays, variant, FORWARD, "forward")
     else:
         again = Tile(64 * tile.groups, tile.block_k, 8, 1)
-    return _forward(query, key, value, arrays, again, variant, onto)
+    return _forward(query, key, value, arrays, again, variant, _Onto((out, lse), *found))
+
+
+def _batch_if_nan(*results):
+    """The size of the batch, if something is NaN, else 0."""
+    found = functools.reduce(jnp.logical_or, (jnp.any(jnp.isnan(x)) for x in results))
+    return jnp.where(found, results[0].shape[0], 0)
 
 
 def _once_more(query, value, arrays, variant: Variant, tiles: dict, kernel: str) -> Tile:
@@ -595,23 +600,23 @@ def backward(query, key, value, *rest, tile: BackwardTiles | hopper.BackwardTile
     if isinstance(tile, BackwardTiles):
         return _dquery(*given, tile.dquery, variant), *_dkey_dvalue(*given, tile.dkey_dvalue, variant)
     if isinstance(tile, cudnn.Cudnn):
-        found = cudnn.backward(query, key, value, out, lse, dout, variant=variant)
+        dquery, dkey, dvalue = cudnn.backward(query, key, value, out, lse, dout, variant=variant)
+        found = [_batch_if_nan(dquery, dkey)] * variant.masks
     else:
         results = dict(out=out, lse=lse, dout=dout, dlse=dlse)
-        found = on_hopper.backward(query, key, value, *arrays, **results, tile=tile, variant=variant)
-    if not variant.masks:
-        return found
-    dquery, dkey, dvalue = found
-    leaked = jnp.any(jnp.isnan(dquery)) | jnp.any(jnp.isnan(dkey))
-    batch = jnp.where(leaked, query.shape[0], 0)
+        dquery, dkey, dvalue, *found = on_hopper.backward(
+            query, key, value, *arrays, **results, tile=tile, variant=variant
+        )
+    if not found:
+        return dquery, dkey, dvalue
     if variant.is_band or isinstance(tile, cudnn.Cudnn):
         tables = (DQUERY, "dquery"), (SMALL_DKEY_DVALUE, "dkey_dvalue")
         again = BackwardTiles(*(_once_more(query, value, arrays, variant, *table) for table in tables))
     else:
         block_k = hopper.backward_block_k(query, value)
         again = BackwardTiles(Tile(128, block_k, 8, 1), Tile(tile.block_q, block_k, 8, 1))
-    dquery = _dquery(*given, again.dquery, variant, _Onto((dquery,), batch))
-    return dquery, *_dkey_dvalue(*given, again.dkey_dvalue, variant, _Onto((dkey, dvalue), batch))
+    dquery = _dquery(*given, again.dquery, variant, _Onto((dquery,), *found))
+    return dquery, *_dkey_dvalue(*given, again.dkey_dvalue, variant, _Onto((dkey, dvalue), *found))
 
 
 def _dquery(query, key, value, lse, delta, dout, arrays, tile: Tile, variant: Variant, onto: _Onto | None = None):

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from jtile.ops.attention.hopper.band import banded_by_keys, query_block, turn, visiting
-from jtile.ops.attention.hopper.pipeline import arrive, barriers, matrix, ring, room, wait
+from jtile.ops.attention.hopper.pipeline import arrive, barriers, flag, matrix, ring, room, wait
 
 
 @gluon.jit
@@ -212,7 +212,7 @@ def _step(
 
 @gluon.jit
 def _compute(
-    dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, arrays, group: gl.constexpr,
+    dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, found, origin, visits, arrays, group: gl.constexpr,
     S: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = v_shared.dtype
@@ -244,6 +244,9 @@ def _compute(
             masked, group, S,
         )
         # fmt: on
+    if S.flags:
+        own_keys = k.load(dk_layout).to(gl.float32)
+        flag(found, gl.sum(own_keys * 0.0 + dk * 0.0 + dv * 0.0, 1), S)
     meet()  # the other group reads this group's keys, which make room for dkey
     k.store((dk * S.scale).to(dtype))
     v.store(dv.to(dtype))
@@ -255,11 +258,11 @@ def _compute(
 
 @gluon.jit
 def _group(
-    compute: gl.constexpr, dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, arrays,
+    compute: gl.constexpr, dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, found, origin, visits, arrays,
     group: gl.constexpr, S: gl.constexpr,
 ):  # fmt: skip
     """Partitions of warps do not take functions that are constants; functions do."""
-    compute(dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, arrays, group, S)
+    compute(dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, found, origin, visits, arrays, group, S)
 
 
 @gluon.jit
@@ -282,14 +285,17 @@ def launch(
     kv = barriers(k_shared, 1, 1, 8)
     stat_shared = gl.allocate_shared_memory(gl.float32, [S.stages, 2, 1, 1, S.block_q], stat_desc.layout)
     fence_async_shared()
+    found = turns + S.batch * S.heads * S.query_blocks * S.turns
     # fmt: off
     gl.warp_specialize(
         [
             (_group, (
-                compute, dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, arrays, 0, S,
+                compute, dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, found, origin, visits, arrays,
+                0, S,
             )),
             (_group, (
-                compute, dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, arrays, 1, S,
+                compute, dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, found, origin, visits, arrays,
+                1, S,
             )),
             (_load, (q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, kv, v_shared, stat_shared, origin, visits, S)),
             (_add_dquery, (dq_desc, turns, dq, origin, visits, 0, S)),

@@ -109,7 +109,8 @@ def _call(variant: Variant, named, options: dict[str, Any]) -> dict[str, Any]:
     """What both passes are called with."""
     arrays = [jnp.atleast_1d(named[name]) for name in _slots(variant)]
     origin = first_query(named) if "origin" in named else None
-    return dict(origin=origin, scale=variant.scale, **band(variant), arrays=arrays, options=options)
+    about = dict(origin=origin, scale=variant.scale, **band(variant), flags=variant.masks)
+    return about | dict(arrays=arrays, options=options)
 
 
 def _layout(lists, block_size: tuple[int, int], blocks: _Blocks) -> hopper.Lists:
@@ -124,15 +125,14 @@ def _layout(lists, block_size: tuple[int, int], blocks: _Blocks) -> hopper.Lists
 
 
 def forward(query, key, value, *arrays, tile: hopper.ForwardTile, variant: Variant):
-    """The output and the log-sum-exp. NaN in a value that is masked may reach the output of
-    queries in its block, and their log-sum-exp then."""
+    """The output and the log-sum-exp; and where there are masks, the number that tells of NaN, which may have come from
+    a masked value to queries in its block."""
     named: dict[str, Any] = variant.named(arrays)
     blocks = _Blocks(64 * tile.groups, tile.block_k)
     options: dict[str, Any] = dict(
         functions=_functions(query, key, arrays, variant, "qk"),
         masks_anywhere=variant.masks_anywhere,
         sinks=_slots(variant).get("sinks"),
-        tells_nan=variant.masks,
     )
     at = lists = None
     if variant.has(*visits.TELLING):
@@ -149,7 +149,7 @@ def backward_tiles(query, key, value, *, variant: Variant) -> Iterator[hopper.Ba
 
 
 def backward(query, key, value, *arrays, out, lse, dout, dlse, tile: hopper.BackwardTile, variant: Variant):
-    """The gradients of query, key and value."""
+    """The gradients of query, key and value; and where there are masks, the number that tells of NaN."""
     named: dict[str, Any] = variant.named(arrays)
     blocks = _Blocks(tile.block_q, hopper.backward_block_k(query, value))
     options: dict[str, Any] = dict(

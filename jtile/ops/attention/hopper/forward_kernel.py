@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from jtile.ops.attention.hopper.band import banded, key_block, listed, visited
-from jtile.ops.attention.hopper.pipeline import matrix, ring
+from jtile.ops.attention.hopper.pipeline import flag, matrix, ring
 
 
 @gluon.jit
@@ -113,9 +113,9 @@ def _step(
 
 @gluon.jit
 def _compute_block(
-    number, n, step, o_desc, lse_ptr, q_ring, k, v, o_shared, origin, visits, arrays,
-    group: gl.constexpr, S: gl.constexpr,
+    number, n, step, results, q_ring, k, v, o_shared, origin, visits, arrays, group: gl.constexpr, S: gl.constexpr,
 ):  # fmt: skip
+    o_desc, lse_ptr, found = results
     dtype: gl.constexpr = o_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.block_k, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.value_width, 16])
@@ -179,10 +179,9 @@ def _compute_block(
     v.wait(step - 1)
     o = warpgroup_mma(p, v.block(step - 1), o)
     v.release(step - 1)
+    if S.flags:
+        flag(found, gl.sum(o * 0.0, 1), S)
     lse = gl.where(total == 0.0, -float("inf"), 0.6931471805599453 * (peak + gl.log2(total)))
-    if S.tells_nan:
-        nan = gl.max(gl.where(o == o, 0.0, 1.0), 1) > 0.0
-        lse = gl.where(gl.convert_layout(nan, row_layout), float("nan"), lse)
     gl.store(lse_ptr + (b * S.queries + queries) * S.heads + h, lse, queries < S.queries)
     over_total = gl.where(total == 0.0, 0.0, 1.0 / total)
     o = o * gl.convert_layout(over_total, gl.SliceLayout(1, o_layout))[:, None]
@@ -198,25 +197,26 @@ def _compute_block(
 
 @gluon.jit
 def _compute(
-    o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, group: gl.constexpr, S: gl.constexpr,
+    o_desc, lse_ptr, found, q, k, v, o_shared, origin, visits, arrays, group: gl.constexpr, S: gl.constexpr,
 ):  # fmt: skip
     n = 0
     step = 0
     number = gl.program_id(0)
+    results = (o_desc, lse_ptr, found)
     if S.loops:
         while number < S.blocks:
-            step = _compute_block(number, n, step, o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, group, S)
+            step = _compute_block(number, n, step, results, q, k, v, o_shared, origin, visits, arrays, group, S)
             n += 1
             number += gl.num_programs(0)
     else:
-        _compute_block(number, n, step, o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, group, S)
+        _compute_block(number, n, step, results, q, k, v, o_shared, origin, visits, arrays, group, S)
     tma.store_wait(0)
 
 
 @gluon.jit
 def attention(
     q_desc, k_desc, v_desc, origin_ptr, visits, lists, array_0, array_1, array_2, array_3, array_4, array_5, array_6,
-    array_7, o_desc, lse_ptr, S: gl.constexpr,
+    array_7, o_desc, lse_ptr, found, S: gl.constexpr,
 ):  # fmt: skip
     origin = 0
     if origin_ptr is not None:
@@ -233,8 +233,8 @@ def attention(
     if S.groups == 2:
         gl.warp_specialize(
             [
-                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, 0, S)),
-                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, 1, S)),
+                (_compute, (o_desc, lse_ptr, found, q, k, v, o_shared, origin, visits, arrays, 0, S)),
+                (_compute, (o_desc, lse_ptr, found, q, k, v, o_shared, origin, visits, arrays, 1, S)),
                 (_load, (q_desc, k_desc, v_desc, q, k, v, origin, visits, S)),
             ],
             [4, 1],
@@ -243,9 +243,9 @@ def attention(
     else:
         gl.warp_specialize(
             [
-                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, 0, S)),
-                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, 1, S)),
-                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, 2, S)),
+                (_compute, (o_desc, lse_ptr, found, q, k, v, o_shared, origin, visits, arrays, 0, S)),
+                (_compute, (o_desc, lse_ptr, found, q, k, v, o_shared, origin, visits, arrays, 1, S)),
+                (_compute, (o_desc, lse_ptr, found, q, k, v, o_shared, origin, visits, arrays, 2, S)),
                 (_load, (q_desc, k_desc, v_desc, q, k, v, origin, visits, S)),
             ],
             [4, 4, 1],

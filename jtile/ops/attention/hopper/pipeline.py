@@ -27,6 +27,12 @@ def arrive(barrier):
 
 
 @gluon.jit
+def flag(found, zeros, S: gl.constexpr):
+    """Sets a number that is 0 to the size of the batch, unless these are zeros: 0 · x of what is to be finite."""
+    gl.store(found + gl.zeros([64], gl.int32, zeros.type.layout), S.batch, zeros != 0.0)
+
+
+@gluon.jit
 def matrix(block):
     """A block (1, 1, rows, width) without its leading dimensions."""
     return block.reshape([block.shape[2], block.shape[3]])

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from jtile.ops.attention.hopper.backward_kernel import hand_on, launch, meet, place
 from jtile.ops.attention.hopper.band import banded_by_keys, query_block, visiting
-from jtile.ops.attention.hopper.pipeline import arrive, matrix, room, wait
+from jtile.ops.attention.hopper.pipeline import arrive, flag, matrix, room, wait
 
 
 @gluon.jit
@@ -35,7 +35,7 @@ def _columns(k, part: gl.constexpr, ds, zeros):
 
 @gluon.jit
 def _weights(
-    dv_desc, q_ring, do_ring, kv, v_shared, stat_shared, dq, own, origin, visits, arrays, S: gl.constexpr
+    dv_desc, q_ring, do_ring, kv, v_shared, stat_shared, dq, own, found, origin, visits, arrays, S: gl.constexpr
 ):  # fmt: skip
     p_room, ds_room = own
     dtype: gl.constexpr = v_shared.dtype
@@ -91,6 +91,8 @@ def _weights(
         second = warpgroup_mma_wait(0, deps=[second])
         ds_room.release(0)
         hand_on(second, 4 * step + 2, dq)
+    if S.flags:
+        flag(found, gl.sum(dv * 0.0, 1), S)
     meet()  # the other group is done with these values, which make room for dvalue
     matrix(v_shared.index(0)).store(dv.to(dtype))
     fence_async_shared()
@@ -100,7 +102,7 @@ def _weights(
 
 @gluon.jit
 def _gradients(
-    dk_desc, q_ring, do_ring, kv, v_shared, stat_shared, dq, own, origin, visits, S: gl.constexpr
+    dk_desc, q_ring, do_ring, kv, v_shared, stat_shared, dq, own, found, origin, visits, S: gl.constexpr
 ):  # fmt: skip
     p_room, ds_room = own
     dtype: gl.constexpr = v_shared.dtype
@@ -142,6 +144,11 @@ def _gradients(
         q_ring.release(step)
         second = warpgroup_mma_wait(0, deps=[second])
         hand_on(second, 4 * step + 3, dq)
+    if S.flags:
+        for part in gl.static_range(S.key_width // 64):
+            some = k.slice(part * 64, 64, 1).load(s_layout)
+            flag(found, gl.sum(some.to(gl.float32) * 0.0, 1), S)
+        flag(found, gl.sum(dk * 0.0, 1), S)
     meet()  # the other group is done with these keys, which make room for dkey
     k.store((dk * S.scale).to(dtype))
     fence_async_shared()
@@ -151,13 +158,13 @@ def _gradients(
 
 @gluon.jit
 def _compute(
-    dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, arrays, group: gl.constexpr,
+    dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, found, origin, visits, arrays, group: gl.constexpr,
     S: gl.constexpr,
 ):  # fmt: skip
     if group == 0:
-        _weights(dv_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, arrays, S)
+        _weights(dv_desc, q, do, kv, v_shared, stat_shared, dq, own, found, origin, visits, arrays, S)
     else:
-        _gradients(dk_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, S)
+        _gradients(dk_desc, q, do, kv, v_shared, stat_shared, dq, own, found, origin, visits, S)
 
 
 @gluon.jit
