@@ -341,7 +341,8 @@ def forward(
         **options,
     )
     out = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), query.dtype)
-    *results, found = triton_call(
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    *results, found, _ = triton_call(
         _descriptor(query, 64),
         _descriptor(key, call.block_k),
         _descriptor(value, call.block_k),
@@ -350,8 +351,8 @@ def forward(
         *_optional(arrays, ARRAYS),
         _descriptor(out, 64),
         kernel=attention,
-        out_shape=(out, jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)),
-        zeroed_outputs=(2,) if flags else (),
+        out_shape=(out, jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32), number, number),
+        zeroed_outputs=[n for n, is_used in ((2, flags), (3, call.loops)) if is_used],
         grid=programs,
         S=call,
     )

@@ -5,7 +5,7 @@ group, it works on the softmax of another block of keys: the scores of a block a
 under way together, and the weights are made while the latter still is. That groups take turns in sending off products,
 as they do there, gained nothing here: see `bench/results/attention.md`.
 
-A program goes on to the next place in the order of work, if there are fewer programs than places: the next block's
+A program goes on to another place in the order of work, if there are fewer programs than places: the next block's
 queries and first keys are then loaded while the one before is finished.
 """
 
@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from jtile.ops.attention.hopper.band import banded, key_block, listed, visited
-from jtile.ops.attention.hopper.pipeline import flag, matrix, ring
+from jtile.ops.attention.hopper.pipeline import flag, matrix, places, ring
 
 
 @gluon.jit
@@ -52,15 +52,15 @@ def _load_block(number, n, step, q_desc, k_desc, v_desc, q, k, v, origin, visits
 
 
 @gluon.jit
-def _load(q_desc, k_desc, v_desc, q, k, v, origin, visits, S: gl.constexpr):
+def _load(q_desc, k_desc, v_desc, q, k, v, order, origin, visits, S: gl.constexpr):
     n = 0
     step = 0
-    number = gl.program_id(0)
+    number = order.claim(n, True)
     if S.loops:
         while number < S.blocks:
             step = _load_block(number, n, step, q_desc, k_desc, v_desc, q, k, v, origin, visits, S)
             n += 1
-            number += gl.num_programs(0)
+            number = order.claim(n)
     else:
         _load_block(number, n, step, q_desc, k_desc, v_desc, q, k, v, origin, visits, S)
 
@@ -197,17 +197,17 @@ def _compute_block(
 
 @gluon.jit
 def _compute(
-    o_desc, lse_ptr, found, q, k, v, o_shared, origin, visits, arrays, group: gl.constexpr, S: gl.constexpr,
+    o_desc, lse_ptr, found, q, k, v, o_shared, order, origin, visits, arrays, group: gl.constexpr, S: gl.constexpr,
 ):  # fmt: skip
     n = 0
     step = 0
-    number = gl.program_id(0)
+    number = order.take(n, True)
     results = (o_desc, lse_ptr, found)
     if S.loops:
         while number < S.blocks:
             step = _compute_block(number, n, step, results, q, k, v, o_shared, origin, visits, arrays, group, S)
             n += 1
-            number += gl.num_programs(0)
+            number = order.take(n)
     else:
         _compute_block(number, n, step, results, q, k, v, o_shared, origin, visits, arrays, group, S)
     tma.store_wait(0)
@@ -216,7 +216,7 @@ def _compute(
 @gluon.jit
 def attention(
     q_desc, k_desc, v_desc, origin_ptr, visits, lists, array_0, array_1, array_2, array_3, array_4, array_5, array_6,
-    array_7, o_desc, lse_ptr, found, S: gl.constexpr,
+    array_7, o_desc, lse_ptr, found, counter, S: gl.constexpr,
 ):  # fmt: skip
     origin = 0
     if origin_ptr is not None:
@@ -226,6 +226,7 @@ def attention(
     q = ring(q_desc, S.groups * S.query_stages, 1)
     k = ring(k_desc, S.stages, S.groups)
     v = ring(v_desc, S.stages, S.groups)
+    order = places(counter, 4 * S.groups, S)
     o_shared = q.blocks
     if not S.out_in_query:
         o_shared = gl.allocate_shared_memory(o_desc.dtype, [S.groups, 1, 1, 64, S.value_width], o_desc.layout)
@@ -233,9 +234,9 @@ def attention(
     if S.groups == 2:
         gl.warp_specialize(
             [
-                (_compute, (o_desc, lse_ptr, found, q, k, v, o_shared, origin, visits, arrays, 0, S)),
-                (_compute, (o_desc, lse_ptr, found, q, k, v, o_shared, origin, visits, arrays, 1, S)),
-                (_load, (q_desc, k_desc, v_desc, q, k, v, origin, visits, S)),
+                (_compute, (o_desc, lse_ptr, found, q, k, v, o_shared, order, origin, visits, arrays, 0, S)),
+                (_compute, (o_desc, lse_ptr, found, q, k, v, o_shared, order, origin, visits, arrays, 1, S)),
+                (_load, (q_desc, k_desc, v_desc, q, k, v, order, origin, visits, S)),
             ],
             [4, 1],
             [240, 24],
@@ -243,10 +244,10 @@ def attention(
     else:
         gl.warp_specialize(
             [
-                (_compute, (o_desc, lse_ptr, found, q, k, v, o_shared, origin, visits, arrays, 0, S)),
-                (_compute, (o_desc, lse_ptr, found, q, k, v, o_shared, origin, visits, arrays, 1, S)),
-                (_compute, (o_desc, lse_ptr, found, q, k, v, o_shared, origin, visits, arrays, 2, S)),
-                (_load, (q_desc, k_desc, v_desc, q, k, v, origin, visits, S)),
+                (_compute, (o_desc, lse_ptr, found, q, k, v, o_shared, order, origin, visits, arrays, 0, S)),
+                (_compute, (o_desc, lse_ptr, found, q, k, v, o_shared, order, origin, visits, arrays, 1, S)),
+                (_compute, (o_desc, lse_ptr, found, q, k, v, o_shared, order, origin, visits, arrays, 2, S)),
+                (_load, (q_desc, k_desc, v_desc, q, k, v, order, origin, visits, S)),
             ],
             [4, 4, 1],
             [160, 160, 32],
