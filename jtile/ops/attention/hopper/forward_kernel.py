@@ -25,14 +25,13 @@ from jtile.ops.attention.hopper.pipeline import flag, matrix, places, ring
 @gluon.jit
 def _tile(number, S: gl.constexpr):
     """The block of queries, the batch and the head of a place in the order of work. So many heads are worked on
-    together as have room for their keys and values in the cache; of these the longest blocks go first."""
+    together as have room for their keys and values in the cache; of these the last blocks go first, which are the longest
+    where there is an order."""
     before = number // (S.together * S.query_blocks) * S.together
     together = gl.minimum(S.together, S.batch * S.heads - before)
     number -= before * S.query_blocks
-    block = number // together
+    block = S.query_blocks - 1 - number // together
     head = before + number % together
-    if S.high is not None:
-        block = S.query_blocks - 1 - block
     return block, head // S.heads, head % S.heads
 
 
