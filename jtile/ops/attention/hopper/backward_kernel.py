@@ -159,22 +159,29 @@ def _step(
         gl.float32, [2, S.block_q], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     zeros = gl.zeros([64, S.block_q], gl.float32, s_layout)
+    row = i * S.block_q + queries
+    columns = None
+    if S.functions is not None:
+        if S.functions.reads and S.functions.modifies:
+            columns = S.functions.columns(h, row, row + origin, rows, arrays)
     q_ring.wait(step)
     s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
     do_ring.wait(step)
     dp = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
-    row = i * S.block_q + queries
     factor = 1.0
     if S.functions is not None:
         if S.functions.modifies:
-            s, factor = S.functions.score(s, h, row, row + origin, rows, arrays)
+            s, factor = S.functions.score(s, h, row, row + origin, rows, columns, arrays)
     x = s * S.slope - stat.index(0).load(gl.SliceLayout(0, s_layout))[None, :]
     if S.masked:
         if masked:
             if S.functions is not None:
                 if S.functions.masks:
-                    x = gl.where(S.functions.visible(h, row, row + origin, rows, arrays), x, -float("inf"))
+                    known = columns
+                    if S.functions.reads and not S.functions.modifies:  # sooner they would take registers for longer
+                        known = S.functions.columns(h, row, row + origin, rows, arrays)
+                    x = gl.where(S.functions.visible(h, row, row + origin, rows, known, arrays), x, -float("inf"))
             x = banded_by_keys(x, (row + origin)[None, :], cols[:, None], S)
     p = gl.exp2(x)
     p_left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, dv.type.layout, 2))

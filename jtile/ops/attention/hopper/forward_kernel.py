@@ -25,8 +25,8 @@ from jtile.ops.attention.hopper.pipeline import flag, matrix, places, ring
 @gluon.jit
 def _tile(number, S: gl.constexpr):
     """The block of queries, the batch and the head of a place in the order of work. So many heads are worked on
-    together as have room for their keys and values in the cache; of these the last blocks go first, which are the longest
-    where there is an order."""
+    together as have room for their keys and values in the cache; of these the last blocks go first, which under a
+    causal mask are the longest."""
     before = number // (S.together * S.query_blocks) * S.together
     together = gl.minimum(S.together, S.batch * S.heads - before)
     number -= before * S.query_blocks
@@ -65,16 +65,15 @@ def _load(q_desc, k_desc, v_desc, q, k, v, order, origin, visits, S: gl.constexp
 
 
 @gluon.jit
-def _scores(s, j, positions, cols, rows, arrays, masked: gl.constexpr, S: gl.constexpr):
-    """Scores of the products with block j of keys, -inf where a query does not see a key."""
-    keys = j * S.block_k + cols
+def _scores(s, keys, positions, rows, columns, arrays, masked: gl.constexpr, S: gl.constexpr):
+    """Scores of the products with a block of keys, -inf where a query does not see a key."""
     if S.functions is not None:
         if S.functions.modifies:
-            s = S.functions.score(s, keys, rows, arrays)
+            s = S.functions.score(s, keys, rows, columns, arrays)
     if masked:
         if S.functions is not None:
             if S.functions.masks:
-                s = gl.where(S.functions.visible(keys, rows, arrays), s, -float("inf"))
+                s = gl.where(S.functions.visible(keys, rows, columns, arrays), s, -float("inf"))
         s = banded(s, positions[:, None], keys[None, :], S)
     return s
 
@@ -99,9 +98,14 @@ def _step(
     s = warpgroup_mma(q, k.block(step).permute((1, 0)), zeros, use_acc=False, is_async=True)
     v.wait(step - 1)
     o = warpgroup_mma(p, v.block(step - 1), o, is_async=True)
+    keys = j * S.block_k + cols
+    columns = None
+    if S.functions is not None:
+        if S.functions.reads and (masked or S.functions.modifies):
+            columns = S.functions.columns(keys, rows, arrays)
     s = warpgroup_mma_wait(1, deps=[s])
     k.release(step)
-    s = _scores(s, j, positions, cols, rows, arrays, masked, S)
+    s = _scores(s, keys, positions, rows, columns, arrays, masked, S)
     weights, peak, total, shrink = _softmax(s, peak, total, S)
     v.wait(step - 1)  # it is there: the branch in this keeps the assembler from moving the next wait before the softmax
     o = warpgroup_mma_wait(0, deps=[o])
@@ -131,18 +135,23 @@ def _compute_block(
         rows = S.functions.rows(b, h, queries, positions, arrays)
 
     # The last block, which has no other's products to run beside.
+    j = key_block(stop - 1, blocks, S)
+    keys = j * S.block_k + cols
+    columns = None
+    if S.functions is not None:
+        if S.functions.reads:
+            columns = S.functions.columns(keys, rows, arrays)
     q_ring.wait(n * S.groups + group)
     q = q_ring.block(n * S.groups + group)
     k.wait(step)
     s = warpgroup_mma(q, k.block(step).permute((1, 0)), gl.zeros([64, S.block_k], gl.float32, s_layout), use_acc=False)
     k.release(step)
-    j = key_block(stop - 1, blocks, S)
     if S.lists is None:
-        s = _scores(s, j, positions, cols, rows, arrays, True, S)
+        s = _scores(s, keys, positions, rows, columns, arrays, True, S)
     else:  # where the list ends with blocks to see whole, this is one, and where it is empty, none
         _, whole, count = listed(block, b, h, visits, S)
-        plain = _scores(s, j, positions, cols, rows, arrays, False, S)
-        s = gl.where(whole == count, plain, _scores(s, j, positions, cols, rows, arrays, True, S))
+        plain = _scores(s, keys, positions, rows, columns, arrays, False, S)
+        s = gl.where(whole == count, plain, _scores(s, keys, positions, rows, columns, arrays, True, S))
         s = gl.where(count == 0, -float("inf"), s)
     # What scores stay under counts as masked; where every query sees a key in this block, its peak rises above.
     peak = gl.full([64], -1e38, gl.float32, row_layout)

@@ -59,19 +59,24 @@ def _weights(
         at = gl.where(at == start, stop, at) - 1
         i, masked = query_block(at, whole_start, whole_stop, blocks, S)
         row = i * S.block_q + queries
+        columns = None
+        if S.functions is not None:
+            if S.functions.reads:
+                columns = S.functions.columns(h, row, row + origin, rows, arrays)
         q_ring.wait(step)
         s = warpgroup_mma(k, q_ring.block(step).permute((1, 0)), zeros, use_acc=False)
         factor = 1.0
         if S.functions is not None:
             if S.functions.modifies:
-                s, factor = S.functions.score(s, h, row, row + origin, rows, arrays)
+                s, factor = S.functions.score(s, h, row, row + origin, rows, columns, arrays)
         x = s * S.slope - _statistic(stat_shared, 0, step, s_layout, S)
         q_ring.release(step)
         if S.masked:
             if masked:
                 if S.functions is not None:
                     if S.functions.masks:
-                        x = gl.where(S.functions.visible(h, row, row + origin, rows, arrays), x, -float("inf"))
+                        visible = S.functions.visible(h, row, row + origin, rows, columns, arrays)
+                        x = gl.where(visible, x, -float("inf"))
                 x = banded_by_keys(x, (row + origin)[None, :], cols[:, None], S)
         p = gl.exp2(x)
         wait(p_room.empty.index(0), step % 2 ^ 1)
