@@ -382,12 +382,9 @@ def backward(
     finite of the keys or of their gradients, else 0. (Where these are finite, so is the gradient of query.)"""
     from triton.experimental.gluon import language as gl
 
-    width = _widest(query, value)
-    if width == 256:
-        from jtile.ops.attention.hopper.wide_backward_kernel import attention_backward
-    else:
-        from jtile.ops.attention.hopper.backward_kernel import attention_backward
+    from jtile.ops.attention.hopper.backward_kernel import attention_backward
 
+    width = _widest(query, value)
     call = Backward(
         **_sizes(query, key, value) | dict(key_width=width, value_width=width),
         low=low,

@@ -2,7 +2,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 
 @gluon.jit
@@ -24,6 +24,12 @@ def arrive(barrier):
         "r",
         [barrier],
     )
+
+
+@gluon.jit
+def meet():
+    """Both groups come together, at a barrier of the hardware that Triton does not use."""
+    gl.inline_asm("barrier.cta.sync 8, 256;")
 
 
 @gluon.jit
@@ -104,6 +110,16 @@ def room(
 def ring(descriptor, slots: gl.constexpr, readers: gl.constexpr):
     """Room for blocks of a descriptor (1, 1, rows, width), each read by so many groups of warps."""
     return room(descriptor.dtype, descriptor.block_shape, descriptor.layout, slots, 1, 4 * readers)
+
+
+@gluon.jit
+def hand_on(part, n, dq):
+    """A part of dquery, transposed, to the warp that adds it. Consecutive threads have consecutive columns of it, which
+    shared memory takes without conflicts."""
+    wait(dq.empty.index(n % dq.slots), n // dq.slots % 2 ^ 1)
+    dq.block(n).permute((1, 0)).store(part)
+    fence_async_shared()
+    arrive(dq.barrier(n))
 
 
 @gluon.jit

@@ -15,9 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from jtile.ops.attention.hopper.backward_kernel import hand_on, launch, meet, place
-from jtile.ops.attention.hopper.band import banded_by_keys, query_block, visiting
-from jtile.ops.attention.hopper.pipeline import arrive, flag, matrix, room, wait
+from jtile.ops.attention.hopper.band import banded_by_keys, place, query_block, step_back, visiting
+from jtile.ops.attention.hopper.pipeline import arrive, flag, hand_on, matrix, meet, wait
 
 
 @gluon.jit
@@ -55,8 +54,7 @@ def _weights(
     at = stop
     h = kh * S.group
     for step in range(S.group * (stop - start)):
-        h += gl.where(at == start, 1, 0)
-        at = gl.where(at == start, stop, at) - 1
+        at, h = step_back(at, h, start, stop)
         i, masked = query_block(at, whole_start, whole_stop, blocks, S)
         row = i * S.block_q + queries
         columns = None
@@ -162,7 +160,7 @@ def _gradients(
 
 
 @gluon.jit
-def _compute(
+def compute(
     dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, found, origin, visits, arrays, group: gl.constexpr,
     S: gl.constexpr,
 ):  # fmt: skip
@@ -170,22 +168,3 @@ def _compute(
         _weights(dv_desc, q, do, kv, v_shared, stat_shared, dq, own, found, origin, visits, arrays, S)
     else:
         _gradients(dk_desc, q, do, kv, v_shared, stat_shared, dq, own, found, origin, visits, S)
-
-
-@gluon.jit
-def attention_backward(
-    q_desc, k_desc, v_desc, do_desc, stat_desc, origin_ptr, visits, lists, numbers,
-    array_0, array_1, array_2, array_3, array_4, array_5, array_6, array_7,
-    dq_desc, dk_desc, dv_desc, turns, S: gl.constexpr,
-):  # fmt: skip
-    dtype: gl.constexpr = k_desc.dtype
-    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, S.block_q], dtype)
-    own = (room(dtype, [64, S.block_q], square, 1, 4, 4), room(dtype, [64, S.block_q], square, 1, 4, 4))
-    visits = (visits, lists, numbers)
-    arrays = (array_0, array_1, array_2, array_3, array_4, array_5, array_6, array_7)
-    # fmt: off
-    launch(
-        _compute, own, 1, 2, q_desc, k_desc, v_desc, do_desc, stat_desc, origin_ptr, visits, arrays,
-        dq_desc, dk_desc, dv_desc, turns, S,
-    )
-    # fmt: on
