@@ -175,12 +175,6 @@ class Backward(_Call):
         return super().slope if self.functions is None else self.functions.slope
 
     @property
-    def scores_first(self) -> bool:
-        """Whether the weights' gradients are not under way while weights are made, which would take registers that
-        functions of scores need."""
-        return self.functions is not None and self.functions.modifies and self.block_q == 128
-
-    @property
     def masked(self) -> bool:
         """Whether some query does not see all keys of some block that it visits."""
         masks = self.functions is not None and self.functions.masks

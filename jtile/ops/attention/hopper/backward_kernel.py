@@ -139,12 +139,9 @@ def _step(
             columns = S.functions.columns(h, row, row + origin, rows, arrays)
     q_ring.wait(step)
     s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    if S.scores_first:
-        s = warpgroup_mma_wait(0, deps=[s])
-    else:
-        do_ring.wait(step)
-        dp = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(1, deps=[s])
+    do_ring.wait(step)
+    dp = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s])
     factor = 1.0
     if S.functions is not None:
         if S.functions.modifies:
@@ -161,9 +158,6 @@ def _step(
             x = banded_by_keys(x, (row + origin)[None, :], cols[:, None], S)
     p = gl.exp2(x)
     p_left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, dv.type.layout, 2))
-    if S.scores_first:
-        do_ring.wait(step)
-        dp = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
     dv = warpgroup_mma(p_left, do, dv, is_async=True)
     p = p * factor
     dp = warpgroup_mma_wait(1, deps=[dp])
