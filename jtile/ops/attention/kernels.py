@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jtile.ops.attention import cudnn, hopper, visits
+from jtile.ops.attention import hopper, visits
 from jtile.ops.attention.hopper import features as on_hopper
 from jtile.ops.attention.reference import row_sums
 from jtile.ops.attention.tiles import DQUERY, FORWARD, SMALL_DKEY_DVALUE, BackwardTiles, Problem, Tile
@@ -535,32 +535,21 @@ def _sizes(tile: Tile, query, value) -> Sizes:
     return Sizes(query.shape[1], value.shape[1], tile.block_q, tile.block_k)
 
 
-# The schedule for Hopper, and cuDNN, let NaN in a key, value or query that is masked leak to those in its block. If
-# there may be some, all is computed once more, by as many programs as a number on the device tells, which is 0 or that
-# of the batch: the schedule's kernels set it, and of cuDNN's results it is found.
+# The schedule for Hopper lets NaN in a key, value or query that is masked leak to those in its block. Its kernels set a
+# number where there may be some, from 0 to the size of the batch, and all is computed once more, by as many programs.
 
 
-def forward(query, key, value, *arrays, tile: Tile | hopper.ForwardTile | cudnn.Cudnn, variant: Variant):
+def forward(query, key, value, *arrays, tile: Tile | hopper.ForwardTile, variant: Variant):
     if isinstance(tile, Tile):
         return _forward(query, key, value, arrays, tile, variant)
-    if isinstance(tile, cudnn.Cudnn):
-        out, lse = cudnn.forward(query, key, value, variant=variant)
-        found = [_batch_if_nan(out)] * variant.masks
-    else:
-        out, lse, *found = on_hopper.forward(query, key, value, *arrays, tile=tile, variant=variant)
+    out, lse, *found = on_hopper.forward(query, key, value, *arrays, tile=tile, variant=variant)
     if not found:
         return out, lse
-    if variant.is_band or isinstance(tile, cudnn.Cudnn):  # all that cuDNN is called for are bands
+    if variant.is_band:
         again = _once_more(query, value, arrays, variant, FORWARD, "forward")
     else:
         again = Tile(64 * tile.groups, tile.block_k, 8, 1)
     return _forward(query, key, value, arrays, again, variant, _Onto((out, lse), *found))
-
-
-def _batch_if_nan(*results):
-    """The size of the batch, if something is NaN, else 0."""
-    found = functools.reduce(jnp.logical_or, (jnp.any(jnp.isnan(x)) for x in results))
-    return jnp.where(found, results[0].shape[0], 0)
 
 
 def _once_more(query, value, arrays, variant: Variant, tiles: dict, kernel: str) -> Tile:
@@ -593,23 +582,17 @@ def _forward(query, key, value, arrays, tile: Tile, variant: Variant, onto: _Ont
     )
 
 
-def backward(query, key, value, *rest, tile: BackwardTiles | hopper.BackwardTile | cudnn.Cudnn, variant: Variant):
+def backward(query, key, value, *rest, tile: BackwardTiles | hopper.BackwardTile, variant: Variant):
     *arrays, out, lse, dout, dlse = rest
     delta = row_sums(out, dout, dlse)
     given = query, key, value, lse, delta, dout, arrays
     if isinstance(tile, BackwardTiles):
         return _dquery(*given, tile.dquery, variant), *_dkey_dvalue(*given, tile.dkey_dvalue, variant)
-    if isinstance(tile, cudnn.Cudnn):
-        dquery, dkey, dvalue = cudnn.backward(query, key, value, out, lse, dout, variant=variant)
-        found = [_batch_if_nan(dquery, dkey)] * variant.masks
-    else:
-        results = dict(out=out, lse=lse, dout=dout, dlse=dlse)
-        dquery, dkey, dvalue, *found = on_hopper.backward(
-            query, key, value, *arrays, **results, tile=tile, variant=variant
-        )
+    results = dict(out=out, lse=lse, dout=dout, dlse=dlse)
+    dquery, dkey, dvalue, *found = on_hopper.backward(query, key, value, *arrays, **results, tile=tile, variant=variant)
     if not found:
         return dquery, dkey, dvalue
-    if variant.is_band or isinstance(tile, cudnn.Cudnn):
+    if variant.is_band:
         tables = (DQUERY, "dquery"), (SMALL_DKEY_DVALUE, "dkey_dvalue")
         again = BackwardTiles(*(_once_more(query, value, arrays, variant, *table) for table in tables))
     else:

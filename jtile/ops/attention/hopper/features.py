@@ -58,9 +58,6 @@ def obstacle(query, key, value, *arrays, variant: Variant, target: Target | None
         return found
     if variant.dropout:
         return "it has no dropout"
-    # Written and simulated, but not yet run on a GPU.
-    if not variant.is_band and max(query.shape[-1], value.shape[-1]) > 128:
-        return "beyond head dim 128 it has causal masks and windows alone"
     if variant.block_size and (variant.block_size[0] % 128 or variant.block_size[1] % 128):
         return f"its blocks are 128 by 128, and those in lists are {variant.block_size}"
     if whole := [o.name for o in variant.operands if set("qk") <= set(o.axes)]:
@@ -73,10 +70,11 @@ def obstacle(query, key, value, *arrays, variant: Variant, target: Target | None
 
 def forward_tiles(query, key, value, *, variant: Variant, target: Target) -> Iterator[hopper.ForwardTile]:
     sides = variant.block_size or (0, 0)
+    told = variant.block_size is not None or variant.has(*visits.TELLING)
     for tile in hopper.forward_tiles(query, key, value, **band(variant), target=target):
-        if variant.block_size or variant.has(*visits.TELLING):
-            # Blocks of queries differ in length, and see but a part of the keys.
-            tile = tile._replace(programs=0, together=min(4 * tile.together, query.shape[0] * query.shape[2]))
+        if told:  # blocks of queries differ in length, and see but a part of the keys
+            together = min(16 * tile.together, query.shape[0] * query.shape[2])
+            tile = tile._replace(programs=target.sms, together=together)
         if tile.groups == 3 and (variant.modifies or variant.masks_by_data):
             tile = tile._replace(groups=2, stages=3)  # functions of scores need the registers that three do not have
         if not (sides[0] % (64 * tile.groups) or sides[1] % tile.block_k):
@@ -145,7 +143,10 @@ def forward(query, key, value, *arrays, tile: hopper.ForwardTile, variant: Varia
 
 
 def backward_tiles(query, key, value, *, variant: Variant) -> Iterator[hopper.BackwardTile]:
-    yield from hopper.backward_tiles(query, key, value, **band(variant))
+    # Blocks of keys of one head wait for each other's turns, and those of a document or a list for all of these.
+    factor = 16 if variant.has(*visits.TELLING) else 2 if variant.block_size else 1
+    for tile in hopper.backward_tiles(query, key, value, **band(variant)):
+        yield tile._replace(together=min(factor * tile.together, key.shape[0] * key.shape[2]))
 
 
 def backward(query, key, value, *arrays, out, lse, dout, dlse, tile: hopper.BackwardTile, variant: Variant):

@@ -65,8 +65,9 @@ def _load(q_desc, k_desc, v_desc, q, k, v, order, origin, visits, S: gl.constexp
 
 
 @gluon.jit
-def _scores(s, keys, positions, rows, columns, arrays, masked: gl.constexpr, S: gl.constexpr):
-    """Scores of the products with a block of keys, -inf where a query does not see a key."""
+def _scores(s, j, positions, cols, rows, columns, arrays, masked: gl.constexpr, S: gl.constexpr):
+    """Scores of the products with block j of keys, -inf where a query does not see a key."""
+    keys = j * S.block_k + cols
     if S.functions is not None:
         if S.functions.modifies:
             s = S.functions.score(s, keys, rows, columns, arrays)
@@ -98,14 +99,13 @@ def _step(
     s = warpgroup_mma(q, k.block(step).permute((1, 0)), zeros, use_acc=False, is_async=True)
     v.wait(step - 1)
     o = warpgroup_mma(p, v.block(step - 1), o, is_async=True)
-    keys = j * S.block_k + cols
     columns = None
     if S.functions is not None:
         if S.functions.reads and (masked or S.functions.modifies):
-            columns = S.functions.columns(keys, rows, arrays)
+            columns = S.functions.columns(j * S.block_k + cols, rows, arrays)
     s = warpgroup_mma_wait(1, deps=[s])
     k.release(step)
-    s = _scores(s, keys, positions, rows, columns, arrays, masked, S)
+    s = _scores(s, j, positions, cols, rows, columns, arrays, masked, S)
     weights, peak, total, shrink = _softmax(s, peak, total, S)
     v.wait(step - 1)  # it is there: the branch in this keeps the assembler from moving the next wait before the softmax
     o = warpgroup_mma_wait(0, deps=[o])
@@ -136,22 +136,21 @@ def _compute_block(
 
     # The last block, which has no other's products to run beside.
     j = key_block(stop - 1, blocks, S)
-    keys = j * S.block_k + cols
     columns = None
     if S.functions is not None:
         if S.functions.reads:
-            columns = S.functions.columns(keys, rows, arrays)
+            columns = S.functions.columns(j * S.block_k + cols, rows, arrays)
     q_ring.wait(n * S.groups + group)
     q = q_ring.block(n * S.groups + group)
     k.wait(step)
     s = warpgroup_mma(q, k.block(step).permute((1, 0)), gl.zeros([64, S.block_k], gl.float32, s_layout), use_acc=False)
     k.release(step)
     if S.lists is None:
-        s = _scores(s, keys, positions, rows, columns, arrays, True, S)
+        s = _scores(s, j, positions, cols, rows, columns, arrays, True, S)
     else:  # where the list ends with blocks to see whole, this is one, and where it is empty, none
         _, whole, count = listed(block, b, h, visits, S)
-        plain = _scores(s, keys, positions, rows, columns, arrays, False, S)
-        s = gl.where(whole == count, plain, _scores(s, keys, positions, rows, columns, arrays, True, S))
+        plain = _scores(s, j, positions, cols, rows, columns, arrays, False, S)
+        s = gl.where(whole == count, plain, _scores(s, j, positions, cols, rows, columns, arrays, True, S))
         s = gl.where(count == 0, -float("inf"), s)
     # What scores stay under counts as masked; where every query sees a key in this block, its peak rises above.
     peak = gl.full([64], -1e38, gl.float32, row_layout)
