@@ -1,30 +1,34 @@
 """Measures jtile on this machine's GPU.
 
 `python -m bench run` times jtile's ops and their rivals in turn, checks each against a float32 reference, and writes
-`bench/results/<chip>/<date>.json` after every case; `--tables sizes widths sequences` measures the sweeps. With all
-rivals a pass of a case takes 2 to 3 s once the caches on disk are full; on a new machine fill them first, by some runs
-at once, each with `--compile-only` and a `--filter` of its own.
+`bench/results/<chip>/<date>.json` after every case; `--tables sizes core widths sequences` measures the sweeps too.
+
+With `--processes` several measure at once, on all GPUs that are visible. On each GPU one at a time runs anything, while
+the others trace and compile; the rivals of a case always share a GPU. On a new machine fill the caches on disk first:
+
+    python -m bench run --tables core sizes widths sequences --processes 12 --compile-only
+    python -m bench run --tables core sizes widths sequences --processes 4
+
 `python -m bench report` makes tables and plots of what is there. `python -m bench list` shows cases and rivals.
 `python -m bench pallas` times Pallas kernels through jtile and through JAX's own backend.
 """
 
 import argparse
-import contextlib
+import dataclasses
 import math
 import os
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench import caches, cases, measure, report, results, rivals
-from bench.apart import Apart
+from bench import caches, cases, measure, report, results, rivals, workers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,15 +39,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run_parser = commands.add_parser("run", help="measure the ops on this machine's GPU")
     run_parser.add_argument("--filter", default="", help="only cases whose name matches this regular expression")
     run_parser.add_argument("--tables", nargs="+", choices=cases.TABLES, default=["core"], help="(default: core)")
-    run_parser.add_argument("--rivals", nargs="+", choices=rivals.RIVALS, default=list(rivals.RIVALS), metavar="RIVAL")
+    run_parser.add_argument(
+        "--rivals",
+        nargs="+",
+        choices=rivals.RIVALS,
+        metavar="RIVAL",
+        help=f"(default: all; in sweeps {', '.join(rivals.IN_SWEEPS)})",
+    )
     run_parser.add_argument("--passes", nargs="+", choices=cases.PASSES, default=cases.PASSES, metavar="PASS")
     run_parser.add_argument(
         "--compile-only",
         action="store_true",
-        help="no times: fill the caches on disk, in several processes if you like",
+        help="no times: fill the caches on disk",
     )
     run_parser.add_argument("--cold", action="store_true", help="with empty caches, for honest times to first call")
     run_parser.add_argument("--quick", action="store_true", help="half as long, and less exact")
+    run_parser.add_argument("--processes", type=int, default=1, help="that share the GPUs (default: this one alone)")
+    run_parser.add_argument(
+        "--part", type=part, help="I/N: every N-th case from the I-th on, in one run with the others"
+    )
     run_parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no case is begun")
     run_parser.add_argument("--output", type=Path, help="file to write (default: in bench/results/<chip>/)")
     report_parser = commands.add_parser("report", help="tables and plots of the newest results of every chip")
@@ -70,35 +84,72 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(given: argparse.Namespace) -> int:
     set_up(given.cold)
     device = gpu()
-    chosen = pick([case for table in given.tables for case in cases.CASES if case.table == table], given.filter)
-    until = time.monotonic() + given.limit
-    length = dict(rounds=2, settle=0.02, timed=0.02) if given.quick else {}
-    options = measure.Options(rivals=given.rivals, passes=given.passes, compile_only=given.compile_only, **length)
     console = Console(width=150 if not sys.stdout.isatty() else None, highlight=False)
-    for name in given.rivals:
+    names = given.rivals or list(rivals.RIVALS)
+    for name in names:
         if gap := rivals.RIVALS[name].missing():
             console.print(f"[yellow]{name} is a gap in every table: {gap}[/]")
-    if given.compile_only:
-        return compile_only(chosen, options)
-    file = results.Results(given.output or results.of_today(device.device_kind), device.device_kind)
-    failed = []
-    with processes(given.rivals) as aparts, progress(console) as bar:
-        task = bar.add_task("", total=len(chosen))
-        for i, case in enumerate(chosen):
-            if time.monotonic() > until:
-                console.print(f"[yellow]time is up: {len(chosen) - i} cases are left, from {case.name} on[/]")
-                break
-            bar.update(task, description=case.name)
-            for rows in measure.measure(case, options, aparts):
-                file.add(rows)
+    jobs, tables = chosen_jobs(given)
+    until = time.monotonic() + given.limit
+    spread = (jobs, names, lambda: time.monotonic() < until)
+    if given.processes > 1:
+        measured = workers.spread(*spread, given.processes, workers.visible_gpus(jax.local_device_count()))
+    else:
+        measured = workers.here(*spread)
+    file = None
+    if not given.compile_only:
+        path = given.output or results.of_today(device.device_kind)
+        file = results.Results(path, device.device_kind, join=given.part is not None)
+    failed, left = [], {case.name: None for case, _ in jobs}
+    with progress(console) as bar:
+        task = bar.add_task("", total=len(jobs))
+        for case, passes in measured:
+            del left[case.name]
+            bar.update(task, description=case.name, advance=1)
+            for rows in passes:
+                if file is None:
+                    firsts = (f"{row['rival']} {row.get('gap') or first_call(row)}" for row in rows[1:])
+                    console.print(f"{case.name}, {rows[0]['pass']}: {', '.join(firsts)}")
+                    continue
+                file.add(row | about for about in tables[case.name] for row in rows)
                 console.print(report.rows_table(rows))
                 failed += [row for row in rows if row["rival"] == "jtile" and ("gap" in row or not row["right"])]
-            bar.advance(task)
-    console.print(f"wrote {file.path}")
+    if left:
+        console.print(f"[yellow]time is up: {len(left)} cases are left: {', '.join(left)}[/]")
+    if file is not None:
+        console.print(f"wrote {file.path}")
     for row in failed:
         reason = row.get("gap") or f"an error of {row['error']:.1e}"
         console.print(f"[red]jtile, {row['case']}, {row['pass']}: {reason}[/]")
     return 1 if failed else 0
+
+
+def chosen_jobs(given: argparse.Namespace) -> tuple[list[workers.Job], dict[str, list[dict]]]:
+    """Each case once, in the order of the tables that were asked for, and the places that it has in them."""
+    length = dict(rounds=3, settle=0.015, timed=0.02) if given.quick else {}
+    options = measure.Options(passes=given.passes, compile_only=given.compile_only, **length)
+    found: dict[str, list[cases.Case]] = {}
+    every = [case for table in given.tables for case in cases.CASES if case.table == table]
+    for case in pick(every, given.filter):
+        found.setdefault(case.name, []).append(case)
+    jobs = []
+    for same in found.values():
+        swept = all(case.table != "core" for case in same)
+        names = given.rivals or (rivals.IN_SWEEPS if swept else list(rivals.RIVALS))
+        jobs.append((same[0], dataclasses.replace(options, rivals=names)))
+    if given.part:
+        first, step = given.part
+        jobs = jobs[first - 1 :: step]
+    if given.compile_only:  # kernels of matrix products take longest
+        jobs.sort(key=lambda job: job[0].unit != "FLOP")
+    return jobs, {name: [dict(table=case.table, at=case.at) for case in same] for name, same in found.items()}
+
+
+def part(text: str) -> tuple[int, int]:
+    first, of = map(int, text.split("/"))
+    if not 1 <= first <= of:
+        raise argparse.ArgumentTypeError(f"must be I/N with 1 ≤ I ≤ N, got {text}")
+    return first, of
 
 
 def set_up(cold: bool) -> None:
@@ -113,29 +164,8 @@ def set_up(cold: bool) -> None:
         caches.on_disk()
 
 
-@contextlib.contextmanager
-def processes(names: Sequence[str]) -> Iterator[dict[str, Apart]]:
-    """For those of these rivals that run apart."""
-    chosen = [rivals.RIVALS[name] for name in names]
-    needed = {rival.framework for rival in chosen if rival.apart and rival.missing() is None}
-    with contextlib.ExitStack() as stack:
-        aparts = {name: stack.enter_context(contextlib.closing(Apart(name))) for name in ("jax", "torch")}
-        for name in needed:
-            aparts[name].start()
-        yield aparts
-
-
-def compile_only(chosen: Sequence[cases.Case], options: measure.Options) -> int:
-    with processes(options.rivals) as aparts:
-        for case in chosen:
-            for rows in measure.measure(case, options, aparts):
-                firsts = (f"{row['rival']} {row.get('gap') or first_call(row)}" for row in rows[1:])
-                print(f"{case.name}, {rows[0]['pass']}: {', '.join(firsts)}", flush=True)
-    return 0
-
-
 def first_call(row: measure.Row) -> str:
-    return f"{row['first_call_seconds']:.1f} s, error {row['error']:.1e}"
+    return f"{row['first_call_seconds']:.1f} s"
 
 
 def run_pallas(given: argparse.Namespace) -> int:

@@ -1,62 +1,49 @@
 """Rivals in processes of their own, whose end is theirs alone. In its own, PyTorch finds the Triton it was made for."""
 
 import contextlib
-import dataclasses
+import functools
 import importlib.util
 import multiprocessing
+import os
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.cases import Case
 from bench.timing import Time, Told, brief
 
-LIMIT = 300.0  # seconds for one answer
+LIMIT = 150.0  # seconds for one answer
 
 
-class Apart:
-    """What `measure.Bench` is, in another process, which starts with the first rival that needs it."""
+class Process:
+    """Another process and what it serves: an object made there, whose methods are called from here.
 
-    def __init__(self, framework: str, limit: float = LIMIT):
-        self.framework, self.limit = framework, limit
+    It starts with the first call. What `make` returns is told apart by `name`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[], Any],
+        limit: float = LIMIT,
+        environment: Mapping[str, str] | None = None,
+        daemon: bool = True,
+    ):
+        self.name, self.limit = name, limit
+        self.made, self.daemon = (make, dict(environment or {})), daemon
         self.process: Any = None
-        self.forget()
-
-    def forget(self) -> None:
-        self.asked: dict[str, tuple] = {}
-        self.names: list[str] = []
-        if self.process is not None:
-            with contextlib.suppress(Told):  # it has ended, and knows nothing any more
-                self.call("forget")
 
     def start(self) -> None:
         """Before anyone is asked: importing a framework takes a while."""
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, self.framework), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, *self.made), daemon=self.daemon)
         self.process.start()
         theirs.close()
 
-    def ask(self, case: Case, name: str, direction: str, count: int | None) -> None:
-        self.asked[name] = case, name, direction, count
-        self._send("prepare", self.asked[name])
-
-    def answer(self, name: str):
-        """Of what was asked, in the same order. Whom another took along asks again."""
-        if self.process is None:
-            for given in self.asked.values():
-                self._send("prepare", given)
-        del self.asked[name]
-        prepared = self._receive("prepare")
-        self.names.append(name)
-        return prepared
-
     def call(self, method: str, *given):
-        self._send(method, given)
-        return self._receive(method)
-
-    def turns(self) -> "RemoteTurns":
-        return RemoteTurns(self)
+        self.send(method, given)
+        return self.receive(method)
 
     def close(self) -> None:
         if self.process is not None:
@@ -64,13 +51,13 @@ class Apart:
             self.process.join()
             self.process = None
 
-    def _send(self, method: str, given: tuple) -> None:
+    def send(self, method: str, given: tuple) -> None:
         if self.process is None:
             self.start()
         with contextlib.suppress(ConnectionError):  # it has ended, as whoever waits for the answer will hear
             self.connection.send((method, given))
 
-    def _receive(self, method: str):
+    def receive(self, method: str):
         """What the other process answers.
 
         Raises:
@@ -81,17 +68,57 @@ class Apart:
                 raise TimeoutError
             right, answer = self.connection.recv()
         except (EOFError, ConnectionError, TimeoutError) as failure:
-            self.names = []
             late = isinstance(failure, TimeoutError)
             if not late:
                 self.process.join()
             how = f"did not answer in {self.limit:.0f} s" if late else f"ended with exit code {self.process.exitcode}"
             self.close()
-            raise Told(f"the process of {self.framework} {how} ({method})") from None
+            raise Told(f"the process of {self.name} {how} ({method})") from None
         if right:
             return answer
         kind, text = answer
         raise NotImplementedError(text) if kind == "NotImplementedError" else Told(text)
+
+
+class Apart(Process):
+    """What `measure.Bench` is, in another process."""
+
+    def __init__(self, framework: str, limit: float = LIMIT, environment: Mapping[str, str] | None = None):
+        # Beside PyTorch, JAX makes operands and references alone, and gives back their memory at once.
+        own = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"} if framework == "torch" else {}
+        super().__init__(framework, functools.partial(Served, framework), limit, {**(environment or {}), **own})
+        self.asked: dict[str, tuple] = {}
+        self.names: list[str] = []  # of those that are prepared
+        self.used = False
+
+    def forget(self) -> None:
+        if self.used and self.process is not None:
+            with contextlib.suppress(Told):  # it has ended, and knows nothing any more
+                self.call("forget")
+        self.asked, self.names, self.used = {}, [], False
+
+    def ask(self, method: str, name: str, *given) -> None:
+        self.asked[name], self.used = (method, given), True
+        self.send(method, given)
+
+    def answer(self, name: str):
+        """Of what was asked, in the same order. Whom another took along asks again."""
+        if self.process is None:
+            self.names = []
+            for method, given in self.asked.values():
+                self.send(method, given)
+        method, _ = self.asked.pop(name)
+        answer = self.receive(method)
+        if method == "prepare":
+            self.names.append(name)
+        return answer
+
+    def close(self) -> None:
+        self.names = []
+        super().close()
+
+    def turns(self) -> "RemoteTurns":
+        return RemoteTurns(self)
 
 
 class RemoteTurns:
@@ -123,10 +150,9 @@ class RemoteTurns:
 # In the other process.
 
 
-def serve(connection, framework: str) -> None:
-    if framework == "torch" and import_torchs_triton():
-        import torch  # noqa: F401
-    served = Served()
+def serve(connection, make: Callable[[], Any], environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
+    served = make()
     while True:
         try:
             method, given = connection.recv()
@@ -138,7 +164,10 @@ def serve(connection, framework: str) -> None:
             answer = False, ("NotImplementedError", str(lack))
         except Exception as failure:
             answer = False, (type(failure).__name__, brief(failure))
-        connection.send(answer)
+        try:
+            connection.send(answer)
+        except ConnectionError:  # nobody waits for it any more
+            return
 
 
 def import_torchs_triton() -> bool:
@@ -158,13 +187,13 @@ def import_torchs_triton() -> bool:
 class Served:
     """A `measure.Bench`, of which no arrays are sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, framework: str) -> None:
+        if framework == "torch" and import_torchs_triton():
+            import torch  # noqa: F401
         from bench import measure
 
         self.bench = measure.Bench()
-
-    def prepare(self, *given):
-        return dataclasses.replace(self.bench.prepare(*given), work=None)
+        self.compile, self.prepare = self.bench.compile, self.bench.prepare
 
     def forget(self) -> None:
         self.bench.forget()

@@ -127,15 +127,14 @@ class Case:
     def name(self) -> str:
         return f"{self.op} {self.size}"
 
-    def sets(self, count: int) -> list[dict[str, jax.Array]]:
-        """So many sets of operands, each of its own numbers."""
+    def maker(self):
+        """Makes a set of operands from a random key."""
 
-        @jax.jit
         def make(key):
             keys = jax.random.split(key, len(self.operands))
             return {name: make(key) for (name, make), key in zip(self.operands.items(), keys, strict=True)}
 
-        return [make(jax.random.key(i)) for i in range(count)]
+        return jax.jit(make)
 
     @property
     def bytes(self) -> int:

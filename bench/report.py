@@ -38,8 +38,8 @@ COLORS = {
 
 def rows_table(rows: Sequence[Row]) -> rich.table.Table:
     """One pass of a case, rival by rival."""
-    took, preparing = (rows[0].get(name, 0) for name in ("took", "took_preparing"))
-    title = f"{rows[0]['case']}, {rows[0]['pass']}, measured in {took - preparing:.1f} s after {preparing:.1f} s"
+    took = (f"{what} {rows[0].get(f'took_{what}', 0):.1f} s" for what in ("compiling", "preparing", "timing"))
+    title = f"{rows[0]['case']}, {rows[0]['pass']}: {', '.join(took)}"
     table = rich.table.Table(title=title, title_justify="left", title_style="bold")
     for name in ("rival", "time", "rate", "of the floor", "error", "memory", "first call"):
         table.add_column(name, justify="left" if name == "rival" else "right")

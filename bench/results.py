@@ -4,15 +4,18 @@ import contextlib
 import datetime
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from bench.lock import alone
 
 ROOT = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "triton", "nvidia-cudnn-cu13", "torch", "tokamax", "liger-kernel")
@@ -33,26 +36,43 @@ def read(path: Path) -> dict[str, Any]:
 
 
 class Results:
-    """A file that is written anew after each addition: what was measured before an interruption is there."""
+    """A file that is written anew after each addition: what was measured before an interruption is there.
 
-    def __init__(self, path: Path, chip: str):
-        self.path = path
-        self.content: dict[str, Any] = read(path) if path.exists() else {"chip": chip, "runs": [], "rows": []}
-        self.content["runs"].append(
-            {
-                "date": datetime.date.today().isoformat(),
-                "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
-                "commit": commit(),
-                "versions": versions(),
-            }
-        )
+    With `join`, processes that add to one file at once have one run in it if they measure the same, each its part.
+    """
+
+    def __init__(self, path: Path, chip: str, join: bool = False):
+        self.path, self.chip = path, chip
+        run = {
+            "date": datetime.date.today().isoformat(),
+            "command": shlex.join(["python", "-m", "bench", *_without(sys.argv[1:], "--part", "--limit", "--output")]),
+            "commit": commit(),
+            "versions": versions(),
+        }
+        with self._changed() as content:
+            if not (join and run in content["runs"]):
+                content["runs"].append(run)
+            self.run = content["runs"].index(run) if join else len(content["runs"]) - 1
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
-        self.content["rows"] += [row | {"run": len(self.content["runs"]) - 1} for row in rows]
+        with self._changed() as content:
+            content["rows"] += [row | {"run": self.run} for row in rows]
+
+    @contextlib.contextmanager
+    def _changed(self) -> Iterator[dict[str, Any]]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(self.content, indent=1, ensure_ascii=False) + "\n")
-        unfinished.replace(self.path)
+        with alone(self.path.parent):
+            content = read(self.path) if self.path.exists() else {"chip": self.chip, "runs": [], "rows": []}
+            yield content
+            unfinished = self.path.with_suffix(f".{os.getpid()}")
+            unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+            unfinished.replace(self.path)
+
+
+def _without(arguments: Sequence[str], *options: str) -> list[str]:
+    """A command's arguments without these options, which take a value each."""
+    pairs = itertools.pairwise(["", *arguments])
+    return [text for before, text in pairs if text not in options and before not in options]
 
 
 def latest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

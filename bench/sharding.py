@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -21,7 +22,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bench import trace
+from bench import caches, results, trace
 from models import llama
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "3_shard_it.py"
@@ -46,6 +47,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--steps", type=int, default=20, help="steps measured")
     parser.add_argument("--profile", type=Path, help="folder for traces")
     parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--compile-only", action="store_true", help="no times: fill the caches on disk")
     chosen = parser.parse_args(arguments)
     devices = jax.devices()
     dtype = "bfloat16" if devices[0].platform == "gpu" else "float32"
@@ -54,17 +56,28 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     about = dict(
         date=datetime.date.today().isoformat(),
         chip=devices[0].device_kind,
-        jax=jax.__version__,
+        command=shlex.join(["python", "-m", "bench.sharding", *(sys.argv[1:] if arguments is None else arguments)]),
+        commit=results.commit(),
+        versions=results.versions(),
         xla_flags=os.environ.get("XLA_FLAGS", ""),
         size=chosen.size,
         batch_size=chosen.batch_size,
         sequence=chosen.sequence,
     )
     print(f"{chosen.size}, {chosen.batch_size} × {chosen.sequence} tokens a device, {devices[0].device_kind}")
-    for mode in dict.fromkeys(("one", *chosen.modes)):
+    for mode in chosen.modes if chosen.compile_only else dict.fromkeys(("one", *chosen.modes)):
         count = 1 if mode == "one" else len(devices)
         batch_size = chosen.batch_size * count
-        seconds, loss, shares = step_seconds(example, mode, config, devices, batch_size, chosen)
+        training = example.Training.plan(mode, config, example.parse_options(["--steps", "1000"]), devices)
+        random = np.random.default_rng(0)
+        tokens = [
+            training.put(random.integers(256, size=(batch_size, chosen.sequence + 1), dtype=np.int32)) for _ in range(2)
+        ]
+        if chosen.compile_only:
+            compile_apart(training, tokens[0])
+            print(f"{mode:17} compiled", flush=True)
+            continue
+        seconds, loss, shares = step_seconds(training, tokens, chosen, mode)
         one = rows[0]["seconds"] if rows else seconds
         row = dict(mode=mode, devices=count, seconds=seconds, tokens_per_second=batch_size * chosen.sequence / seconds)
         row["speed_up"] = count * one / seconds
@@ -135,14 +148,15 @@ def table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def step_seconds(example, mode, config, devices, batch_size, chosen) -> tuple[float, float, Shares | None]:
+def compile_apart(training, tokens) -> None:
+    """Its functions, for the caches: nothing runs, and no memory is taken."""
+    training.init.lower().compile()
+    training.step.lower(jax.eval_shape(training.init), tokens).compile()
+
+
+def step_seconds(training, tokens, chosen, mode) -> tuple[float, float, Shares | None]:
     """The mean time of a step, the last loss (NaN would be no training), and if it is profiled where the time goes."""
-    options = example.parse_options(["--steps", "1000"])
-    training = example.Training.start(mode, config, options, devices)
-    random = np.random.default_rng(0)
-    tokens = [
-        training.put(random.integers(256, size=(batch_size, chosen.sequence + 1), dtype=np.int32)) for _ in range(2)
-    ]
+    training.state = training.init()
 
     def run(steps: int) -> float:
         for i in range(steps):
@@ -164,4 +178,5 @@ def step_seconds(example, mode, config, devices, batch_size, chosen) -> tuple[fl
 
 
 if __name__ == "__main__":
+    caches.on_disk()
     main()

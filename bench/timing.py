@@ -59,15 +59,11 @@ def wait(out) -> None:
         sys.modules["torch"].cuda.synchronize()
 
 
-def kernel_seconds(
-    parties: Sequence[Party], *, rounds: int = 4, settle: float = 0.03, timed: float = 0.03
-) -> dict[str, Time]:
-    """The median time of one call of each function over its input sets, the rivals taking turns: the sum of its
-    kernels' times on the device, as the profiler has them.
+def take_turns(parties: Sequence[Party], *, rounds: int = 4, settle: float = 0.03, timed: float = 0.03) -> None:
+    """Calls each function over its input sets, the rivals taking turns.
 
-    What the host takes to call, and what passes between two kernels, is not in it: JAX leaves some ten microseconds
-    between two programs, PyTorch fewer. As in `jtile.tuning.timing`, a turn begins with `settle` seconds that are not
-    counted, for the sake of the chip's power limit, and every other round goes through the rivals backwards.
+    As in `jtile.tuning.timing`, a turn begins with `settle` seconds that are not counted, for the sake of the chip's
+    power limit, and every other round goes through the rivals backwards.
     """
     with ThreadPoolExecutor() as at_once:  # a profile's start and end take each process a while
         list(at_once.map(lambda party: party.start(), parties))
@@ -75,6 +71,14 @@ def kernel_seconds(
     for number in range(rounds):
         for party, name in order[:: -1 if number % 2 else 1]:
             party.turn(number, name, settle, timed)
+
+
+def finished(parties: Sequence[Party]) -> dict[str, Time]:
+    """The median time of one call: the sum of its kernels' times on the device, as the profiler has them.
+
+    What the host takes to call, and what passes between two kernels, is not in it: JAX leaves some ten microseconds
+    between two programs, PyTorch fewer.
+    """
     with ThreadPoolExecutor() as at_once:
         found = list(at_once.map(lambda party: party.finish(), parties))
     return {name: time for times in found for name, time in times.items()}

@@ -110,11 +110,12 @@ def by_shard_map(mode: str, graph, mesh: Mesh, specs) -> Callable:
         if mode == "fsdp_shard_map":  # whose transpose is the gradients' reduce-scatter
             params = jax.tree.map(gather, params, specs)
         model = nnx.merge(graph, params)
-        if mode == "tensor_shard_map":
-            model.embed = SplitEmbed(model.embed)
-            for block in model.blocks:
-                block.attention.out, block.mlp.down = Summed(block.attention.out), Summed(block.mlp.down)
-        losses = jtile.softmax_cross_entropy(
+        if mode != "tensor_shard_map":
+            return jax.lax.pmean(llama.loss(model, tokens), "data")
+        model.embed = SplitEmbed(model.embed)
+        for block in model.blocks:
+            block.attention.out, block.mlp.down = Summed(block.attention.out), Summed(block.mlp.down)
+        losses = jtile.softmax_cross_entropy(  # of the vocabulary that each device has
             model(tokens[:, :-1]), tokens[:, 1:], axis_name="model", implementation=model.config.implementation
         )
         return jax.lax.pmean(losses.mean(), "data")
@@ -153,18 +154,26 @@ class SplitEmbed(nnx.Module):
 
 @dataclasses.dataclass
 class Training:
-    """Parameters and optimizer's state on their devices, and the compiled step that replaces them."""
+    """Parameters and optimizer's state on their devices, and the step that replaces them, both jitted."""
 
-    state: Any
+    init: Callable[[], Any]
     step: Callable
     put: Callable[[np.ndarray], Any]  # tokens on their devices
+    state: Any = None
 
     @classmethod
     def start(cls, mode: str, config: llama.Config, options: argparse.Namespace, devices: list[jax.Device]):
+        training = cls.plan(mode, config, options, devices)
+        training.state = training.init()
+        return training
+
+    @classmethod
+    def plan(cls, mode: str, config: llama.Config, options: argparse.Namespace, devices: list[jax.Device]):
+        """All but the state, which nothing has made yet."""
         optimizer = first_example.make_optimizer(options)
         graph, _ = nnx.split(nnx.eval_shape(lambda: llama.Llama(config, rngs=nnx.Rngs(0))), nnx.Param)
 
-        def init():
+        def fresh():
             _, params = nnx.split(llama.Llama(config, rngs=nnx.Rngs(options.seed)), nnx.Param)
             return params, optimizer.init(params)
 
@@ -178,9 +187,9 @@ class Training:
             return (optax.apply_updates(params, updates), optimizer_state), value
 
         mesh = make_mesh(mode, config, devices[:1] if mode == "one" else devices)
-        specs = jax.tree.map_with_path(functools.partial(spec, mode, mesh), jax.eval_shape(init))
+        specs = jax.tree.map_with_path(functools.partial(spec, mode, mesh), jax.eval_shape(fresh))
         placed = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
-        state = jax.jit(init, out_shardings=placed)()
+        init = jax.jit(fresh, out_shardings=placed)
 
         if mode == "pmap":
 
@@ -196,7 +205,7 @@ class Training:
                 devices=devices,
             )
             mine = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
-            return cls(state, step, lambda tokens: tokens.reshape(len(devices), -1, tokens.shape[1])[mine])
+            return cls(init, step, lambda tokens: tokens.reshape(len(devices), -1, tokens.shape[1])[mine])
 
         by_hand = mode.endswith("shard_map")
         gradients_of = (
@@ -213,7 +222,7 @@ class Training:
             split = NamedSharding(mesh, P("data"))
             return jax.make_array_from_callback(tokens.shape, split, lambda part: tokens[part])
 
-        return cls(state, step, put)
+        return cls(init, step, put)
 
     def train(self, tokens: np.ndarray) -> jax.Array:
         self.state, loss = self.step(self.state, self.put(tokens))

@@ -342,9 +342,9 @@ def loss(
     if segment_ids is not None:
         ids, segment_ids = segment_ids, segment_ids[:, :-1]
         labels = jnp.where((ids[:, 1:] == segment_ids) & (segment_ids != 0), labels, IGNORED)
-    counted, config = labels != IGNORED, model.config
+    counted, config = (labels != IGNORED).astype(jnp.float32), model.config
     options: Any = dict(ignore_index=IGNORED, implementation=config.op_implementation)
-    count = jnp.maximum(1, jnp.sum(counted))
+    count = jnp.maximum(1.0, jnp.sum(counted))
     if config.linear_loss:
         hidden, _ = model.hidden(tokens[:, :-1], jnp.arange(labels.shape[1]), segment_ids=segment_ids)
         # With the weights of tokens known, gradients are formed together with the loss.

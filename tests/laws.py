@@ -38,6 +38,16 @@ def qk_norm_rope(q, scale, positions, **options):
     return jtile.qk_norm_rope(q, q, scale, scale, positions, **options)
 
 
+def flex_attention(query, slopes, **options):
+    """ALiBi and a causal mask, of keys and values that are the queries."""
+
+    def alibi(score, batch, head, query, key):
+        return score + slopes[head].astype(score.dtype) * (key - query).astype(score.dtype) / 8
+
+    mods = dict(score_mod=alibi, mask_mod=lambda batch, head, query, key: key <= query)
+    return jtile.flex_attention(query, query, query, **mods, **options)
+
+
 def norm(signature: str, d: int, **more) -> Case:
     return Case(signature, ROWS | {"d": d}, split="b s", typical=TYPICAL_ROWS | {"d": 4096}, **more)
 
@@ -218,6 +228,16 @@ CASES = {
             axis_names={"s": "axis_name"},
             fixed="d e",
             typical={"b": 2, "s": 1024, "t": 1024, "k": 8, "g": 4, "d": 64, "e": 64},
+        ),
+    ),
+    "flex_attention": (
+        flex_attention,
+        Case(
+            "query: b s h d, slopes: n -> out: b s h d",
+            {"b": 4, "s": 40, "h": 2, "n": 2, "d": 16},
+            split="b",
+            fixed="d",
+            typical={"b": 2, "s": 1024, "h": 16, "n": 16, "d": 64},
         ),
     ),
 }

@@ -1,5 +1,6 @@
 """The README's Python runs as it stands, block after block."""
 
+import inspect
 import pathlib
 import re
 import shlex
@@ -7,8 +8,10 @@ import shlex
 import jax
 import pytest
 
+import jtile
 from jtile.__main__ import main
 from jtile.tuning import search
+from tests.laws import CASES
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
@@ -44,6 +47,12 @@ def test_readme_commands_tune_what_is_there(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", re.findall(r"`jtile\.(\w+)", README.read_text()))
 def test_readme_names_exist(name):
-    import jtile
-
     assert hasattr(jtile, name)
+
+
+def test_the_table_of_ops_is_whole_and_has_their_arguments():
+    rows = dict(re.findall(r"^\| `jtile\.(\w+)\((.*?)\)`", README.read_text(), re.MULTILINE))
+    for name, arguments in rows.items():
+        listed = set(re.findall(r"\w+", arguments))
+        assert listed <= set(inspect.signature(getattr(jtile, name)).parameters), name
+    assert {op.__name__ for op, _ in CASES.values()} <= {*rows, "log_softmax"}  # which stands beside `softmax`

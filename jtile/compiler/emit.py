@@ -201,9 +201,9 @@ class Emitter:
         """Gives the expression `text` a name."""
         if math.prod(tile(shape)) > MOST_ELEMENTS:
             raise TileTooLarge(
-                f"Kernel {self.kernel.name}, at {self._where}: a tile of {' × '.join(map(str, tile(shape)))} elements "
-                f"is {math.prod(tile(shape)):,}; Triton takes at most {MOST_ELEMENTS:,}. Shrink the kernel's blocks, "
-                "or go through them in a loop."
+                f"Kernel {self.kernel.name}, at {self._where}: a tile of shape {tuple(tile(shape))} has "
+                f"{math.prod(tile(shape)):,} elements; Triton takes at most {MOST_ELEMENTS:,}. Shrink the kernel's "
+                "blocks, or go through them in a loop."
             )
         name = self.name(hint)
         self.line(f"{name} = {text}")

@@ -11,11 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import source_info_util
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
 from jtile import borrowed
+
+source_info_util.register_exclusion(__file__)  # a kernel's source and errors name the kernel's line, not this file's
 
 # Loads, stores and products
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.custom_derivatives import SymbolicZero
 from jax.extend import linear_util, source_info_util
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 
@@ -55,7 +56,8 @@ def map_equations(fn: Callable, replace: Replace) -> Callable:
 
 
 def _is_array(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")
+    """Not the zeros that rules of derivatives get by `symbolic_zeros=True`: they ask for the type."""
+    return hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, SymbolicZero)
 
 
 def _with_arrays(leaves: Sequence, arrays: Iterable) -> list:

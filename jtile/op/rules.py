@@ -89,9 +89,11 @@ def with_absent(shapes: Sequence, present: Iterable) -> tuple:
 
 @contextlib.contextmanager
 def named(op: TileOp, shapes: Sequence, call: Call):
-    """What goes wrong inside tells which op it befell, and what the op was given."""
+    """A context for an op's functions: what goes wrong in them tells which op it befell, and what it was given; and
+    types and ranks are promoted as they expect, whatever rules the user has JAX follow."""
     try:
-        yield
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            yield
     except Exception as error:
         terms = call.given(op.signature.operands)
         given = (f"`{t.name}` {s.dtype}{list(s.shape)}" for t, s in zip(terms, shapes, strict=True))
@@ -192,7 +194,7 @@ def _saved_results(op: TileOp, shapes: tuple, call: Call) -> tuple[bool, ...]:
         return (False,) * len(op.signature.results)
     results = _result_shapes(op, shapes, call, jax.config.jax_enable_x64)
     cotangents = [None if t.saved else _floating(r) for r, t in zip(results, op.signature.results, strict=True)]
-    with borrowed.no_mesh():
+    with borrowed.no_mesh(), named(op, shapes, call):
         rule = functools.partial(op.transpose_function, **call.options)
         jaxpr = jax.make_jaxpr(lambda r, o, c: rule(tuple(o), r, tuple(c)))(
             results, call.expand(shapes), cotangents
@@ -284,10 +286,6 @@ def transpose(op: TileOp, cotangents: Sequence, *values, call: Call) -> Sequence
             pulled = op.pullback(*operands, *outgoing, **call.options)
         return tuple(None if t is None else p for t, p in zip(tangents, pulled, strict=True))
 
-    with sharding.on_parts(call):
-        mapped = vmap_groups(pull, [*masks[: n + m], *[everyone] * m], call.group_count)
-        pulled = mapped(*full[: n + m], *cotangent)
-
     def finish(value, tangent, mask):
         if value is None:
             return None
@@ -296,5 +294,7 @@ def transpose(op: TileOp, cotangents: Sequence, *values, call: Call) -> Sequence
         value = jnp.sum(value, axis=spare, dtype=wide) if spare else value
         return sharding.match(value.astype(tangent.aval.dtype), tangent.aval)
 
-    places = [None] * (n + m) + list(map(finish, pulled, tangents, masks[n + m :]))
-    return call.given(places)
+    with named(op.linear, ungrouped(avals, call), call), sharding.on_parts(call):
+        mapped = vmap_groups(pull, [*masks[: n + m], *[everyone] * m], call.group_count)
+        pulled = map(finish, mapped(*full[: n + m], *cotangent), tangents, masks[n + m :])
+        return call.given([None] * (n + m) + list(pulled))

@@ -503,7 +503,7 @@ def linear_cross_entropy(
     labels = labels.astype(jnp.int32)
     if token_weights is None:
         return _losses(options, implementation, x, weight, labels, bias)
-    token_weights = jnp.asarray(token_weights, jnp.promote_types(x.dtype, jnp.float32))
+    token_weights = jnp.asarray(token_weights, jnp.float64 if x.dtype.itemsize == 8 else jnp.float32)
     if token_weights.shape != labels.shape:
         raise ValueError(
             f"linear_cross_entropy: `token_weights` must have the shape of `labels`, {labels.shape}, got "

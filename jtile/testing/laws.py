@@ -137,6 +137,19 @@ def x64(trial: Trial) -> None:
 
 
 @law
+def strict_promotion(trial: Trial) -> None:
+    """JAX's strict modes, which promote neither dtypes nor ranks by themselves, refuse nothing."""
+    trial = trial.variant(dtype="bfloat16")
+
+    def results():
+        return jax.jit(value_and_pullback(trial.kernel)).lower(trial.operands(), trial.cotangents()).out_info
+
+    usual = results()
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        assert results() == usual, f"under strict promotion results are {results()} instead of {usual}"
+
+
+@law
 def shapes(trial: Trial) -> None:
     """Sizes of 1, odd sizes, and nothing at all."""
     case = trial.case

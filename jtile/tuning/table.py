@@ -196,14 +196,19 @@ class Tuning:
             raise ValueError(f"{where} is no file of tiles, as Tuning.save writes them: {what}") from error
 
     def find(self, problem: Problem, target: Target) -> list[Entry]:
-        """What is known that may serve a call, best first."""
+        """What is known that may serve a call, best first.
+
+        Where nothing was better than the heuristic, that tells nothing of other sizes, for which it may choose another.
+        """
 
         def rank(entry: Entry) -> tuple:
             elsewhere = entry.chip != target.model
             return elsewhere, entry.problem.bucket != problem.bucket, entry.problem.distance(problem), entry.chip
 
         family = [e for e in self._by_kind.get(problem.kind, ()) if e.compute_capability == target.compute_capability]
-        return sorted((e for e in family if e.problem.distance(problem) <= FARTHEST), key=rank)
+        near = (e for e in family if e.problem.distance(problem) <= FARTHEST)
+        telling = (e for e in near if e.problem.bucket == problem.bucket or e.seconds < e.untuned_seconds)
+        return sorted(telling, key=rank)
 
     @functools.cached_property
     def _by_kind(self) -> dict[tuple, list[Entry]]:

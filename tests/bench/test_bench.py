@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jtile
 from bench import __main__ as command
-from bench import cases, measure, report, results, rivals, targets, timing, trace
+from bench import cases, lock, measure, report, results, rivals, targets, timing, trace, workers
 from bench.apart import Apart
 from bench.cases import BACKWARD, BOTH, CASES, FORWARD
 
@@ -67,6 +71,15 @@ def test_attention_is_judged_by_a_reference_that_holds_one_head_at_a_time(featur
         causal = features.get("is_causal", True)
         theirs = jax.nn.dot_product_attention(q, k, v, is_causal=causal, local_window_size=window)
         assert jnp.allclose(reference, theirs, atol=1e-5)
+
+
+def test_linear_losses_are_judged_by_a_reference_that_holds_some_logits_at_a_time():
+    x, weight = jax.random.normal(jax.random.key(0), (2048, 8)), jax.random.normal(jax.random.key(1), (8, 50))
+    labels = jnp.arange(2048) % 50
+    reference, mean = (rivals.entry(rivals.REFERENCE, f"linear_cross_entropy{end}").make() for end in ("", "_mean"))
+    expected = jtile.linear_cross_entropy(x, weight, labels, implementation="xla")
+    assert jnp.allclose(reference(x=x, weight=weight, labels=labels), expected, atol=1e-5)
+    assert jnp.allclose(mean(x=x, weight=weight, labels=labels), expected.mean(), atol=1e-5)
 
 
 @pytest.mark.parametrize("features", ({"is_causal": False}, {}, {"window": 200}, {"prefix": 300}, {"packed": True}))
@@ -132,7 +145,63 @@ def test_a_second_run_is_kept_beside_the_first_and_the_last_of_each_case_counts(
 
 def test_no_case_is_begun_when_time_is_up(on_cpu, capsys):
     assert command.main(["run", "--rivals", "XLA", "--limit", "0"]) == 0
-    assert "time is up: 2 cases are left, from rms_norm 16×64 on" in capsys.readouterr().out
+    assert "time is up: 2 cases are left: rms_norm 16×64, softmax" in capsys.readouterr().out
+
+
+def test_a_case_of_two_tables_is_measured_once(on_cpu, monkeypatch):
+    swept = dataclasses.replace(SMALL, table="widths", at=64)
+    monkeypatch.setattr(cases, "CASES", [swept, SMALL])
+    out = on_cpu / "out.json"
+    chosen = ["--tables", "core", "widths", "--rivals", "XLA", "--passes", "forward"]
+    assert command.main(["run", *chosen, "--quick", "--output", str(out)]) == 0
+    rows = [row for row in results.read(out)["rows"] if row["rival"] == "XLA"]
+    assert [(row["table"], row["at"]) for row in rows] == [("core", 0), ("widths", 64)]
+    assert rows[0]["seconds"] == rows[1]["seconds"]
+
+
+def test_parts_measured_by_several_processes_are_one_run(on_cpu, monkeypatch):
+    out = on_cpu / "out.json"
+    common = ["run", "--limit", "99", "--rivals", "XLA", "--passes", "forward", "--quick", "--output", str(out)]
+    for more in (["--part", "1/2", "--processes", "2"], ["--part", "2/2"]):
+        monkeypatch.setattr("sys.argv", ["bench", *common, *more[:2]])
+        assert command.main([*common, *more]) == 0
+    found = results.read(out)
+    assert [run["command"] for run in found["runs"]] == ["python -m bench run --rivals XLA --passes forward --quick"]
+    assert {row["case"] for row in found["rows"]} == {case.name for case in cases.CASES}
+    assert all(row["right"] and row["run"] == 0 for row in found["rows"])
+    monkeypatch.setattr("sys.argv", ["bench", *common])
+    assert command.main([*common, "--filter", "rms_norm"]) == 0 and len(results.read(out)["runs"]) == 2
+
+
+def test_a_case_whose_process_ends_is_a_gap_and_the_others_go_on(monkeypatch):
+    monkeypatch.setattr(workers, "Worker", Mortal)
+    options = measure.Options(rivals=["XLA"], passes=[FORWARD], rounds=1, settle=0.0, timed=0.0)
+    jobs = [(case, options) for case in (SMALL, dataclasses.replace(SMALL, size="fatal"), SMALL)]
+    found = [rows for _, [rows] in workers.spread(jobs, ["XLA"], lambda: True, 1, ["0"])]
+    gaps = [row["gap"] for rows in found for row in rows if "gap" in row]
+    assert gaps == ["fails: the process of worker 0 ended with exit code 3 (measure)"]
+    assert sum(row["rival"] == "XLA" and "seconds" in row for rows in found for row in rows) == 2
+
+
+class Mortal(workers.Worker):
+    def measure(self, case, options):
+        if case.size == "fatal":
+            os._exit(3)
+        return super().measure(case, options)
+
+
+def test_one_at_a_time_is_inside(tmp_path):
+    with ThreadPoolExecutor() as threads:
+        inside = []
+
+        def enter(i):
+            with lock.alone(tmp_path):
+                inside.append(i)
+                time.sleep(0.01)
+                assert inside == [i]
+                inside.remove(i)
+
+        list(threads.map(enter, range(4)))
 
 
 def test_compiling_alone_measures_nothing(on_cpu, capsys):
@@ -165,18 +234,23 @@ def test_a_rival_that_fails_is_a_gap_with_its_reason(monkeypatch):
     assert entered(monkeypatch, "cuDNN", lack)["gap"] == "it has no norms"
 
 
+def timed(parties, rounds=1):
+    timing.take_turns(parties, rounds=rounds, settle=0.0, timed=0.0)
+    return timing.finished(parties)
+
+
 def test_a_rival_that_fails_while_it_is_timed_is_a_gap():
     calls = iter([jnp.ones(8)])  # the first call, and no more
     good, bad = timing.Work(jnp.negative, [(jnp.ones(8),)]), timing.Work(lambda x: next(calls), [(jnp.ones(8),)])
     turns = timing.Turns({"good": good, "bad": bad})
-    times = timing.kernel_seconds([turns], rounds=1, settle=0.0, timed=0.0)
+    times = timed([turns])
     assert times["good"].seconds > 0 and times["bad"].gap == "fails: StopIteration: "
 
 
 def test_operands_that_a_function_overwrites_are_made_anew():
     donated = jax.jit(jnp.negative, donate_argnums=0)
     work = timing.Work(donated, [(jnp.arange(8.0),)], measure._fresh, 32)
-    times = timing.kernel_seconds([timing.Turns({"f": work})], rounds=2, settle=0.0, timed=0.0)
+    times = timed([timing.Turns({"f": work})], rounds=2)
     assert times["f"].gap is None and work.inputs[0][0].sum() == 28
 
 
@@ -186,15 +260,15 @@ def test_another_process_is_asked_and_its_end_is_a_gap():
         for _ in range(2):  # the second time in a new process
             apart.forget()
             for name in ("no such rival", rivals.REFERENCE, "XLA"):
-                apart.ask(SMALL, name, FORWARD, 1)
+                apart.ask("prepare", name, SMALL, name, FORWARD)
             with pytest.raises(timing.Told, match="KeyError: 'no such rival'"):
                 apart.answer("no such rival")
-            assert apart.answer(rivals.REFERENCE).error == 0 and 0 < apart.answer("XLA").error < 1e-2
+            assert apart.answer(rivals.REFERENCE)["error"] == 0 and 0 < apart.answer("XLA")["error"] < 1e-2
             turns = apart.turns()
-            times = timing.kernel_seconds([turns], rounds=1, settle=0.0, timed=0.0)
+            times = timed([turns])
             assert set(times) == {"XLA", rivals.REFERENCE} and times["XLA"].seconds > 0
             apart.process.kill()
-            times = timing.kernel_seconds([turns], rounds=1, settle=0.0, timed=0.0)
+            times = timed([turns])
             assert times["XLA"].gap == "fails: the process of jax ended with exit code -9 (start)"
     finally:
         apart.close()

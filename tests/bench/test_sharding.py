@@ -54,3 +54,12 @@ def test_a_run_on_simulated_devices(monkeypatch, tmp_path):
     assert [(row["mode"], row["devices"]) for row in rows] == [("one", 1), ("fsdp", 8)]
     assert json.loads(file.read_text())["rows"] == rows and "compute" not in rows[0]  # there is no GPU
     assert all(list((tmp_path / "profile" / mode).rglob("*.xplane.pb")) for mode in ("one", "fsdp"))
+
+
+def test_compiling_ahead_trains_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(llama.SIZES, "tiny", SMALL)
+    options = ["--size", "tiny", "--modes", "fsdp", "pmap", "--batch-size", "1", "--sequence", "16", "--compile-only"]
+    monkeypatch.setattr(sharding, "step_seconds", pytest.fail)
+    assert sharding.main([*options, "--output", str(tmp_path / "rows.json")]) == []
+    assert capsys.readouterr().out.split("\n")[1:3] == [f"{mode:17} compiled" for mode in ("fsdp", "pmap")]
+    assert not list(tmp_path.iterdir())

@@ -23,6 +23,7 @@ from jtile.compiler.pallas import retarget_pallas
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.target import Target
 from jtile.debugger import debug
+from jtile.report import inspect
 from tests.compiler.kernels import CASES, sources
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -506,6 +507,30 @@ def test_tma_in_four_dimensions():
     assert descriptor.block_shape == (1, 1, 16, 64)
 
 
+def rows_doubled(shape):
+    """16 rows of one matrix of an array of any rank at a time; the others' indices are the grid's."""
+
+    def kernel(x_ref, y_ref):
+        y_ref[...] = 2 * x_ref[...]
+
+    *lead, rows, columns = shape
+    spec = pl.BlockSpec((*(None for _ in lead), 16, columns), lambda i, *at: (*at, i, 0))
+    grid = (pl.cdiv(rows, 16), *lead)
+    params = CompilerParams(tma=True)
+    return call(kernel, shape, grid=grid, in_specs=[spec], out_specs=spec, compiler_params=params)
+
+
+RANKS = (40, 64), (3, 40, 64), (2, 3, 40, 64), (2, 2, 3, 40, 64), (2, 1, 2, 3, 40, 64)  # the last less an axis of 1
+
+
+@pytest.mark.parametrize("shape", RANKS, ids=len)
+def test_tma_in_any_number_of_dimensions(shape):
+    x = np.random.default_rng(0).standard_normal(shape, np.float32)
+    np.testing.assert_array_equal(debug(rows_doubled(shape))(x), 2 * x)
+    [kernel] = inspect(rows_doubled(shape), x)
+    assert {i[: i.index("d.") + 1] for i in kernel.instructions} == {f"cp.async.bulk.tensor.{min(len(shape), 5)}d"}
+
+
 def test_tma_for_specialised_warps_is_made_by_the_program():
     def kernel(x_ref, w_ref, y_ref):
         def body(i, acc):
@@ -644,8 +669,8 @@ def test_tiles_of_more_elements_than_triton_takes():
     line = kernel.__code__.co_firstlineno + 1
     with pytest.raises(
         TileTooLarge,
-        match=rf"Kernel kernel, at .*test_emit.py:{line}\b.*: a tile of 2048 × 1024 elements is 2,097,152; "
-        "Triton takes at most 1,048,576. Shrink the kernel's blocks",
+        match=rf"Kernel kernel, at .*test_emit.py:{line}\b.*: a tile of shape \(2048, 1024\) has 2,097,152 "
+        "elements; Triton takes at most 1,048,576. Shrink the kernel's blocks",
     ):
         sources(pl.pallas_call(kernel, out_shape=x), x)
 

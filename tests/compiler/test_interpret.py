@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
@@ -131,6 +132,21 @@ def test_custom_derivatives_are_rewritten_too():
     ):
         np.testing.assert_array_equal(f(jnp.asarray(X)), gradient)
     primal, tangent = jax.jvp(interpret_pallas(with_jvp), (X,), (X,))
+    np.testing.assert_array_equal(primal, tangent)
+
+
+def test_rules_of_derivatives_get_their_symbolic_zeros():
+    @jax.custom_jvp
+    def scaled(x, scale):
+        return blocked(x) * scale
+
+    def jvp(primals, tangents):
+        (x, scale), (x_dot, scale_dot) = primals, tangents
+        assert isinstance(scale_dot, SymbolicZero) and scale_dot.shape == ()
+        return scaled(x, scale), blocked(x_dot) * scale
+
+    scaled.defjvp(jvp, symbolic_zeros=True)
+    primal, tangent = jax.jvp(interpret_pallas(lambda x: scaled(x, 3.0)), (X,), (X,))
     np.testing.assert_array_equal(primal, tangent)
 
 

@@ -21,7 +21,7 @@ from jtile.compiler.params import CompilerParams
 from jtile.compiler.target import Target
 from jtile.compiler.triton_call import triton_call
 from jtile.report import inspect
-from tests.compiler import test_pallas, test_triton_call
+from tests.compiler import test_emit, test_pallas, test_triton_call
 from tests.compiler.kernels import CASES
 
 pytestmark = pytest.mark.gpu
@@ -308,6 +308,13 @@ def test_blocks_of_heads(params, head_dim):
     x = random(3, 200, 5, head_dim, dtype=jnp.bfloat16)
     for _ in range(2):
         np.testing.assert_array_equal(jax.jit(functools.partial(rows_of_heads, **params))(x), 2 * x)
+
+
+@hopper
+@pytest.mark.parametrize("shape", test_emit.RANKS, ids=len)
+def test_tma_in_any_number_of_dimensions(shape):
+    x = random(*shape)
+    np.testing.assert_array_equal(jax.jit(test_emit.rows_doubled(shape))(x), 2 * x)
 
 
 def scores_times_values(q, k, v, mask, **params):

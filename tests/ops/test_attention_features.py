@@ -102,8 +102,8 @@ def run(function, options, inputs):
     return both(inputs, arrays)
 
 
-def operands(dtype="float32", queries=QUERIES, keys=KEYS):
-    shapes = dict(query=(queries, HEADS, DIM), key=(keys, KEY_HEADS, DIM), value=(keys, KEY_HEADS, DIM))
+def operands(dtype="float32", queries=QUERIES, keys=KEYS, dim=DIM):
+    shapes = dict(query=(queries, HEADS, dim), key=(keys, KEY_HEADS, dim), value=(keys, KEY_HEADS, dim))
     return {name: normal(i, BATCH, *shape).astype(dtype) for i, (name, shape) in enumerate(shapes.items())}
 
 
@@ -125,8 +125,9 @@ def assert_same(actual, expected, tolerance):
         np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * size, err_msg=name)
 
 
-def check(names, implementation, dtype="float32"):
-    options, inputs = together(names), operands(dtype)
+def check(names, implementation, dtype="float32", **sizes):
+    known = features(sizes.get("queries", QUERIES), sizes.get("keys", KEYS))
+    options, inputs = together(names, known), operands(dtype, **sizes)
     call = functools.partial(dot_product_attention, return_lse=True, implementation=implementation)
     wide = {n: x.astype(jnp.float32) for n, x in inputs.items()}
     assert_same(run(call, options, inputs), run(oracle, options, wide), TOLERANCE[dtype])
@@ -166,6 +167,13 @@ def test_the_reference_of_features_together(names):
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
 def test_pairs_on_gpu(names, dtype):
     check(names, "triton", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("names", [*PAIRS, ("offset", "window", "lengths", "segments", "cap", "sinks")], ids="-".join)
+def test_pairs_in_several_blocks_on_gpu(names):
+    """On Hopper most of them by its own schedule."""
+    check(names, "triton", "bfloat16", queries=300, keys=330, dim=64)
 
 
 @pytest.mark.parametrize("implementation", ["interpret", ON_GPU])

@@ -131,6 +131,12 @@ def test_an_untuned_tile_that_is_wrong_is_an_error(calls, measured, monkeypatch)
         list(search.search([calls[0]._replace(op=wrong)]))
 
 
+def test_a_float32_result_of_bfloat16_operands_may_differ_by_their_rounding():
+    got, expected = [jnp.full(8, 1.004)], [jnp.ones(8)]
+    assert search._difference(got, expected, narrowest=2) is None
+    assert "differs by 4.0e-03 of its norm, and 1e-03 is allowed" in search._difference(got, expected, narrowest=4)
+
+
 def test_the_best_of_several_kernels_are_put_together():
     slow, fast = Tile(8, 4), Tile(2, 4)
     untuned = Tiles(slow, slow)

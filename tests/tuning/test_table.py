@@ -92,6 +92,12 @@ def test_sizes_up_to_the_next_power_of_two_share_a_tile_and_others_take_the_near
         assert choice(64, 128 << 7).source == "heuristic"  # too far to tell
 
 
+def test_where_the_heuristic_was_best_it_serves_other_sizes_too():
+    with Tuning([entry(Tile(4, 8), 64, 128, seconds=2e-6)]):
+        assert choice(64, 128) == (Tile(4, 8), "tuned")
+        assert choice(100, 128).source == "heuristic"
+
+
 def test_another_chip_serves_if_it_is_of_the_family_and_nothing_nearer_is_known():
     with Tuning([entry(Tile(4, 8), 64, 128)]):
         assert choice(64, 128, target=H100) == (Tile(4, 8), "tuned on NVIDIA H200")

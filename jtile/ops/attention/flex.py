@@ -122,7 +122,7 @@ def create_block_mask(
         """The kinds of a row of blocks."""
         places = (numbers(batch or 1), "b"), (numbers(heads or 1), "h")
         rows, columns = i * sides[0] + numbers(sides[0]), numbers(count[1] * sides[1])
-        inside = (rows < queries)[:, None] & (columns < keys)
+        inside = (rows < queries)[None, None, :, None] & (columns < keys)[None, None, None]
         seen = over("bhqk", lambda *place: mod(place, read), *places, (rows, "q"), (columns, "k")) & inside
         seen = seen.reshape(*seen.shape[:2], sides[0], count[1], sides[1])
         return jnp.any(seen, axis=(2, 4)).astype(jnp.int8) + jnp.all(seen, axis=(2, 4)).astype(jnp.int8)

@@ -153,7 +153,13 @@ def backward(query, key, value, *rest, target, variant: Variant) -> Iterator[Bac
 
 def operand_gradient(query, key, value, *rest, target, variant: Variant, operand: str) -> Iterator[Tile]:
     problem = Problem(query, value, rest[: len(variant.operands)], variant, target)
-    yield problem.of(DKEY_DVALUE, "dkey_dvalue")
+    table = DKEY_DVALUE
+    if any(o.name == operand and o.rank is not None for o in variant.operands):  # a loop over elements needs registers
+        table = (SMALL_DKEY_DVALUE if before_hopper(target) else table) | {
+            (4, 64): Tile(16, 16, 8, 2),
+            (4, 128): Tile(16, 16, 8, 2),
+        }
+    yield problem.of(table, "dkey_dvalue")
     yield from problem.others("dkey_dvalue", *DKEY_DVALUE_BLOCKS)
 
 
