@@ -23,11 +23,7 @@ from jtile.context import setting
 CUSTOM_CALL = "triton_kernel_call_ffi"  # jaxlib's, which the CUDA plugin registers
 
 # `jax.export` refuses custom calls whose format jaxlib does not promise to keep: pass this as `disabled_checks`.
-# cuDNN's are what attention calls where tuning found that faster.
-EXPORT_CHECKS = tuple(
-    jax.export.DisabledSafetyCheck.custom_call(name)
-    for name in (CUSTOM_CALL, "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
-)
+EXPORT_CHECKS = (jax.export.DisabledSafetyCheck.custom_call(CUSTOM_CALL),)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -197,7 +197,7 @@ def _warpgroup_mma(a, b, acc, use_acc=True, is_async=False):
 def _warpgroup_mma_wait(outstanding=0, deps=()):
     while len(local.products) > outstanding:
         for shared, before in local.products.pop(0).operands:
-            np.testing.assert_array_equal(shared.array, before, "shared memory changed under a product")
+            assert shared.array.tobytes() == before.tobytes(), "shared memory changed under a product"
     for dep in deps:
         assert all(dep is not p for p in local.products), "the product is not waited for"
     results = [_value(dep) for dep in deps]
@@ -222,7 +222,7 @@ def _async_store(descriptor, place, block, add=False):
 def _store_wait(pending, read_only=True):
     while len(local.stores) > pending:
         shared, before = local.stores.pop(0)
-        np.testing.assert_array_equal(shared.array, before, "shared memory changed under a copy to memory")
+        assert shared.array.tobytes() == before.tobytes(), "shared memory changed under a copy to memory"
 
 
 class _NamedBarriers(dict):
@@ -242,13 +242,21 @@ class _NamedBarriers(dict):
             machine.wait_until(lambda: state[0] != generation, f"barrier {number}")
 
 
-def _inline_asm(text, constraints="", args=(), **_):
+def _inline_asm(text, constraints="", args=(), *_):
     if "mbarrier.try_wait" in text:
         args[0].wait(args[1])
     elif "mbarrier.arrive" in text:
         args[0].update(arrivals=local.warps)
     elif found := re.match(r"barrier\.cta\.(sync|arrive) (\d+), (\d+);", text):
         local.named.meet(int(found[2]), int(found[3]), found[1] == "sync")
+    elif "atom.relaxed.gpu.global.add" in text:
+        [pointer] = args  # programs run one after the other
+        pointer.array[pointer.offset] += 1
+        return int(pointer.array[pointer.offset]) - 1
+    elif "st.shared" in text:
+        args[0].array[...] = args[1]
+    elif "ld.shared" in text:
+        return int(args[0].array[0])
     elif "ld.acquire" in text:
         pointer, turn = args
         local.machine.wait_until(lambda: pointer.array[pointer.offset] == turn, f"turn {turn} of {pointer.offset}")
@@ -326,7 +334,7 @@ def _allocate_mbarrier(number=None):
 
 
 def _allocate(dtype, shape, layout):
-    return Shared(np.full(tuple(shape), np.nan, dtype))
+    return Shared(np.full(tuple(shape), np.nan if np.issubdtype(dtype, np.inexact) else -1, dtype))
 
 
 def _decorator(function=None, **_):
@@ -345,6 +353,7 @@ def _number(function):
 gl = types.SimpleNamespace(
     constexpr=lambda x: x,
     shared_memory_descriptor=Shared,
+    tensor=None,
     float32=np.dtype(np.float32),
     int32=np.dtype(np.int32),
     bfloat16=np.dtype(ml_dtypes.bfloat16),

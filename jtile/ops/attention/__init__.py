@@ -9,7 +9,7 @@ order: no atomics, the same bits on every run.
 `dot_product.py` and `flex.py` are the public functions, `op.py` makes tile ops of them. `variant.py` says what varies,
 `visits.py` which blocks are visited, `mods.py` how users' functions get into kernels; `reference.py` is the meaning,
 `kernels.py` and `gradients.py` the method, `tiles.py` the sizes of blocks. On Hopper `hopper` does in its own schedule
-what it serves; `cudnn.py` calls cuDNN, where tuning has found that faster.
+what it serves.
 """
 
 from jtile.ops.attention.dot_product import dot_product_attention

@@ -145,9 +145,9 @@ def dot_product_attention(
             (`jax.lax.all_gather`), and lengths and positions count in the whole. Elsewhere arrays know how they are
             split.
         implementation: `None`, `"triton"`, `"xla"` or `"interpret"`, see `jtile.TileOp`. On a GPU `None` takes the
-            schedule for Hopper where that serves, else the portable one; or cuDNN, made deterministic, where
-            `jtile.autotune` or a shipped table has found it faster for a plain call, causal or full. Each pass is
-            chosen for itself, since any of them goes with any other. `jtile.explain` says which, and why.
+            schedule for Hopper where that serves, else the portable one, or what `jtile.autotune` or a shipped table
+            has found faster. Each pass is chosen for itself, since any of them goes with any other. `jtile.explain`
+            says which, and why.
 
     Returns:
         The output in the dtype of `query`, or with `return_lse` the pair of it and the float32 log-sum-exp (float64 for

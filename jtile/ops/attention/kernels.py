@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jtile.ops.attention import cudnn, hopper, visits
+from jtile.ops.attention import hopper, visits
 from jtile.ops.attention.hopper import features as on_hopper
 from jtile.ops.attention.reference import row_sums
 from jtile.ops.attention.tiles import DQUERY, FORWARD, SMALL_DKEY_DVALUE, BackwardTiles, Problem, Tile
@@ -535,27 +535,21 @@ def _sizes(tile: Tile, query, value) -> Sizes:
     return Sizes(query.shape[1], value.shape[1], tile.block_q, tile.block_k)
 
 
-# The schedule for Hopper, and cuDNN, let NaN in a key, value or query that is masked leak to those in its block. Where
-# results tell so, all is computed once more.
+# The schedule for Hopper lets NaN in a key, value or query that is masked leak to those in its block. Its kernels set a
+# number where there may be some, from 0 to the size of the batch, and all is computed once more, by as many programs.
 
 
-def forward(query, key, value, *arrays, tile: Tile | hopper.ForwardTile | cudnn.Cudnn, variant: Variant):
+def forward(query, key, value, *arrays, tile: Tile | hopper.ForwardTile, variant: Variant):
     if isinstance(tile, Tile):
         return _forward(query, key, value, arrays, tile, variant)
-    if isinstance(tile, cudnn.Cudnn):
-        out, lse = cudnn.forward(query, key, value, variant=variant)
-        told = out
-    else:
-        out, lse = on_hopper.forward(query, key, value, *arrays, tile=tile, variant=variant)
-        told = lse
-    if not variant.masks:
+    out, lse, *found = on_hopper.forward(query, key, value, *arrays, tile=tile, variant=variant)
+    if not found:
         return out, lse
-    onto = _Onto((out, lse), jnp.where(jnp.any(jnp.isnan(told)), query.shape[0], 0))
-    if variant.is_band or isinstance(tile, cudnn.Cudnn):  # all that cuDNN is called for are bands
+    if variant.is_band:
         again = _once_more(query, value, arrays, variant, FORWARD, "forward")
     else:
         again = Tile(64 * tile.groups, tile.block_k, 8, 1)
-    return _forward(query, key, value, arrays, again, variant, onto)
+    return _forward(query, key, value, arrays, again, variant, _Onto((out, lse), *found))
 
 
 def _once_more(query, value, arrays, variant: Variant, tiles: dict, kernel: str) -> Tile:
@@ -588,30 +582,24 @@ def _forward(query, key, value, arrays, tile: Tile, variant: Variant, onto: _Ont
     )
 
 
-def backward(query, key, value, *rest, tile: BackwardTiles | hopper.BackwardTile | cudnn.Cudnn, variant: Variant):
+def backward(query, key, value, *rest, tile: BackwardTiles | hopper.BackwardTile, variant: Variant):
     *arrays, out, lse, dout, dlse = rest
     delta = row_sums(out, dout, dlse)
     given = query, key, value, lse, delta, dout, arrays
     if isinstance(tile, BackwardTiles):
         return _dquery(*given, tile.dquery, variant), *_dkey_dvalue(*given, tile.dkey_dvalue, variant)
-    if isinstance(tile, cudnn.Cudnn):
-        found = cudnn.backward(query, key, value, out, lse, dout, variant=variant)
-    else:
-        results = dict(out=out, lse=lse, dout=dout, dlse=dlse)
-        found = on_hopper.backward(query, key, value, *arrays, **results, tile=tile, variant=variant)
-    if not variant.masks:
-        return found
-    dquery, dkey, dvalue = found
-    leaked = jnp.any(jnp.isnan(dquery)) | jnp.any(jnp.isnan(dkey))
-    batch = jnp.where(leaked, query.shape[0], 0)
-    if variant.is_band or isinstance(tile, cudnn.Cudnn):
+    results = dict(out=out, lse=lse, dout=dout, dlse=dlse)
+    dquery, dkey, dvalue, *found = on_hopper.backward(query, key, value, *arrays, **results, tile=tile, variant=variant)
+    if not found:
+        return dquery, dkey, dvalue
+    if variant.is_band:
         tables = (DQUERY, "dquery"), (SMALL_DKEY_DVALUE, "dkey_dvalue")
         again = BackwardTiles(*(_once_more(query, value, arrays, variant, *table) for table in tables))
     else:
         block_k = hopper.backward_block_k(query, value)
         again = BackwardTiles(Tile(128, block_k, 8, 1), Tile(tile.block_q, block_k, 8, 1))
-    dquery = _dquery(*given, again.dquery, variant, _Onto((dquery,), batch))
-    return dquery, *_dkey_dvalue(*given, again.dkey_dvalue, variant, _Onto((dkey, dvalue), batch))
+    dquery = _dquery(*given, again.dquery, variant, _Onto((dquery,), *found))
+    return dquery, *_dkey_dvalue(*given, again.dkey_dvalue, variant, _Onto((dkey, dvalue), *found))
 
 
 def _dquery(query, key, value, lse, delta, dout, arrays, tile: Tile, variant: Variant, onto: _Onto | None = None):

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 
 from jtile.compiler.params import CompilerParams
 from jtile.compiler.target import Target
-from jtile.ops.attention import cudnn, hopper
+from jtile.ops.attention import hopper
 from jtile.ops.attention.hopper import features as on_hopper
 from jtile.ops.attention.variant import Variant
 
@@ -118,7 +118,7 @@ DQUERY_BLOCKS = (32, 32), (64, 32), (64, 64), (128, 32), (128, 64)
 DKEY_DVALUE_BLOCKS = (16, 64), (32, 32), (32, 64), (64, 64), (64, 128)
 
 
-def forward(query, key, value, *arrays, target, variant: Variant) -> Iterator[Tile | hopper.ForwardTile | cudnn.Cudnn]:
+def forward(query, key, value, *arrays, target, variant: Variant) -> Iterator[Tile | hopper.ForwardTile]:
     if on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target) is None:
         yield from on_hopper.forward_tiles(query, key, value, variant=variant, target=target)
     problem = Problem(query, value, arrays, variant, target)
@@ -128,14 +128,10 @@ def forward(query, key, value, *arrays, target, variant: Variant) -> Iterator[Ti
     if before_hopper(target):  # whose shared memory holds no two of the larger one
         table = table | {(2, 256): Tile(64, 32, 4, 2)}
     yield problem.of(table, "forward")
-    if cudnn.obstacle(query, key, value, variant=variant, target=target) is None:
-        yield cudnn.Cudnn()
     yield from problem.others("forward", *FORWARD_BLOCKS)
 
 
-def backward(
-    query, key, value, *rest, target, variant: Variant
-) -> Iterator[BackwardTiles | hopper.BackwardTile | cudnn.Cudnn]:
+def backward(query, key, value, *rest, target, variant: Variant) -> Iterator[BackwardTiles | hopper.BackwardTile]:
     """One kernel's tile at a time differs from the untuned one; the tuner puts the best of both together."""
     arrays = rest[: len(variant.operands)]
     if on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target) is None:
@@ -151,9 +147,6 @@ def backward(
     dkey_dvalue = SMALL_DKEY_DVALUE if narrow or variant.masks_anywhere else DKEY_DVALUE
     untuned = BackwardTiles(problem.of(dquery, "dquery"), problem.of(dkey_dvalue, "dkey_dvalue"))
     yield untuned
-    # cuDNN does not know of a gradient of the log-sum-exp.
-    if rest[-1] is None and cudnn.obstacle(query, key, value, variant=variant, target=target) is None:
-        yield cudnn.Cudnn()
     yield from (untuned._replace(dquery=tile) for tile in problem.others("dquery", *DQUERY_BLOCKS))
     yield from (untuned._replace(dkey_dvalue=tile) for tile in problem.others("dkey_dvalue", *DKEY_DVALUE_BLOCKS))
 
@@ -172,13 +165,8 @@ def operand_gradient(query, key, value, *rest, target, variant: Variant, operand
 
 def notes(query, key, value, *rest, target, tile, variant: Variant) -> str:
     """What `jtile.explain` adds."""
-    if isinstance(tile, cudnn.Cudnn):
-        return "by cuDNN, which tuning found faster"
-    other = ""
-    if cudnn.obstacle(query, key, value, variant=variant, target=target) is None:
-        other = "; by cuDNN with the same bits on every run where tuning finds that faster"
     if isinstance(tile, hopper.ForwardTile | hopper.BackwardTile):
-        return f"on the schedule for Hopper{other}"
+        return "on the schedule for Hopper"
     arrays = rest[: len(variant.operands)]
     obstacle = on_hopper.obstacle(query, key, value, *arrays, variant=variant, target=target)
-    return f"on the portable schedule: {obstacle or 'tuning found it faster'}{other}"
+    return f"on the portable schedule: {obstacle or 'tuning found it faster'}"

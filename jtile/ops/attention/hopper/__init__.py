@@ -59,7 +59,8 @@ class BackwardTile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What a kernel is compiled for. `low` and `high` bound the keys that a query sees: see `band.py`."""
+    """What a kernel is compiled for. `low` and `high` bound the keys that a query sees: see `band.py`. `flags` tells
+    whether a number beside the results is to be set where NaN may have come to what does not see it."""
 
     batch: int
     queries: int
@@ -75,6 +76,7 @@ class _Call:
     block_k: int
     stages: int
     together: int
+    flags: bool
 
     @property
     def slope(self) -> float:
@@ -116,7 +118,6 @@ class Forward(_Call):
         ranges: where an array tells the blocks to visit, how many there are from one batch to the next.
         lists: where lists tell them.
         sinks: the number of the array of sinks.
-        tells_nan: whether the log-sum-exp is NaN where the output is.
     """
 
     loops: bool
@@ -125,7 +126,6 @@ class Forward(_Call):
     ranges: int | None = None
     lists: Lists | None = None
     sinks: int | None = None
-    tells_nan: bool = False
 
     @property
     def slope(self) -> float:
@@ -317,9 +317,11 @@ def forward(
     high: int | None,
     visits: Sequence = (),
     arrays: Sequence = (),
+    flags: bool = False,
     options: Mapping[str, Any] = MappingProxyType({}),
 ):
-    """The output, and the logarithm of the sum of exponentials of scores. `origin` is None or an int32 scalar."""
+    """The output, and the logarithm of the sum of exponentials of scores; and with `flags`, an int32: the size of the
+    batch, if something is not finite of the output, else 0. `origin` is None or an int32 scalar."""
     from jtile.ops.attention.hopper.forward_kernel import attention
 
     block_q = 64 * tile.groups
@@ -335,10 +337,12 @@ def forward(
         stages=tile.stages,
         together=tile.together,
         loops=programs < blocks,
+        flags=flags,
         **options,
     )
     out = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), query.dtype)
-    return triton_call(
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    *results, found, _ = triton_call(
         _descriptor(query, 64),
         _descriptor(key, call.block_k),
         _descriptor(value, call.block_k),
@@ -347,10 +351,12 @@ def forward(
         *_optional(arrays, ARRAYS),
         _descriptor(out, 64),
         kernel=attention,
-        out_shape=(out, jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)),
+        out_shape=(out, jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32), number, number),
+        zeroed_outputs=[n for n, is_used in ((2, flags), (3, call.loops)) if is_used],
         grid=programs,
         S=call,
     )
+    return *results, *[found] * flags
 
 
 def backward(
@@ -369,17 +375,16 @@ def backward(
     high: int | None,
     visits: Sequence = (),
     arrays: Sequence = (),
+    flags: bool = False,
     options: Mapping[str, Any] = MappingProxyType({}),
 ):
-    """The gradients of query, key and value."""
+    """The gradients of query, key and value; and with `flags`, an int32: the size of the batch, if something is not
+    finite of the keys or of their gradients, else 0. (Where these are finite, so is the gradient of query.)"""
     from triton.experimental.gluon import language as gl
 
-    width = _widest(query, value)
-    if width == 256:
-        from jtile.ops.attention.hopper.wide_backward_kernel import attention_backward
-    else:
-        from jtile.ops.attention.hopper.backward_kernel import attention_backward
+    from jtile.ops.attention.hopper.backward_kernel import attention_backward
 
+    width = _widest(query, value)
     call = Backward(
         **_sizes(query, key, value) | dict(key_width=width, value_width=width),
         low=low,
@@ -389,6 +394,7 @@ def backward(
         block_k=backward_block_k(query, value),
         stages=tile.stages,
         together=tile.together,
+        flags=flags,
         **options,
     )
     batch, queries, heads, _ = query.shape
@@ -405,8 +411,8 @@ def backward(
     strides = (batch * heads * padded, heads * padded, padded, 1)
     sums = jax.ShapeDtypeStruct(query.shape, jnp.float32)
     like_key_and_value = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)]
-    turns = jax.ShapeDtypeStruct((batch * heads * call.query_blocks * call.turns,), jnp.int32)
-    dquery, dkey, dvalue, _ = triton_call(
+    turns = jax.ShapeDtypeStruct((batch * heads * call.query_blocks * call.turns + 1,), jnp.int32)
+    dquery, dkey, dvalue, turns = triton_call(
         _descriptor(query, call.block_q, width),
         _descriptor(key, 64, width),
         _descriptor(value, 64, width),
@@ -429,4 +435,4 @@ def backward(
         dquery = jnp.where((position + high >= 0)[:, None, None], dquery, 0)
     if low is not None:
         dquery = jnp.where((position + low < call.keys)[:, None, None], dquery, 0)
-    return (scale * dquery).astype(query.dtype), dkey, dvalue
+    return (scale * dquery).astype(query.dtype), dkey, dvalue, *[turns[-1]] * flags

@@ -24,14 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from jtile.ops.attention.hopper.band import banded_by_keys, query_block, turn, visiting
-from jtile.ops.attention.hopper.pipeline import arrive, barriers, matrix, ring, room, wait
-
-
-@gluon.jit
-def meet():
-    """Both groups come together, at a barrier of the hardware that Triton does not use."""
-    gl.inline_asm("barrier.cta.sync 8, 256;")
+from jtile.ops.attention.hopper.band import banded_by_keys, place, query_block, step_back, turn, visiting
+from jtile.ops.attention.hopper.pipeline import barriers, flag, hand_on, matrix, meet, ring, room
+from jtile.ops.attention.hopper.wide_backward_kernel import compute as wide_compute
 
 
 @gluon.jit
@@ -52,18 +47,6 @@ def _set_turn(turns, turn):
         "l,r",
         [turns, turn],
     )
-
-
-@gluon.jit
-def place(S: gl.constexpr):
-    """The block of keys, the batch and the head of a program. So many heads are worked on together as have room in the
-    cache; of these the first blocks go first."""
-    number = gl.program_id(0)
-    before = number // (S.together * S.key_blocks) * S.together
-    together = gl.minimum(S.together, S.batch * S.key_heads - before)
-    number -= before * S.key_blocks
-    head = before + number % together
-    return number // together, head // S.key_heads, head % S.key_heads
 
 
 @gluon.jit
@@ -88,16 +71,6 @@ def _load(
             tma.async_load(stat_desc, [0, b, h, row], q.barrier(step), stat_shared.index(step % S.stages))
             do.load(step, do_desc, [b, h, row, 0])
             step += 1
-
-
-@gluon.jit
-def hand_on(part, n, dq):
-    """A part of dquery, transposed, to the warp that adds it. Consecutive threads have consecutive columns of it, which
-    shared memory takes without conflicts."""
-    wait(dq.empty.index(n % dq.slots), n // dq.slots % 2 ^ 1)
-    dq.block(n).permute((1, 0)).store(part)
-    fence_async_shared()
-    arrive(dq.barrier(n))
 
 
 @gluon.jit
@@ -159,22 +132,29 @@ def _step(
         gl.float32, [2, S.block_q], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     zeros = gl.zeros([64, S.block_q], gl.float32, s_layout)
+    row = i * S.block_q + queries
+    columns = None
+    if S.functions is not None:
+        if S.functions.reads and S.functions.modifies:
+            columns = S.functions.columns(h, row, row + origin, rows, arrays)
     q_ring.wait(step)
     s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
     do_ring.wait(step)
     dp = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
-    row = i * S.block_q + queries
     factor = 1.0
     if S.functions is not None:
         if S.functions.modifies:
-            s, factor = S.functions.score(s, h, row, row + origin, rows, arrays)
+            s, factor = S.functions.score(s, h, row, row + origin, rows, columns, arrays)
     x = s * S.slope - stat.index(0).load(gl.SliceLayout(0, s_layout))[None, :]
     if S.masked:
         if masked:
             if S.functions is not None:
                 if S.functions.masks:
-                    x = gl.where(S.functions.visible(h, row, row + origin, rows, arrays), x, -float("inf"))
+                    known = columns
+                    if S.functions.reads and not S.functions.modifies:  # sooner they would take registers for longer
+                        known = S.functions.columns(h, row, row + origin, rows, arrays)
+                    x = gl.where(S.functions.visible(h, row, row + origin, rows, known, arrays), x, -float("inf"))
             x = banded_by_keys(x, (row + origin)[None, :], cols[:, None], S)
     p = gl.exp2(x)
     p_left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, dv.type.layout, 2))
@@ -212,7 +192,7 @@ def _step(
 
 @gluon.jit
 def _compute(
-    dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, arrays, group: gl.constexpr,
+    dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, found, origin, visits, arrays, group: gl.constexpr,
     S: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = v_shared.dtype
@@ -235,8 +215,7 @@ def _compute(
     at = stop
     h = kh * S.group
     for step in range(S.group * (stop - start)):
-        h += gl.where(at == start, 1, 0)
-        at = gl.where(at == start, stop, at) - 1
+        at, h = step_back(at, h, start, stop)
         i, masked = query_block(at, whole_start, whole_stop, blocks, S)
         # fmt: off
         dk, dv = _step(
@@ -244,6 +223,9 @@ def _compute(
             masked, group, S,
         )
         # fmt: on
+    if S.flags:
+        own_keys = k.load(dk_layout).to(gl.float32)
+        flag(found, gl.sum(own_keys * 0.0 + dk * 0.0 + dv * 0.0, 1), S)
     meet()  # the other group reads this group's keys, which make room for dkey
     k.store((dk * S.scale).to(dtype))
     v.store(dv.to(dtype))
@@ -255,15 +237,15 @@ def _compute(
 
 @gluon.jit
 def _group(
-    compute: gl.constexpr, dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, arrays,
+    compute: gl.constexpr, dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, found, origin, visits, arrays,
     group: gl.constexpr, S: gl.constexpr,
 ):  # fmt: skip
     """Partitions of warps do not take functions that are constants; functions do."""
-    compute(dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, arrays, group, S)
+    compute(dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, found, origin, visits, arrays, group, S)
 
 
 @gluon.jit
-def launch(
+def _launch(
     compute: gl.constexpr, own, do_stages: gl.constexpr, dq_slots: gl.constexpr, q_desc, k_desc, v_desc, do_desc,
     stat_desc, origin_ptr, visits, arrays, dq_desc, dk_desc, dv_desc, turns, S: gl.constexpr,
 ):  # fmt: skip
@@ -282,14 +264,17 @@ def launch(
     kv = barriers(k_shared, 1, 1, 8)
     stat_shared = gl.allocate_shared_memory(gl.float32, [S.stages, 2, 1, 1, S.block_q], stat_desc.layout)
     fence_async_shared()
+    found = turns + S.batch * S.heads * S.query_blocks * S.turns
     # fmt: off
     gl.warp_specialize(
         [
             (_group, (
-                compute, dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, arrays, 0, S,
+                compute, dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, found, origin, visits, arrays,
+                0, S,
             )),
             (_group, (
-                compute, dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, arrays, 1, S,
+                compute, dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, found, origin, visits, arrays,
+                1, S,
             )),
             (_load, (q_desc, k_desc, v_desc, do_desc, stat_desc, q, do, kv, v_shared, stat_shared, origin, visits, S)),
             (_add_dquery, (dq_desc, turns, dq, origin, visits, 0, S)),
@@ -309,12 +294,19 @@ def attention_backward(
 ):  # fmt: skip
     dtype: gl.constexpr = k_desc.dtype
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, S.block_q], dtype)
-    own = (gl.allocate_shared_memory(dtype, [4, 64, S.block_q], ds_layout),)
     visits = (visits, lists, numbers)
     arrays = (array_0, array_1, array_2, array_3, array_4, array_5, array_6, array_7)
     # fmt: off
-    launch(
-        _compute, own, S.stages, 4, q_desc, k_desc, v_desc, do_desc, stat_desc, origin_ptr, visits,
-        arrays, dq_desc, dk_desc, dv_desc, turns, S,
-    )
+    if S.key_width == 256:
+        own = (room(dtype, [64, S.block_q], ds_layout, 1, 4, 4), room(dtype, [64, S.block_q], ds_layout, 1, 4, 4))
+        _launch(
+            wide_compute, own, 1, 2, q_desc, k_desc, v_desc, do_desc, stat_desc, origin_ptr, visits, arrays,
+            dq_desc, dk_desc, dv_desc, turns, S,
+        )
+    else:
+        own = (gl.allocate_shared_memory(dtype, [4, 64, S.block_q], ds_layout),)
+        _launch(
+            _compute, own, S.stages, 4, q_desc, k_desc, v_desc, do_desc, stat_desc, origin_ptr, visits, arrays,
+            dq_desc, dk_desc, dv_desc, turns, S,
+        )
     # fmt: on

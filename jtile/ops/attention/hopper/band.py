@@ -107,6 +107,18 @@ def key_block(n, blocks, S: gl.constexpr):
 
 
 @gluon.jit
+def place(S: gl.constexpr):
+    """The block of keys, the batch and the head of a program. So many heads are worked on together as have room in the
+    cache; of these the first blocks go first."""
+    number = gl.program_id(0)
+    before = number // (S.together * S.key_blocks) * S.together
+    together = gl.minimum(S.together, S.batch * S.key_heads - before)
+    number -= before * S.key_blocks
+    head = before + number % together
+    return number // together, head // S.key_heads, head % S.key_heads
+
+
+@gluon.jit
 def query_blocks(j, origin, S: gl.constexpr):
     """The blocks of queries that visit block j of keys, [start, stop), and those whose queries all see it whole,
     [whole_start, whole_stop)."""
@@ -160,3 +172,12 @@ def turn(i, j, b, kh, origin, numbers, S: gl.constexpr):
     else:
         at = (b * S.numbers[0] + kh * S.numbers[1]) * S.key_blocks + j
         return gl.load(numbers + at * S.query_blocks + i)
+
+
+@gluon.jit
+def step_back(at, h, start, stop):
+    """From a visit to the next one: of the blocks of queries the last comes first, and so for each head, from the one
+    before the first."""
+    h += gl.where(at == start, 1, 0)
+    at = gl.where(at == start, stop, at) - 1
+    return at, h

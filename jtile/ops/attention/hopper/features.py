@@ -58,9 +58,6 @@ def obstacle(query, key, value, *arrays, variant: Variant, target: Target | None
         return found
     if variant.dropout:
         return "it has no dropout"
-    # Written and simulated, but not yet run on a GPU.
-    if not variant.is_band and max(query.shape[-1], value.shape[-1]) > 128:
-        return "beyond head dim 128 it has causal masks and windows alone"
     if variant.block_size and (variant.block_size[0] % 128 or variant.block_size[1] % 128):
         return f"its blocks are 128 by 128, and those in lists are {variant.block_size}"
     if whole := [o.name for o in variant.operands if set("qk") <= set(o.axes)]:
@@ -73,10 +70,11 @@ def obstacle(query, key, value, *arrays, variant: Variant, target: Target | None
 
 def forward_tiles(query, key, value, *, variant: Variant, target: Target) -> Iterator[hopper.ForwardTile]:
     sides = variant.block_size or (0, 0)
+    told = variant.block_size is not None or variant.has(*visits.TELLING)
     for tile in hopper.forward_tiles(query, key, value, **band(variant), target=target):
-        if variant.block_size or variant.has(*visits.TELLING):
-            # Blocks of queries differ in length, and see but a part of the keys.
-            tile = tile._replace(programs=0, together=min(4 * tile.together, query.shape[0] * query.shape[2]))
+        if told:  # blocks of queries differ in length, and see but a part of the keys
+            together = min(16 * tile.together, query.shape[0] * query.shape[2])
+            tile = tile._replace(programs=target.sms, together=together)
         if tile.groups == 3 and (variant.modifies or variant.masks_by_data):
             tile = tile._replace(groups=2, stages=3)  # functions of scores need the registers that three do not have
         if not (sides[0] % (64 * tile.groups) or sides[1] % tile.block_k):
@@ -109,7 +107,8 @@ def _call(variant: Variant, named, options: dict[str, Any]) -> dict[str, Any]:
     """What both passes are called with."""
     arrays = [jnp.atleast_1d(named[name]) for name in _slots(variant)]
     origin = first_query(named) if "origin" in named else None
-    return dict(origin=origin, scale=variant.scale, **band(variant), arrays=arrays, options=options)
+    about = dict(origin=origin, scale=variant.scale, **band(variant), flags=variant.masks)
+    return about | dict(arrays=arrays, options=options)
 
 
 def _layout(lists, block_size: tuple[int, int], blocks: _Blocks) -> hopper.Lists:
@@ -124,15 +123,14 @@ def _layout(lists, block_size: tuple[int, int], blocks: _Blocks) -> hopper.Lists
 
 
 def forward(query, key, value, *arrays, tile: hopper.ForwardTile, variant: Variant):
-    """The output and the log-sum-exp. NaN in a value that is masked may reach the output of
-    queries in its block, and their log-sum-exp then."""
+    """The output and the log-sum-exp; and where there are masks, the number that tells of NaN, which may have come from
+    a masked value to queries in its block."""
     named: dict[str, Any] = variant.named(arrays)
     blocks = _Blocks(64 * tile.groups, tile.block_k)
     options: dict[str, Any] = dict(
         functions=_functions(query, key, arrays, variant, "qk"),
         masks_anywhere=variant.masks_anywhere,
         sinks=_slots(variant).get("sinks"),
-        tells_nan=variant.masks,
     )
     at = lists = None
     if variant.has(*visits.TELLING):
@@ -145,11 +143,14 @@ def forward(query, key, value, *arrays, tile: hopper.ForwardTile, variant: Varia
 
 
 def backward_tiles(query, key, value, *, variant: Variant) -> Iterator[hopper.BackwardTile]:
-    yield from hopper.backward_tiles(query, key, value, **band(variant))
+    # Blocks of keys of one head wait for each other's turns, and those of a document or a list for all of these.
+    factor = 16 if variant.has(*visits.TELLING) else 2 if variant.block_size else 1
+    for tile in hopper.backward_tiles(query, key, value, **band(variant)):
+        yield tile._replace(together=min(factor * tile.together, key.shape[0] * key.shape[2]))
 
 
 def backward(query, key, value, *arrays, out, lse, dout, dlse, tile: hopper.BackwardTile, variant: Variant):
-    """The gradients of query, key and value."""
+    """The gradients of query, key and value; and where there are masks, the number that tells of NaN."""
     named: dict[str, Any] = variant.named(arrays)
     blocks = _Blocks(tile.block_q, hopper.backward_block_k(query, value))
     options: dict[str, Any] = dict(

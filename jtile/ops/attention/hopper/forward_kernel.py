@@ -5,7 +5,7 @@ group, it works on the softmax of another block of keys: the scores of a block a
 under way together, and the weights are made while the latter still is. That groups take turns in sending off products,
 as they do there, gained nothing here: see `bench/results/attention.md`.
 
-A program goes on to the next place in the order of work, if there are fewer programs than places: the next block's
+A program goes on to another place in the order of work, if there are fewer programs than places: the next block's
 queries and first keys are then loaded while the one before is finished.
 """
 
@@ -19,20 +19,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from jtile.ops.attention.hopper.band import banded, key_block, listed, visited
-from jtile.ops.attention.hopper.pipeline import matrix, ring
+from jtile.ops.attention.hopper.pipeline import flag, matrix, places, ring
 
 
 @gluon.jit
 def _tile(number, S: gl.constexpr):
     """The block of queries, the batch and the head of a place in the order of work. So many heads are worked on
-    together as have room for their keys and values in the cache; of these the longest blocks go first."""
+    together as have room for their keys and values in the cache; of these the last blocks go first, which under a
+    causal mask are the longest."""
     before = number // (S.together * S.query_blocks) * S.together
     together = gl.minimum(S.together, S.batch * S.heads - before)
     number -= before * S.query_blocks
-    block = number // together
+    block = S.query_blocks - 1 - number // together
     head = before + number % together
-    if S.high is not None:
-        block = S.query_blocks - 1 - block
     return block, head // S.heads, head % S.heads
 
 
@@ -52,30 +51,30 @@ def _load_block(number, n, step, q_desc, k_desc, v_desc, q, k, v, origin, visits
 
 
 @gluon.jit
-def _load(q_desc, k_desc, v_desc, q, k, v, origin, visits, S: gl.constexpr):
+def _load(q_desc, k_desc, v_desc, q, k, v, order, origin, visits, S: gl.constexpr):
     n = 0
     step = 0
-    number = gl.program_id(0)
+    number = order.claim(n, True)
     if S.loops:
         while number < S.blocks:
             step = _load_block(number, n, step, q_desc, k_desc, v_desc, q, k, v, origin, visits, S)
             n += 1
-            number += gl.num_programs(0)
+            number = order.claim(n)
     else:
         _load_block(number, n, step, q_desc, k_desc, v_desc, q, k, v, origin, visits, S)
 
 
 @gluon.jit
-def _scores(s, j, positions, cols, rows, arrays, masked: gl.constexpr, S: gl.constexpr):
+def _scores(s, j, positions, cols, rows, columns, arrays, masked: gl.constexpr, S: gl.constexpr):
     """Scores of the products with block j of keys, -inf where a query does not see a key."""
     keys = j * S.block_k + cols
     if S.functions is not None:
         if S.functions.modifies:
-            s = S.functions.score(s, keys, rows, arrays)
+            s = S.functions.score(s, keys, rows, columns, arrays)
     if masked:
         if S.functions is not None:
             if S.functions.masks:
-                s = gl.where(S.functions.visible(keys, rows, arrays), s, -float("inf"))
+                s = gl.where(S.functions.visible(keys, rows, columns, arrays), s, -float("inf"))
         s = banded(s, positions[:, None], keys[None, :], S)
     return s
 
@@ -100,9 +99,13 @@ def _step(
     s = warpgroup_mma(q, k.block(step).permute((1, 0)), zeros, use_acc=False, is_async=True)
     v.wait(step - 1)
     o = warpgroup_mma(p, v.block(step - 1), o, is_async=True)
+    columns = None
+    if S.functions is not None:
+        if S.functions.reads and (masked or S.functions.modifies):
+            columns = S.functions.columns(j * S.block_k + cols, rows, arrays)
     s = warpgroup_mma_wait(1, deps=[s])
     k.release(step)
-    s = _scores(s, j, positions, cols, rows, arrays, masked, S)
+    s = _scores(s, j, positions, cols, rows, columns, arrays, masked, S)
     weights, peak, total, shrink = _softmax(s, peak, total, S)
     v.wait(step - 1)  # it is there: the branch in this keeps the assembler from moving the next wait before the softmax
     o = warpgroup_mma_wait(0, deps=[o])
@@ -113,9 +116,9 @@ def _step(
 
 @gluon.jit
 def _compute_block(
-    number, n, step, o_desc, lse_ptr, q_ring, k, v, o_shared, origin, visits, arrays,
-    group: gl.constexpr, S: gl.constexpr,
+    number, n, step, results, q_ring, k, v, o_shared, origin, visits, arrays, group: gl.constexpr, S: gl.constexpr,
 ):  # fmt: skip
+    o_desc, lse_ptr, found = results
     dtype: gl.constexpr = o_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.block_k, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.value_width, 16])
@@ -132,18 +135,22 @@ def _compute_block(
         rows = S.functions.rows(b, h, queries, positions, arrays)
 
     # The last block, which has no other's products to run beside.
+    j = key_block(stop - 1, blocks, S)
+    columns = None
+    if S.functions is not None:
+        if S.functions.reads:
+            columns = S.functions.columns(j * S.block_k + cols, rows, arrays)
     q_ring.wait(n * S.groups + group)
     q = q_ring.block(n * S.groups + group)
     k.wait(step)
     s = warpgroup_mma(q, k.block(step).permute((1, 0)), gl.zeros([64, S.block_k], gl.float32, s_layout), use_acc=False)
     k.release(step)
-    j = key_block(stop - 1, blocks, S)
     if S.lists is None:
-        s = _scores(s, j, positions, cols, rows, arrays, True, S)
+        s = _scores(s, j, positions, cols, rows, columns, arrays, True, S)
     else:  # where the list ends with blocks to see whole, this is one, and where it is empty, none
         _, whole, count = listed(block, b, h, visits, S)
-        plain = _scores(s, j, positions, cols, rows, arrays, False, S)
-        s = gl.where(whole == count, plain, _scores(s, j, positions, cols, rows, arrays, True, S))
+        plain = _scores(s, j, positions, cols, rows, columns, arrays, False, S)
+        s = gl.where(whole == count, plain, _scores(s, j, positions, cols, rows, columns, arrays, True, S))
         s = gl.where(count == 0, -float("inf"), s)
     # What scores stay under counts as masked; where every query sees a key in this block, its peak rises above.
     peak = gl.full([64], -1e38, gl.float32, row_layout)
@@ -179,10 +186,9 @@ def _compute_block(
     v.wait(step - 1)
     o = warpgroup_mma(p, v.block(step - 1), o)
     v.release(step - 1)
+    if S.flags:
+        flag(found, gl.sum(o * 0.0, 1), S)
     lse = gl.where(total == 0.0, -float("inf"), 0.6931471805599453 * (peak + gl.log2(total)))
-    if S.tells_nan:
-        nan = gl.max(gl.where(o == o, 0.0, 1.0), 1) > 0.0
-        lse = gl.where(gl.convert_layout(nan, row_layout), float("nan"), lse)
     gl.store(lse_ptr + (b * S.queries + queries) * S.heads + h, lse, queries < S.queries)
     over_total = gl.where(total == 0.0, 0.0, 1.0 / total)
     o = o * gl.convert_layout(over_total, gl.SliceLayout(1, o_layout))[:, None]
@@ -198,25 +204,26 @@ def _compute_block(
 
 @gluon.jit
 def _compute(
-    o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, group: gl.constexpr, S: gl.constexpr,
+    o_desc, lse_ptr, found, q, k, v, o_shared, order, origin, visits, arrays, group: gl.constexpr, S: gl.constexpr,
 ):  # fmt: skip
     n = 0
     step = 0
-    number = gl.program_id(0)
+    number = order.take(n, True)
+    results = (o_desc, lse_ptr, found)
     if S.loops:
         while number < S.blocks:
-            step = _compute_block(number, n, step, o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, group, S)
+            step = _compute_block(number, n, step, results, q, k, v, o_shared, origin, visits, arrays, group, S)
             n += 1
-            number += gl.num_programs(0)
+            number = order.take(n)
     else:
-        _compute_block(number, n, step, o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, group, S)
+        _compute_block(number, n, step, results, q, k, v, o_shared, origin, visits, arrays, group, S)
     tma.store_wait(0)
 
 
 @gluon.jit
 def attention(
     q_desc, k_desc, v_desc, origin_ptr, visits, lists, array_0, array_1, array_2, array_3, array_4, array_5, array_6,
-    array_7, o_desc, lse_ptr, S: gl.constexpr,
+    array_7, o_desc, lse_ptr, found, counter, S: gl.constexpr,
 ):  # fmt: skip
     origin = 0
     if origin_ptr is not None:
@@ -226,6 +233,7 @@ def attention(
     q = ring(q_desc, S.groups * S.query_stages, 1)
     k = ring(k_desc, S.stages, S.groups)
     v = ring(v_desc, S.stages, S.groups)
+    order = places(counter, 4 * S.groups, S)
     o_shared = q.blocks
     if not S.out_in_query:
         o_shared = gl.allocate_shared_memory(o_desc.dtype, [S.groups, 1, 1, 64, S.value_width], o_desc.layout)
@@ -233,9 +241,9 @@ def attention(
     if S.groups == 2:
         gl.warp_specialize(
             [
-                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, 0, S)),
-                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, 1, S)),
-                (_load, (q_desc, k_desc, v_desc, q, k, v, origin, visits, S)),
+                (_compute, (o_desc, lse_ptr, found, q, k, v, o_shared, order, origin, visits, arrays, 0, S)),
+                (_compute, (o_desc, lse_ptr, found, q, k, v, o_shared, order, origin, visits, arrays, 1, S)),
+                (_load, (q_desc, k_desc, v_desc, q, k, v, order, origin, visits, S)),
             ],
             [4, 1],
             [240, 24],
@@ -243,10 +251,10 @@ def attention(
     else:
         gl.warp_specialize(
             [
-                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, 0, S)),
-                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, 1, S)),
-                (_compute, (o_desc, lse_ptr, q, k, v, o_shared, origin, visits, arrays, 2, S)),
-                (_load, (q_desc, k_desc, v_desc, q, k, v, origin, visits, S)),
+                (_compute, (o_desc, lse_ptr, found, q, k, v, o_shared, order, origin, visits, arrays, 0, S)),
+                (_compute, (o_desc, lse_ptr, found, q, k, v, o_shared, order, origin, visits, arrays, 1, S)),
+                (_compute, (o_desc, lse_ptr, found, q, k, v, o_shared, order, origin, visits, arrays, 2, S)),
+                (_load, (q_desc, k_desc, v_desc, q, k, v, order, origin, visits, S)),
             ],
             [4, 4, 1],
             [160, 160, 32],

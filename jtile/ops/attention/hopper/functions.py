@@ -39,21 +39,23 @@ class Functions:
     Attributes:
         text: a module with the functions that a schedule calls. Forward, where a block's rows are queries,
             `rows(batch, head, row, query, arrays)`, what depends on these alone;
-            `score(product, key, rows, arrays)`, if scores are more than products of query and key;
-            `visible(key, rows, arrays)`, if operands or functions mask keys.
+            `columns(key, rows, arrays)`, what arrays have for a key, which is to be asked for before there are scores;
+            `score(product, key, rows, columns, arrays)`, if scores are more than products of query and key;
+            `visible(key, rows, columns, arrays)`, if operands or functions mask keys.
             Backward, where they are keys, `key` changes places with `head, row, query`, and `score` gives the
             derivative by the scaled product, too.
         slope: what scores are multiplied by to be exponents of 2.
-        modifies, masks: whether there is a `score`, and a `visible`.
+        modifies, masks, reads: whether there is a `score`, a `visible`, and a `columns`.
     """
 
     text: str
     slope: float
     modifies: bool
     masks: bool
+    reads: bool
 
     def __getattr__(self, name: str):
-        if name not in ("rows", "score", "visible"):
+        if name not in ("rows", "columns", "score", "visible"):
             raise AttributeError(name)
         return _load(self.text, name)
 
@@ -266,18 +268,16 @@ def write(jaxpr, slope: float, sizes: Sizes, variant: Variant, order: str) -> Fu
     if order == "kq":
         once, each = ["batch", "key"], ["head", "row", "query"]
 
-    of_rows = {variables[name] for name in once}
-    early, late = [], []
-    for eqn in jaxpr.eqns:
-        if of_rows.issuperset(v for v in eqn.invars if not isinstance(v, Literal)):
-            early.append(eqn)
-            of_rows.update(eqn.outvars)
-        else:
-            late.append(eqn)
+    early, late, of_rows = _depending(jaxpr.eqns, {variables[name] for name in once})
     used = [v for eqn in late for v in eqn.invars] + [*scores, visible]
     held = list(dict.fromkeys(v for v in used if not isinstance(v, Literal) and v in of_rows))
     held = held or [variables["batch"]]
+    _, _, of_columns = _depending(jaxpr.eqns, {variables[name] for name in ("batch", "head", *each)})
+    read = [v for eqn in late if eqn.primitive is element_p for v in eqn.outvars if v in of_columns]
+    before = _needed(late, read)
+    late = _needed([eqn for eqn in late if not set(eqn.outvars) & set(read)], [*scores, visible])
     rows: list[_Given] = []
+    columns: list[_Given] = []
 
     def part(name, names, given_rows, invars, outvars, equations, results):
         inner = jaxpr.replace(
@@ -286,11 +286,11 @@ def write(jaxpr, slope: float, sizes: Sizes, variant: Variant, order: str) -> Fu
             eqns=equations,
             debug_info=jaxpr.debug_info,
         )
-        parameters = names if name == "rows" else [*names, "rows"]
+        parameters = [*names, *{"rows": [], "columns": ["rows"]}.get(name, ["rows", "columns"])]
         return _write(name, parameters, inner, [*(given[n] for n in names), *given_rows], order, results)
 
-    def kept(writer, found):
-        rows.extend(_Given(f"rows[{i}]", writer.axes.get(x.text, ""), x.dtype, x.bounds) for i, x in enumerate(found))
+    def kept(name, those, writer, found):
+        those += [_Given(f"{name}[{i}]", writer.axes.get(x.text, ""), x.dtype, x.bounds) for i, x in enumerate(found)]
         return f"({', '.join(map(writer.tensor, found))},)"
 
     def spread(writer, x):
@@ -301,9 +301,34 @@ def write(jaxpr, slope: float, sizes: Sizes, variant: Variant, order: str) -> Fu
         texts = [spread(writer, x) for x in found]
         return ", ".join([texts[0] if whole else f"tl.broadcast({texts[0]}, product)[0]", *texts[1:]])
 
-    texts = [part("rows", once, [], [], held, early, kept)]
+    texts = [part("rows", once, [], [], held, early, functools.partial(kept, "rows", rows))]
+    if read:
+        texts.append(part("columns", each, rows, held, read, before, functools.partial(kept, "columns", columns)))
+    known = [*rows, *columns], [*held, *read]
     if variant.modifies:
-        texts.append(part("score", ["product", *each], rows, held, scores, late, block))
+        texts.append(part("score", ["product", *each], *known, scores, late, block))
     if masks := not isinstance(visible, Literal):
-        texts.append(part("visible", each, rows, held, [visible], late, lambda writer, found: spread(writer, *found)))
-    return Functions("\n\n\n".join([HEAD, *texts]) + "\n", slope, variant.modifies, masks)
+        texts.append(part("visible", each, *known, [visible], late, lambda writer, found: spread(writer, *found)))
+    return Functions("\n\n\n".join([HEAD, *texts]) + "\n", slope, variant.modifies, masks, bool(read))
+
+
+def _depending(equations, on: set) -> tuple[list, list, set]:
+    """The equations that depend on these variables alone, and those that do not; and all variables that do."""
+    yes, no = [], []
+    for eqn in equations:
+        if on.issuperset(v for v in eqn.invars if not isinstance(v, Literal)):
+            yes.append(eqn)
+            on.update(eqn.outvars)
+        else:
+            no.append(eqn)
+    return yes, no, on
+
+
+def _needed(equations, results) -> list:
+    """Those of the equations that results depend on."""
+    wanted, found = {v for v in results if not isinstance(v, Literal)}, []
+    for eqn in reversed(equations):
+        if not wanted.isdisjoint(eqn.outvars):
+            found.insert(0, eqn)
+            wanted.update(v for v in eqn.invars if not isinstance(v, Literal))
+    return found

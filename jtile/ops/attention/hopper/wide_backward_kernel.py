@@ -15,9 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from jtile.ops.attention.hopper.backward_kernel import hand_on, launch, meet, place
-from jtile.ops.attention.hopper.band import banded_by_keys, query_block, visiting
-from jtile.ops.attention.hopper.pipeline import arrive, matrix, room, wait
+from jtile.ops.attention.hopper.band import banded_by_keys, place, query_block, step_back, visiting
+from jtile.ops.attention.hopper.pipeline import arrive, flag, hand_on, matrix, meet, wait
 
 
 @gluon.jit
@@ -35,7 +34,7 @@ def _columns(k, part: gl.constexpr, ds, zeros):
 
 @gluon.jit
 def _weights(
-    dv_desc, q_ring, do_ring, kv, v_shared, stat_shared, dq, own, origin, visits, arrays, S: gl.constexpr
+    dv_desc, q_ring, do_ring, kv, v_shared, stat_shared, dq, own, found, origin, visits, arrays, S: gl.constexpr
 ):  # fmt: skip
     p_room, ds_room = own
     dtype: gl.constexpr = v_shared.dtype
@@ -55,23 +54,27 @@ def _weights(
     at = stop
     h = kh * S.group
     for step in range(S.group * (stop - start)):
-        h += gl.where(at == start, 1, 0)
-        at = gl.where(at == start, stop, at) - 1
+        at, h = step_back(at, h, start, stop)
         i, masked = query_block(at, whole_start, whole_stop, blocks, S)
         row = i * S.block_q + queries
+        columns = None
+        if S.functions is not None:
+            if S.functions.reads:
+                columns = S.functions.columns(h, row, row + origin, rows, arrays)
         q_ring.wait(step)
         s = warpgroup_mma(k, q_ring.block(step).permute((1, 0)), zeros, use_acc=False)
         factor = 1.0
         if S.functions is not None:
             if S.functions.modifies:
-                s, factor = S.functions.score(s, h, row, row + origin, rows, arrays)
+                s, factor = S.functions.score(s, h, row, row + origin, rows, columns, arrays)
         x = s * S.slope - _statistic(stat_shared, 0, step, s_layout, S)
         q_ring.release(step)
         if S.masked:
             if masked:
                 if S.functions is not None:
                     if S.functions.masks:
-                        x = gl.where(S.functions.visible(h, row, row + origin, rows, arrays), x, -float("inf"))
+                        visible = S.functions.visible(h, row, row + origin, rows, columns, arrays)
+                        x = gl.where(visible, x, -float("inf"))
                 x = banded_by_keys(x, (row + origin)[None, :], cols[:, None], S)
         p = gl.exp2(x)
         wait(p_room.empty.index(0), step % 2 ^ 1)
@@ -91,6 +94,8 @@ def _weights(
         second = warpgroup_mma_wait(0, deps=[second])
         ds_room.release(0)
         hand_on(second, 4 * step + 2, dq)
+    if S.flags:
+        flag(found, gl.sum(dv * 0.0, 1), S)
     meet()  # the other group is done with these values, which make room for dvalue
     matrix(v_shared.index(0)).store(dv.to(dtype))
     fence_async_shared()
@@ -100,7 +105,7 @@ def _weights(
 
 @gluon.jit
 def _gradients(
-    dk_desc, q_ring, do_ring, kv, v_shared, stat_shared, dq, own, origin, visits, S: gl.constexpr
+    dk_desc, q_ring, do_ring, kv, v_shared, stat_shared, dq, own, found, origin, visits, S: gl.constexpr
 ):  # fmt: skip
     p_room, ds_room = own
     dtype: gl.constexpr = v_shared.dtype
@@ -142,6 +147,11 @@ def _gradients(
         q_ring.release(step)
         second = warpgroup_mma_wait(0, deps=[second])
         hand_on(second, 4 * step + 3, dq)
+    if S.flags:
+        for part in gl.static_range(S.key_width // 64):
+            some = k.slice(part * 64, 64, 1).load(s_layout)
+            flag(found, gl.sum(some.to(gl.float32) * 0.0, 1), S)
+        flag(found, gl.sum(dk * 0.0, 1), S)
     meet()  # the other group is done with these keys, which make room for dkey
     k.store((dk * S.scale).to(dtype))
     fence_async_shared()
@@ -150,30 +160,11 @@ def _gradients(
 
 
 @gluon.jit
-def _compute(
-    dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, arrays, group: gl.constexpr,
+def compute(
+    dk_desc, dv_desc, q, do, kv, v_shared, stat_shared, dq, own, found, origin, visits, arrays, group: gl.constexpr,
     S: gl.constexpr,
 ):  # fmt: skip
     if group == 0:
-        _weights(dv_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, arrays, S)
+        _weights(dv_desc, q, do, kv, v_shared, stat_shared, dq, own, found, origin, visits, arrays, S)
     else:
-        _gradients(dk_desc, q, do, kv, v_shared, stat_shared, dq, own, origin, visits, S)
-
-
-@gluon.jit
-def attention_backward(
-    q_desc, k_desc, v_desc, do_desc, stat_desc, origin_ptr, visits, lists, numbers,
-    array_0, array_1, array_2, array_3, array_4, array_5, array_6, array_7,
-    dq_desc, dk_desc, dv_desc, turns, S: gl.constexpr,
-):  # fmt: skip
-    dtype: gl.constexpr = k_desc.dtype
-    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, S.block_q], dtype)
-    own = (room(dtype, [64, S.block_q], square, 1, 4, 4), room(dtype, [64, S.block_q], square, 1, 4, 4))
-    visits = (visits, lists, numbers)
-    arrays = (array_0, array_1, array_2, array_3, array_4, array_5, array_6, array_7)
-    # fmt: off
-    launch(
-        _compute, own, 1, 2, q_desc, k_desc, v_desc, do_desc, stat_desc, origin_ptr, visits, arrays,
-        dq_desc, dk_desc, dv_desc, turns, S,
-    )
-    # fmt: on
+        _gradients(dk_desc, q, do, kv, v_shared, stat_shared, dq, own, found, origin, visits, S)
