@@ -298,9 +298,9 @@ def attention_backward(
     arrays = (array_0, array_1, array_2, array_3, array_4, array_5, array_6, array_7)
     # fmt: off
     if S.key_width == 256:
-        own = (room(dtype, [64, S.block_q], ds_layout, 1, 4, 4), room(dtype, [64, S.block_q], ds_layout, 1, 4, 4))
+        rooms = (room(dtype, [64, S.block_q], ds_layout, 1, 4, 4), room(dtype, [64, S.block_q], ds_layout, 1, 4, 4))
         _launch(
-            wide_compute, own, 1, 2, q_desc, k_desc, v_desc, do_desc, stat_desc, origin_ptr, visits, arrays,
+            wide_compute, rooms, 1, 2, q_desc, k_desc, v_desc, do_desc, stat_desc, origin_ptr, visits, arrays,
             dq_desc, dk_desc, dv_desc, turns, S,
         )
     else:

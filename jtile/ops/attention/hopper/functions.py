@@ -326,7 +326,8 @@ def _depending(equations, on: set) -> tuple[list, list, set]:
 
 def _needed(equations, results) -> list:
     """Those of the equations that results depend on."""
-    wanted, found = {v for v in results if not isinstance(v, Literal)}, []
+    wanted = {v for v in results if not isinstance(v, Literal)}
+    found: list = []
     for eqn in reversed(equations):
         if not wanted.isdisjoint(eqn.outvars):
             found.insert(0, eqn)
