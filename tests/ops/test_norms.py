@@ -162,7 +162,8 @@ def test_far_from_zero(monkeypatch, columns, implementation):
     places = x.reshape(4, 5, 140)
     y = jtile.group_norm(places, jnp.ones(140), groups=7, implementation=implementation)
     expected = normalized(double(places)[0].reshape(4, 5, 7, 20), (1, 3), 1e-6)[0].reshape(places.shape)
-    np.testing.assert_allclose(y, expected, atol=2e-3)
+    # 2⁻¹⁰ is a unit in the last place of 10⁴. XLA's CPU adds the parts of means one after the other when it interprets.
+    np.testing.assert_allclose(y, expected, atol=3 * 2**-10 if implementation == "interpret" else 2e-3)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
