@@ -147,6 +147,15 @@ class Places:
     loops: gl.constexpr
 
     @gluon.jit
+    def _own(self, first: gl.constexpr):
+        """Of a program with one place: it, and then what is past the last."""
+        if first:
+            number = gl.program_id(0)
+        else:
+            number = self.blocks
+        return number
+
+    @gluon.jit
     def claim(self, n, first: gl.constexpr = False):
         """The n-th, or what is past the last."""
         if self.loops:
@@ -154,10 +163,8 @@ class Places:
             wait(self.told.empty.index(n % self.told.slots), n // self.told.slots % 2 ^ 1)
             gl.inline_asm("st.shared.b32 [$0], $1;", "r,r", [self.told.slot(n), number])
             arrive(self.told.barrier(n))
-        elif first:
-            number = gl.program_id(0)
         else:
-            number = self.blocks
+            number = self._own(first)
         return number
 
     @gluon.jit
@@ -167,10 +174,8 @@ class Places:
             self.told.wait(n)
             number = gl.inline_asm("ld.shared.b32 $0, [$1];", "=r,r", [self.told.slot(n)], gl.int32)
             self.told.release(n)
-        elif first:
-            number = gl.program_id(0)
         else:
-            number = self.blocks
+            number = self._own(first)
         return number
 
 
