@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             training.put(random.integers(256, size=(batch_size, chosen.sequence + 1), dtype=np.int32)) for _ in range(2)
         ]
         if chosen.compile_only:
-            compile_apart(training, tokens[0])
+            compile_ahead(training, tokens[0])
             print(f"{mode:17} compiled", flush=True)
             continue
         seconds, loss, shares = step_seconds(training, tokens, chosen, mode)
@@ -148,7 +148,7 @@ def table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def compile_apart(training, tokens) -> None:
+def compile_ahead(training, tokens) -> None:
     """Its functions, for the caches: nothing runs, and no memory is taken."""
     training.init.lower().compile()
     training.step.lower(jax.eval_shape(training.init), tokens).compile()
