@@ -1,5 +1,8 @@
 """Reductions and scans. Padding is filled with the operation's neutral element first."""
 
+from collections.abc import Sequence
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -111,10 +114,21 @@ def reduce_by_a_function(e, eqn, *operands: Value):
             "`reduce` has an initial value known only at run time",
             "Start from the function's neutral element, a number.",
         )
-    axes = eqn.params["dimensions"]
-    shape = operands[0].shape
-    values = [e.filled(x, axes, filler) for x, filler in zip(operands[:n], neutral, strict=True)]
-    combine = e.function(eqn.params["jaxpr"], "combine")
+    return _reduced(e, operands[:n], neutral, eqn.params["dimensions"], eqn.params["jaxpr"])
+
+
+@rule("joint_sums")
+def joint_sums(e, eqn, *terms: Value):
+    numbers = [jax.ShapeDtypeStruct((), term.dtype) for term in terms]
+    add = jax.make_jaxpr(lambda a, b: [x + y for x, y in zip(a, b, strict=True)])(numbers, numbers)
+    return _reduced(e, terms, [0.0] * len(terms), (eqn.params["axis"],), add)
+
+
+def _reduced(e, values: Sequence[Value], neutral: Sequence, axes: Sequence[int], function) -> list[Value]:
+    """Several values at once, by a function of twice as many numbers."""
+    n, shape = len(values), values[0].shape
+    values = [e.filled(x, axes, filler) for x, filler in zip(values, neutral, strict=True)]
+    combine = e.function(function, "combine")
     for axis in sorted(axes, reverse=True):
         shape = (*shape[:axis], *shape[axis + 1 :])
         texts = [summands(v) for v in values]

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 
 from jtile.compiler.params import CompilerParams
+from jtile.compiler.primitives import joint_sums
 
 
 def wide(x):
@@ -31,10 +31,8 @@ def check_dtypes(name: str, x: jax.Array, **others: jax.Array | None) -> None:
 
 
 def totals(terms: Sequence[jax.Array], axis: int) -> list[jax.Array]:
-    """The sums of arrays over an axis, which stays. They share the exchanges between threads."""
-    add = lambda a, b: [x + y for x, y in zip(a, b, strict=True)]  # noqa: E731
-    zeros = [np.zeros((), term.dtype) for term in terms]
-    return [jnp.expand_dims(total, axis) for total in jax.lax.reduce(list(terms), zeros, add, (axis,))]
+    """The sums of arrays over an axis, which stays."""
+    return [jnp.expand_dims(total, axis) for total in joint_sums(terms, axis)]
 
 
 def moments(total, squares, size):
@@ -53,7 +51,11 @@ def combined(counts, mean, squares, axis, size):
 
     Source: Chan, Golub and LeVeque, 1979.
     """
-    whole = jnp.sum(counts * mean, axis=axis, keepdims=True) / size
+    # Sums of differences to the first mean: large means would be rounded as sums of all values are.
+    first = jax.lax.slice_in_dim(mean, 0, 1, axis=axis[0])
+    for dim in axis[1:]:
+        first = jax.lax.slice_in_dim(first, 0, 1, axis=dim)
+    whole = first + jnp.sum(counts * (mean - first), axis=axis, keepdims=True) / size
     return whole, jnp.sum(squares + counts * (mean - whole) ** 2, axis=axis, keepdims=True)
 
 
