@@ -42,7 +42,7 @@ def flex_attention(query, slopes, **options):
     """ALiBi and a causal mask, of keys and values that are the queries."""
 
     def alibi(score, batch, head, query, key):
-        return score + slopes[head].astype(score.dtype) * (key - query).astype(score.dtype) / 8
+        return score + (slopes[head] * (key - query).astype(slopes.dtype) / 8).astype(score.dtype)
 
     mods = dict(score_mod=alibi, mask_mod=lambda batch, head, query, key: key <= query)
     return jtile.flex_attention(query, query, query, **mods, **options)

@@ -228,3 +228,20 @@ def test_what_is_refused(options, message):
         jtile.create_block_mask(windowed, None, None, 8, 8)
     with pytest.raises(ValueError, match="`mask_mod` depends on the batch, and `batch` is None"):
         jtile.create_block_mask(lambda b, h, q, k: jnp.arange(2)[b] < k, None, None, 8, 8)
+
+
+def test_functions_with_branches_on_a_partly_manual_mesh():
+    """Types in a function that is traced there name the mesh; kernels and references must not."""
+    mesh = jax.make_mesh((2, 2), ("manual", "other"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 9, 2, 16)), jnp.float32)
+
+    def attend(x, slopes):
+        def score_mod(score, batch, head, query, key):
+            return jnp.where(query > key + 3, score + slopes[head], jnp.clip(score, -1, 1))
+
+        return jtile.flex_attention(x, x, x, score_mod=score_mod, implementation="interpret")
+
+    parts = dict(in_specs=(P("manual"), P()), out_specs=P("manual"))
+    split = jax.jit(jax.shard_map(attend, mesh=mesh, axis_names={"manual"}, **parts))
+    slopes = jnp.array([0.5, -0.25])
+    np.testing.assert_allclose(split(x, slopes), attend(x, slopes), rtol=1e-6, atol=1e-6)

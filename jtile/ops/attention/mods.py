@@ -14,6 +14,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.lax import GatherScatterMode
 
+from jtile import borrowed
+
 
 class Outer(NamedTuple):
     """An array that a function closes over, or what it computes of such arrays alone; no value inside of kernels."""
@@ -63,15 +65,16 @@ class Walk:
     def equation(self, eqn, given: list) -> list:
         function = _function(eqn)
         arrays = [isinstance(x, Outer | View) for x in given]
-        if not any(arrays):
-            return self.inside(function, *given)
-        if all(isinstance(x, Outer) or isinstance(v, Literal) for x, v in zip(given, eqn.invars, strict=True)):
+        outside = (isinstance(x, Outer) or isinstance(v, Literal) for x, v in zip(given, eqn.invars, strict=True))
+        if any(arrays) and all(outside):
             values = self.outside(function, *(x.value if isinstance(x, Outer) else x for x in given))
             return [Outer(v.aval, x) for v, x in zip(eqn.outvars, values, strict=True)]
-        if eqn.primitive.name in ("jit", "remat2"):
+        if eqn.primitive.name in ("jit", "remat2"):  # entered in any case: types in it may name the mesh of an array
             inner = eqn.params["jaxpr"]
             inner = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
             return self.run(inner.jaxpr, [Outer(jax.typeof(c), c) for c in inner.consts], given)
+        if not any(arrays):
+            return self.inside(function, *given)
         first, *rest = given
         if isinstance(first, View) or (isinstance(first, Outer) and first.aval.shape):
             view = View.of(first) if isinstance(first, Outer) else first
@@ -187,7 +190,8 @@ def trace(function: Callable, what: str, *numbers) -> tuple[Mod, list[jax.Array]
     Raises:
         ValueError: it does not return a number, or uses an array otherwise than element by element.
     """
-    jaxpr = jax.make_jaxpr(function)(*numbers)
+    with borrowed.no_mesh():  # of which numbers written in the function would remind the kernel
+        jaxpr = jax.make_jaxpr(function)(*numbers)
     if len(jaxpr.out_avals) != 1 or jaxpr.out_avals[0].shape:
         raise ValueError(
             f"{what} must return one number, and returns {', '.join(a.str_short() for a in jaxpr.out_avals)}: it is "
